@@ -1,0 +1,28 @@
+"""The only definition of each stored number format. Importing this package fills the FORMATS table."""
+
+from edge_runtime.engine.formats import fp8, int4, int8, nf4, plain  # noqa: F401  (fills the table)
+from edge_runtime.engine.formats.record import (
+    ENCODINGS,
+    FORMATS,
+    Array,
+    Encoding,
+    Format,
+    Plane,
+    Planes,
+    abi_hash,
+    get_format,
+    register,
+)
+
+__all__ = [
+    "ENCODINGS",
+    "FORMATS",
+    "Array",
+    "Encoding",
+    "Format",
+    "Plane",
+    "Planes",
+    "abi_hash",
+    "get_format",
+    "register",
+]

@@ -1,0 +1,153 @@
+"""Plane and Format: the one record from which every size, shape and byte count is derived.
+
+A format stores a matrix of shape (rows, cols) as planes. Every plane is a 2-D array of storage items whose
+shape follows from the record alone; `per` says how many weights along a row share one item.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import BadConfig, ValueOutOfRange, nearest
+
+Array = npt.NDArray[Any]
+Planes = Mapping[str, Array]
+Per = int | Literal["row", "tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How one item of a plane is stored. `bits` per item; items narrower than a byte share bytes, low first."""
+
+    name: str
+    bits: int
+    dtype: str  # numpy dtype of the storage array
+
+    @property
+    def items_per_byte(self) -> int:
+        return 8 // self.bits if self.bits < 8 else 1
+
+
+# The element encoding is part of the record, so that the ABI hash sees a change of numerics.
+ENCODINGS: dict[str, Encoding] = {
+    e.name: e
+    for e in (
+        Encoding("f32", 32, "<f4"),
+        Encoding("f16", 16, "<f2"),
+        Encoding("bf16", 16, "<u2"),
+        Encoding("i8", 8, "i1"),
+        Encoding("u8", 8, "u1"),
+        Encoding("u4o8", 4, "u1"),  # nibble u, value u - 8
+        Encoding("u4", 4, "u1"),  # nibble u, value u (a zero plane shifts it)
+        Encoding("nf4", 4, "u1"),  # nibble = index into the NF4 table
+        Encoding("e4m3", 8, "u1"),  # OCP E4M3FN
+        Encoding("e5m2", 8, "u1"),  # OCP E5M2
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One stored array of a format: `per` weights along a row share an item ("row"/"tensor" for wider)."""
+
+    name: str
+    encoding: str
+    per: Per
+
+    def shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Storage shape (in storage items, bytes for sub-byte encodings) for a (rows, cols) matrix."""
+        if self.per == "tensor":
+            return (1, 1)
+        items = 1 if self.per == "row" else -(-cols // int(self.per))
+        enc = ENCODINGS[self.encoding]
+        return (rows, -(-items // enc.items_per_byte))
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        r, c = self.shape(rows, cols)
+        return r * c * np.dtype(ENCODINGS[self.encoding].dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The numbers of a stored tensor, with its slow, obvious numpy codec.
+
+    `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`.
+    `bound(values, planes)` is the closed-form bound of |value - decoded| for every element.
+    """
+
+    name: str
+    planes: tuple[Plane, ...]
+    encode_rows: Callable[[Array], dict[str, Array]]
+    decode_rows: Callable[[Planes, int, int], Array]
+    bound: Callable[[Array, Planes], Array]
+    kind: Literal["float", "int", "table"] = "float"
+
+    @property
+    def group(self) -> int | None:
+        """Weights that share a scale, or None when the scale is per row, per tensor or absent."""
+        pers = [p.per for p in self.planes if isinstance(p.per, int) and p.per > 1]
+        return pers[0] if pers else None
+
+    def plane(self, name: str) -> Plane | None:
+        return next((p for p in self.planes if p.name == name), None)
+
+    def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, int]]:
+        return {p.name: p.shape(rows, cols) for p in self.planes}
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return sum(p.nbytes(rows, cols) for p in self.planes)
+
+    def bits_per_weight(self, rows: int, cols: int) -> float:
+        return 8.0 * self.nbytes(rows, cols) / (rows * cols)
+
+    def encode(self, values: Array) -> dict[str, Array]:
+        """Encode an f32 matrix (rows, cols). Raises ValueOutOfRange on NaN/Inf or an overflowing scale."""
+        x = np.ascontiguousarray(values, dtype=np.float32)
+        if x.ndim != 2 or x.size == 0:
+            raise ValueOutOfRange(f"{self.name}: a matrix (rows, cols) is needed, got shape {x.shape}")
+        if not np.isfinite(x).all():
+            raise ValueOutOfRange(f"{self.name}: the tensor holds NaN or Inf; the checkpoint is damaged")
+        return self.encode_rows(x)
+
+    def decode(self, planes: Planes, rows: int, cols: int) -> Array:
+        """Decode to f32 (rows, cols). Plane shapes are checked: a wrong one is a ValueOutOfRange."""
+        for plane in self.planes:
+            want = plane.shape(rows, cols)
+            got = planes[plane.name].shape if plane.name in planes else None
+            if got != want:
+                raise ValueOutOfRange(f"{self.name}: plane {plane.name!r} has shape {got}, expected {want}")
+        return self.decode_rows(planes, rows, cols)
+
+    def signature(self) -> str:
+        return self.name + ":" + ",".join(f"{p.name}/{p.encoding}/{p.per}" for p in self.planes)
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(fmt: Format) -> Format:
+    """Add a format to the table; its name is its only identity."""
+    if fmt.name in FORMATS:
+        raise BadConfig(f"format {fmt.name!r} is registered twice")
+    FORMATS[fmt.name] = fmt
+    return fmt
+
+
+def get_format(name: str) -> Format:
+    """The format of that name. Raises BadConfig naming the nearest valid one."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise BadConfig(f"unknown format {name!r}; {nearest(name, FORMATS)}") from None
+
+
+def abi_hash() -> int:
+    """64-bit hash over every signature; the kernel libraries export the same number."""
+    text = "\n".join(sorted(f.signature() for f in FORMATS.values()))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

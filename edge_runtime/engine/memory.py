@@ -1,0 +1,113 @@
+"""The one function that adds up what an engine needs; the planner and the loader both call it.
+
+Weights, KV arena and buffers follow from the program and the plan to the byte. Scratch is what a backend
+needs beside the layout, for a given number of threads; the cpu backend allocates exactly this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edge_runtime.engine.kv import cache_nbytes
+from edge_runtime.engine.layout import ALIGN, lay_out
+from edge_runtime.engine.ops import Attention, Linear, Logits
+from edge_runtime.engine.packing import packed_nbytes
+from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape, TensorPlan
+from edge_runtime.engine.program import Program
+from edge_runtime.errors import DoesNotFit
+
+SMALLEST_GROUP = 32  # activations are quantized per group; the smallest group needs most scales
+GREATEST_GROUP = 128  # columns are padded to whole groups
+
+
+def weights_nbytes(program: Program, tensors: Mapping[str, TensorPlan]) -> int:
+    """Bytes of all planes as stored, each rounded up to 64."""
+    return sum(
+        packed_nbytes(t.format, t.packing, program.tensors[name].rows, program.tensors[name].cols)
+        for name, t in tensors.items()
+    )
+
+
+def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str, int]:
+    """Bytes of each scratch region of a step, each rounded up to 64.
+
+    codes/scales/sums: activations of one linear, quantized per token and group; scores: attention scores of
+    one (token, kv head) for each thread; rows: the inputs of the logits op; logits: its outputs.
+    """
+    cols = max((program.tensors[op.weight].cols for op in program.ops if isinstance(op, Linear | Logits)))
+    padded = -(-cols // GREATEST_GROUP) * GREATEST_GROUP
+    heads = max((op.heads // op.kv_heads for op in program.ops if isinstance(op, Attention)), default=1)
+    width = max((op.head_dim for op in program.ops if isinstance(op, Attention)), default=1)
+    last = program.ops[-1]
+    hidden = program.buffers[last.x] if isinstance(last, Logits) else 0
+    tokens = max(step.tokens, step.logits)
+    regions = {
+        "codes": tokens * padded,
+        "scales": tokens * (padded // SMALLEST_GROUP) * 4,
+        "sums": tokens * (padded // SMALLEST_GROUP) * 4,
+        "scores": threads * (heads * step.context + 2 * width) * 4,
+        "rows": step.logits * hidden * 4,
+        "logits": step.logits * program.vocab_size * 4,
+    }
+    return {name: -(-n // ALIGN) * ALIGN for name, n in regions.items()}
+
+
+def scratch_nbytes(program: Program, step: StepShape, threads: int) -> int:
+    """Bytes of scratch in all."""
+    return sum(scratch_regions(program, step, threads).values())
+
+
+def buffers_nbytes(program: Program, step: StepShape, threads: int) -> int:
+    """Activation buffers and scratch: everything a step writes except the KV cache."""
+    return lay_out(program, step).nbytes + scratch_nbytes(program, step, threads)
+
+
+def memory_plan(
+    program: Program,
+    tensors: Mapping[str, TensorPlan],
+    kv: KvPlan,
+    step: StepShape,
+    *,
+    threads: int,
+    total: int,
+    reserve: int,
+    context: int = 0,
+    device_code: int = 0,
+    draft: int = 0,
+) -> MemoryPlan:
+    """Add everything up. `total`, `reserve` and `context` (bytes) come from the profile or the probe."""
+    return MemoryPlan(
+        weights=weights_nbytes(program, tensors),
+        kv=cache_nbytes(program, kv),
+        buffers=buffers_nbytes(program, step, threads),
+        draft=draft,
+        device_code=device_code,
+        context=context,
+        reserve=reserve,
+        total=total,
+    )
+
+
+def check_fits(plan: MemoryPlan, have: int, source: str) -> None:
+    """Raise DoesNotFit when the plan needs more than `have` bytes; `source` says whose figure that is."""
+    if plan.need > have:
+        parts = {
+            "weights": plan.weights,
+            "KV cache": plan.kv,
+            "buffers": plan.buffers,
+            "draft": plan.draft,
+            "device code": plan.device_code,
+            "device context": plan.context,
+        }
+        detail = ", ".join(f"{name} {_mib(n)}" for name, n in parts.items() if n)
+        raise DoesNotFit(
+            f"the engine needs {_mib(plan.need)} ({detail}) but {source} gives {_mib(have)}; "
+            "use a smaller format, a shorter context or a smaller KV format",
+            need=plan.need,
+            have=have,
+            source=source,
+        )
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"

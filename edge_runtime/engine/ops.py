@@ -1,0 +1,163 @@
+"""The op table: what a Program may say. Each op is one frozen record over named buffers.
+
+A buffer holds one f32 row per token of the step: (tokens, width). `out` may name the buffer it reads only
+where the op says "in place". Weight names refer to `Program.tensors`. The numpy meaning of each op is
+`edge_runtime/backends/reference.py`; no model name survives here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"):
+    """Base of all ops."""
+
+
+class Embed(Op, tag="embed"):
+    """out[t] = weight[token_id[t]] * scale."""
+
+    out: str
+    weight: str
+    scale: float = 1.0
+
+
+class Norm(Op, tag="norm"):
+    """Normalise each run of `group` values (0 = the whole row), then scale by weight and shift by bias.
+
+    kind "rms": x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019); "layer": (x - mean) / sqrt(var + eps).
+    weight has `group` (or the row's) entries. In place allowed.
+    """
+
+    x: str
+    out: str
+    weight: str
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    group: int = 0
+    bias: str | None = None
+
+
+class Linear(Op, tag="linear"):
+    """out[t] = weight (rows, cols) @ x[t] + bias."""
+
+    x: str
+    out: str
+    weight: str
+    bias: str | None = None
+
+
+class Rope(Op, tag="rope"):
+    """Rotary embedding (Su et al. 2021), half-split order, in place on heads of `head_dim`.
+
+    The first 2*len(inv_freq) values of each head rotate, by angle position * inv_freq[i]; cos and sin are
+    multiplied by `scale` (yarn / longrope attention factor). `inv_freq` names an f32 tensor.
+    """
+
+    x: str
+    inv_freq: str
+    head_dim: int
+    scale: float = 1.0
+
+
+class KvAppend(Op, tag="kv_append"):
+    """Store the step's keys and values (tokens, kv_heads*head_dim) in cache slot `layer`, quantized."""
+
+    k: str
+    v: str
+    layer: int
+
+
+class Attention(Op, tag="attention"):
+    """Causal attention of q (tokens, heads*head_dim) over cache slot `layer`; grouped-query when heads > kv_heads.
+
+    score = scale * q.k, softcap c: c*tanh(score/c); `window` w: key j is seen from position i when i - j < w.
+    """
+
+    q: str
+    out: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Activation(Op, tag="activation"):
+    """out = f(x), or f(x) * gate_with when `up` names a second buffer (gated unit). In place on x allowed."""
+
+    x: str
+    out: str
+    kind: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    up: str | None = None
+
+
+class Add(Op, tag="add"):
+    """out = a + scale * b. In place on a allowed."""
+
+    a: str
+    b: str
+    out: str
+    scale: float = 1.0
+
+
+class Logits(Op, tag="logits"):
+    """For the step's chosen rows: logits = softcap(scale * (weight @ x + bias)). Ends a Program."""
+
+    x: str
+    weight: str
+    scale: float = 1.0
+    softcap: float | None = None
+    bias: str | None = None
+
+
+AnyOp = Embed | Norm | Linear | Rope | KvAppend | Attention | Activation | Add | Logits
+
+
+def reads(op: AnyOp) -> tuple[str, ...]:
+    """Names of the buffers an op reads."""
+    match op:
+        case Embed():
+            return ()
+        case Norm() | Linear() | Logits():
+            return (op.x,)
+        case Rope():
+            return (op.x,)
+        case KvAppend():
+            return (op.k, op.v)
+        case Attention():
+            return (op.q,)
+        case Activation():
+            return (op.x,) if op.up is None else (op.x, op.up)
+        case Add():
+            return (op.a, op.b)
+
+
+def writes(op: AnyOp) -> tuple[str, ...]:
+    """Names of the buffers an op writes."""
+    match op:
+        case KvAppend() | Logits():
+            return ()
+        case Rope():
+            return (op.x,)
+        case _:
+            return (op.out,)
+
+
+def weights(op: AnyOp) -> tuple[str, ...]:
+    """Names of the tensors an op reads."""
+    names: tuple[str | None, ...]
+    match op:
+        case Embed():
+            names = (op.weight,)
+        case Norm() | Linear() | Logits():
+            names = (op.weight, op.bias)
+        case Rope():
+            names = (op.inv_freq,)
+        case _:
+            names = ()
+    return tuple(n for n in names if n is not None)

@@ -1,0 +1,58 @@
+"""`make demo`: build the robot command planner for this machine at INT4 and ask it for three plans."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from edge_runtime import Sampling, open_engine
+
+HERE = Path(__file__).resolve().parent
+COMMANDS = (
+    "bring me the red mug from the kitchen",
+    "go to the pantry then find a sponge and put it on the kitchen table",
+    "please follow Anna to the garage",
+)
+
+
+def build(target: Path) -> None:
+    argv = ["--profile", "auto", "--weights", "int4_g64", "--kv", "int8", "-o", str(target), "--force"]
+    model = HERE / "planner" / "model"
+    print(f"$ edge-build {' '.join(argv)} {model.relative_to(HERE.parent)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "builders.cli", *argv, str(model)], check=False)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+
+
+def ask(target: Path) -> bool:
+    """Print each plan; True when every answer is a JSON list of skill calls."""
+    good = True
+    with open_engine(target) as session:
+        for command in COMMANDS:
+            answer = session.chat([{"role": "user", "content": command}], Sampling(temperature=0.0))
+            print(f"\n> {command}")
+            try:
+                plan = json.loads(answer.text)
+            except json.JSONDecodeError:
+                print(f"  not JSON: {answer.text!r}")
+                good = False
+                continue
+            for step in plan:
+                arguments = ", ".join(f"{k}={v!r}" for k, v in step.items() if k != "skill")
+                print(f"  {step['skill']}({arguments})")
+            timing = answer.timing
+            print(f"  [{len(answer.tokens)} tokens, first after {timing.ttft_ms:.1f} ms]")
+    return good
+
+
+def main() -> int:
+    target = HERE.parent / "build" / "planner-demo.edge"
+    target.parent.mkdir(exist_ok=True)
+    build(target)
+    return 0 if ask(target) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
