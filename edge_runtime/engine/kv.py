@@ -7,17 +7,20 @@ sizes and codec come from the same record as the weights'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from edge_runtime.engine.formats import ENCODINGS, Format, get_format
-from edge_runtime.engine.plan import KvPlan
-from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, nearest
+
+if TYPE_CHECKING:  # the C header is generated from this file where msgspec may be missing
+    from edge_runtime.engine.plan import KvPlan
+    from edge_runtime.engine.program import Program
 
 # Cache name -> format. int4 has zero points: values (V above all) are not centred, and a row is short.
 KV_FORMATS: dict[str, str] = {
+    "f32": "f32",  # exact: for the oracle and for evaluation, too wide to ship
     "f16": "f16",
     "int8": "int8_row",
     "int4": "int4_g32_zp",

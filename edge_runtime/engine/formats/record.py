@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.errors import BadConfig, ValueOutOfRange, nearest
+from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange, nearest
 
 Array = npt.NDArray[Any]
 Planes = Mapping[str, Array]
@@ -23,7 +23,7 @@ Per = int | Literal["row", "tensor"]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How one item of a plane is stored. `bits` per item; items narrower than a byte share bytes, low first."""
+    """How one item of a plane is stored: `bits` each; items narrower than a byte share bytes, low first."""
 
     name: str
     bits: int
@@ -77,7 +77,8 @@ class Plane:
 class Format:
     """The numbers of a stored tensor, with its slow, obvious numpy codec.
 
-    `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`.
+    `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`. The first
+    plane holds the codes, one per weight; the others (scale, zero) are the grid they are rounded to.
     `bound(values, planes)` is the closed-form bound of |value - decoded| for every element.
     """
 
@@ -87,6 +88,7 @@ class Format:
     decode_rows: Callable[[Planes, int, int], Array]
     bound: Callable[[Array, Planes], Array]
     kind: Literal["float", "int", "table"] = "float"
+    on_grid: Callable[[Array, Planes], dict[str, Array]] | None = None  # formats with scales
 
     @property
     def group(self) -> int | None:
@@ -108,20 +110,45 @@ class Format:
 
     def encode(self, values: Array) -> dict[str, Array]:
         """Encode an f32 matrix (rows, cols). Raises ValueOutOfRange on NaN/Inf or an overflowing scale."""
+        return self.encode_rows(self._checked(values))
+
+    def encode_on_grid(self, values: Array, grid: Planes) -> dict[str, Array]:
+        """Round an f32 matrix (rows, cols) to given scales (and zero points), clipping to their range.
+
+        `grid` holds every plane but the codes, in its storage dtype and shape; the result holds all planes.
+        Raises Unsupported when the format has no scales, ValueOutOfRange on a grid of wrong shape or values.
+        """
+        if self.on_grid is None:
+            raise Unsupported(f"{self.name} has no scales to round to; use encode()")
+        x = self._checked(values)
+        for plane in self.planes[1:]:
+            self._check_plane(plane, grid, *x.shape)
+        return self.on_grid(x, grid)
+
+    def check_planes(self, planes: Planes, rows: int, cols: int) -> None:
+        """Raises ValueOutOfRange naming the first plane that is missing or of wrong shape or dtype."""
+        for plane in self.planes:
+            self._check_plane(plane, planes, rows, cols)
+
+    def _checked(self, values: Array) -> Array:
         x = np.ascontiguousarray(values, dtype=np.float32)
         if x.ndim != 2 or x.size == 0:
             raise ValueOutOfRange(f"{self.name}: a matrix (rows, cols) is needed, got shape {x.shape}")
-        if not np.isfinite(x).all():
+        # min and max carry every NaN and Inf, without a mask as large as the matrix.
+        if not np.isfinite(x.min()) or not np.isfinite(x.max()):
             raise ValueOutOfRange(f"{self.name}: the tensor holds NaN or Inf; the checkpoint is damaged")
-        return self.encode_rows(x)
+        return x
+
+    def _check_plane(self, plane: Plane, planes: Planes, rows: int, cols: int) -> None:
+        want, dtype = plane.shape(rows, cols), np.dtype(ENCODINGS[plane.encoding].dtype)
+        got = planes.get(plane.name)
+        if got is None or got.shape != want or got.dtype != dtype:
+            found = "is missing" if got is None else f"is {got.dtype} {got.shape}"
+            raise ValueOutOfRange(f"{self.name}: plane {plane.name!r} {found}, expected {dtype} {want}")
 
     def decode(self, planes: Planes, rows: int, cols: int) -> Array:
-        """Decode to f32 (rows, cols). Plane shapes are checked: a wrong one is a ValueOutOfRange."""
-        for plane in self.planes:
-            want = plane.shape(rows, cols)
-            got = planes[plane.name].shape if plane.name in planes else None
-            if got != want:
-                raise ValueOutOfRange(f"{self.name}: plane {plane.name!r} has shape {got}, expected {want}")
+        """Decode to f32 (rows, cols). A plane of wrong shape or dtype is a ValueOutOfRange."""
+        self.check_planes(planes, rows, cols)
         return self.decode_rows(planes, rows, cols)
 
     def signature(self) -> str:

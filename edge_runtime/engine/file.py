@@ -1,0 +1,230 @@
+"""Reader of engine files: proves the header, then hands out views of the map. Nothing is copied.
+
+The order is: kind and size of the file, digest of the header, manifest, shapes and bounds, the very bytes of
+the tensor rows, digests of the planes. No plane is touched before the header is proved, and a refusal takes
+little more memory than the header itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+from edge_runtime.engine import header as layout
+from edge_runtime.engine import packing
+from edge_runtime.engine.header import (
+    DIGEST_AT,
+    HEADER_LIMIT,
+    MANIFEST_AT,
+    MANIFEST_END,
+    OPENING,
+    PAGE,
+    padded,
+)
+from edge_runtime.engine.manifest import SCHEMA, Manifest
+from edge_runtime.engine.packed import PackedTensor
+from edge_runtime.engine.plan import Plan
+from edge_runtime.engine.program import Program
+from edge_runtime.engine.proof import BLOB, check_manifest, plane_name
+from edge_runtime.errors import BadEngineFile, nearest
+
+HASH_THREADS = 2  # one core cannot hash as fast as an NVMe drive reads
+_DAMAGED = "the file is damaged, copy or build it again"
+_PIECE = 64 * 1024  # bytes of header looked at in one go
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePart:
+    """One model of an engine: its program, the plan made for it, and its weights as views of the map."""
+
+    program: Program
+    plan: Plan
+    weights: Mapping[str, PackedTensor]
+
+
+class Engine:
+    """An open engine file. Arrays it handed out stay valid after `close`, which only drops this handle."""
+
+    def __init__(
+        self, path: Path, manifest: Manifest, sizes: dict[str, int], data: memoryview, file_nbytes: int
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.file_nbytes = file_nbytes
+        self._sizes = sizes
+        self._offsets = layout.offsets(sizes)
+        self._data: memoryview | None = data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of planes and blobs, padding included."""
+        return sum(padded(n) for n in self._sizes.values())
+
+    def part(self, name: str) -> EnginePart:
+        """Raises BadEngineFile naming the nearest part when there is none of that name."""
+        if name not in self.manifest.parts:
+            raise BadEngineFile(f"{self.path}: no part {name!r}; {nearest(name, self.manifest.parts)}")
+        entry = self.manifest.parts[name]
+        weights = {}
+        for tensor, chosen in entry.plan.tensors.items():
+            spec = entry.program.tensors[tensor]
+            items = packing.plane_items(chosen.format, chosen.packing, spec.rows, spec.cols)
+            planes = {
+                plane: np.frombuffer(self._view(plane_name(name, tensor, plane)), dtype, count)
+                for plane, (count, dtype) in items.items()
+            }
+            weights[tensor] = PackedTensor(spec.rows, spec.cols, chosen.format, chosen.packing, planes)
+        return EnginePart(entry.program, entry.plan, weights)
+
+    def blob(self, name: str) -> memoryview:
+        """Bytes of a blob without padding. Raises BadEngineFile when there is none of that name."""
+        if name not in self.manifest.blobs:
+            raise BadEngineFile(f"{self.path}: no blob {name!r}; {nearest(name, self.manifest.blobs)}")
+        return self._view(f"{BLOB}/{name}")
+
+    def sizes(self) -> dict[str, int]:
+        """True size in bytes of every plane and blob, in file order."""
+        return dict(self._sizes)
+
+    def close(self) -> None:
+        """Let go of the map; it is unmapped when the last array of it is gone."""
+        self._data = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _view(self, plane: str) -> memoryview:
+        if self._data is None:
+            raise BadEngineFile(f"{self.path}: the engine is closed; open it again")
+        at = self._offsets[plane]
+        return self._data[at : at + self._sizes[plane]]
+
+    def _verify(self) -> None:
+        """Digests and zero padding of every plane and blob, in two threads. Raises BadEngineFile."""
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for name, fault in zip(self._sizes, pool.map(self._fault, self._sizes), strict=True):
+                if fault:
+                    raise BadEngineFile(f"plane {name!r} {fault}; {_DAMAGED}")
+
+    def _fault(self, name: str) -> str:
+        data, at, size = self._data, self._offsets[name], self._sizes[name]
+        if data is None:
+            return "is closed"
+        if any(data[at + size : at + padded(size)]):
+            return "has padding that is not zero"
+        if hashlib.sha256(data[at : at + padded(size)]).hexdigest() != self.manifest.planes[name]:
+            return "does not match its digest"
+        return ""
+
+
+def read_engine(path: str | os.PathLike[str], verify: bool = True) -> Engine:
+    """Open an engine file and prove it. `verify=False` skips only the digests of the planes' data.
+
+    Raises BadEngineFile for anything that is not a whole, undamaged engine that this version can read.
+    """
+    where = Path(path)
+    try:
+        mapped = _map(where)
+        data = memoryview(mapped)
+        at = _header_nbytes(mapped)
+        manifest, sizes = _read_header(mapped, data[:at])
+        found, wanted = len(data) - at, sum(padded(n) for n in sizes.values())
+        if found != wanted:
+            state = "truncated" if found < wanted else "longer than it says"
+            raise BadEngineFile(f"{found} bytes of data, expected {wanted}; the file is {state}")
+        engine = Engine(where, manifest, sizes, data[at:], len(data))
+        if verify:
+            engine._verify()
+        return engine
+    except BadEngineFile as error:
+        raise BadEngineFile(f"{where}: {error}") from error
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Map a regular file read-only. O_NONBLOCK: a FIFO must not hang us before we see what it is."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadEngineFile("no such file; build one with edge-build") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadEngineFile(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadEngineFile("not a regular file; an engine is one .edge file")
+        if status.st_size < PAGE:
+            raise BadEngineFile(f"truncated: {status.st_size} bytes, an engine has at least {PAGE}")
+        return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise BadEngineFile(f"cannot be mapped: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _header_nbytes(mapped: mmap.mmap) -> int:
+    if mapped[8:DIGEST_AT] != OPENING:
+        raise BadEngineFile("not an engine file (it does not begin as one); build one with edge-build")
+    total = 8 + int.from_bytes(mapped[:8], "little")
+    if total > HEADER_LIMIT or total % PAGE or total > len(mapped):
+        raise BadEngineFile(
+            f"header of {total} bytes in a file of {len(mapped)}; expected whole pages of {PAGE}, "
+            f"at most {HEADER_LIMIT}"
+        )
+    return total
+
+
+def _pieces(view: memoryview) -> Iterator[memoryview]:
+    return (view[i : i + _PIECE] for i in range(0, len(view), _PIECE))
+
+
+def _read_header(mapped: mmap.mmap, head: memoryview) -> tuple[Manifest, dict[str, int]]:
+    """Manifest and true plane sizes in file order, proved against every byte of the header."""
+    said = mapped[DIGEST_AT : DIGEST_AT + 64]
+    if layout.digest(_pieces(head[8:])).encode() != said:
+        raise BadEngineFile(f"the header does not match its digest; {_DAMAGED}")
+    end = mapped.find(MANIFEST_END, MANIFEST_AT, len(head))
+    if end < 0:
+        raise BadEngineFile("the manifest has no end")
+    manifest = _decode(layout.unescape(mapped[MANIFEST_AT : end + 1]))
+    sizes = check_manifest(manifest)
+    at = MANIFEST_AT
+    for chunk in layout.body_chunks(manifest, sizes):
+        if head[at : at + len(chunk)] != chunk:
+            raise BadEngineFile(f"the header at byte {at} is not what its manifest asks for: {chunk[:60]!r}")
+        at += len(chunk)
+    if any(piece.tobytes().strip(b" ") for piece in _pieces(head[at:])):
+        raise BadEngineFile(f"the header goes on after its end at byte {at}")
+    return manifest, sizes
+
+
+class _Schema(msgspec.Struct):
+    schema: int
+
+
+def _decode(text: bytes) -> Manifest:
+    try:
+        schema = msgspec.json.decode(text, type=_Schema).schema
+        if schema > SCHEMA:
+            raise BadEngineFile(
+                f"made by a newer version (schema {schema}, this one reads {SCHEMA}); update edge-runtime"
+            )
+        return msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:200]
+        raise BadEngineFile(f"the manifest is not valid: {reason}") from error

@@ -1,0 +1,380 @@
+"""Profile: a device as the planner and the loader see it, read strictly from one YAML file.
+
+A new device is a new file in `profiles/`; its name, aliases and the marks by which `auto` knows it are in it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+import yaml
+
+import edge_runtime
+from edge_runtime.errors import BadConfig, nearest
+
+Precision = Literal["f32", "f16", "bf16", "int8", "int4", "nf4", "fp8", "nvfp4"]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # sums of a few stay far below 2**63
+SomeBytes = Annotated[int, msgspec.Meta(ge=1, le=1 << 48)]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}$")]
+Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Text = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+MAX_FILE_BYTES = 64 * 1024  # the longest shipped profile has 4 KiB; anything larger is not a profile
+SUFFIXES = (".yaml", ".yml")
+_SIZE = re.compile(r"([0-9]{1,9})\s*(KiB|MiB|GiB)")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_FIRST_CAPABILITY = {"fp8": (8, 9), "nvfp4": (10, 0)}  # older tensor cores lack the type
+_DERIVED = {"mode_name", "memory_source", "file"}  # set by the loader or the probe, never read from a file
+
+
+class Compute(msgspec.Struct, frozen=True, kw_only=True):
+    """Dense rates in 1e12 operations per second (a multiply-add is two), by the type products are taken in.
+
+    int4 weights multiplied with int8 activations run at the `int8` rate; `int4` is for int4 times int4.
+    On a CPU `fp16` is the rate of f32 products, in which it computes all floats.
+    """
+
+    int8: Positive
+    fp16: Positive
+    int4: Positive | None = None
+    fp8: Positive | None = None
+    nvfp4: Positive | None = None
+
+
+class PowerMode(msgspec.Struct, frozen=True, kw_only=True):
+    """bandwidth_gbps in 1e9 bytes/s; gpu_mhz: cap of the GPU clock; tpcs: TPCs powered, of 2 SM each."""
+
+    mode_name: str
+    bandwidth_gbps: Positive
+    compute: Compute
+    gpu_mhz: Count | None = None
+    tpcs: Count | None = None
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """total: what the OS (unified) or the driver (discrete) shows; reserve: kept for the rest of the robot;
+    context: what the driver takes for itself when a context is made."""
+
+    total_bytes: SomeBytes
+    reserve_bytes: Bytes
+    context_bytes: Bytes
+    unified: bool
+
+
+class CudaLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """Newest CUDA, and its PTX ISA, that device code may be made with so that the device loads it."""
+
+    driver: Version
+    ptx: Version
+
+
+class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
+    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` measures them."""
+
+    bandwidth: Share
+    compute: Share
+    launch_overhead_us: Positive
+
+
+class Detect(msgspec.Struct, frozen=True, kw_only=True):
+    """How `auto` knows the device: SoC and module ids of the device tree, or the driver's GPU names."""
+
+    soc: Text | None = None
+    modules: tuple[Text, ...] = ()
+    gpu_names: tuple[Text, ...] = ()  # without the leading "NVIDIA "
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """A device. Read the figures of the power mode in use through `mode`."""
+
+    name: Word
+    title: Text
+    aliases: tuple[Word, ...] = ()
+    backend: Literal["cuda", "cpu"]
+    packing: Literal["rows", "n16k4"]
+    compute_capability: Version | None = None
+    cuda: CudaLimit | None = None
+    memory: Memory
+    precisions: tuple[Precision, ...]
+    default_mode: Text
+    power_modes: dict[str, PowerMode]
+    efficiency: Efficiency
+    detect: Detect = Detect()
+    memory_source: str = "profile"  # whose figure memory.total_bytes is
+    file: str = ""
+
+    def mode(self, name: str | None = None) -> PowerMode:
+        """The named power mode, or the default one. Raises BadConfig that names the nearest valid mode."""
+        wanted = self.default_mode if name is None else name
+        if wanted not in self.power_modes:
+            raise BadConfig(
+                f"profile {self.name!r} has no power mode {_brief(wanted)}: "
+                f"{nearest(wanted, self.power_modes)} (modes: {', '.join(self.power_modes)})"
+            )
+        return self.power_modes[wanted]
+
+    def memory_available(self) -> int:
+        """Bytes a plan may use: total less reserve. The driver's context is the plan's to add."""
+        return self.memory.total_bytes - self.memory.reserve_bytes
+
+    def supports(self, precision: str) -> bool:
+        """Whether weights of this precision class may be planned for the device."""
+        return precision in self.precisions
+
+    @property
+    def sm(self) -> int | None:
+        """Compute capability as compilers write it: 87 for "8.7", 110 for "11.0"; None without a GPU."""
+        return None if self.compute_capability is None else int(self.compute_capability.replace(".", ""))
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What a profile file of this device says; `load_profile` reads it back once dumped as YAML."""
+
+        def clean(value: object) -> object:
+            if isinstance(value, dict):
+                return {k: clean(v) for k, v in value.items() if k not in _DERIVED and v is not None}
+            return list(value) if isinstance(value, tuple) else value
+
+        plain = clean(msgspec.to_builtins(self))
+        return plain if isinstance(plain, dict) else {}
+
+
+def load_profile(name_or_path: str | Path, directory: Path | None = None) -> Profile:
+    """The profile of that name or alias, of that YAML file, or of this machine for `auto`.
+
+    A string with a slash or ending in .yaml/.yml is a path. `directory` replaces the shipped profiles.
+    Raises BadConfig; for a wrong name it names the nearest one.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(SUFFIXES):
+        return read_profile(Path(text))
+    if text == "auto":
+        from edge_runtime.engine.probe import probe_machine  # here: the probe starts from shipped profiles
+
+        return probe_machine().profile
+    files = _files(directory)
+    if text in files:
+        return _read_shipped(files[text])
+    profiles = list_profiles(directory)
+    for profile in profiles:
+        if text in profile.aliases:
+            return profile
+    names = [*(p.name for p in profiles), *(a for p in profiles for a in p.aliases), "auto"]
+    raise BadConfig(
+        f"no profile named {_brief(text)}: {nearest(text, names)} "
+        f"(profiles: {', '.join(names)}; or a path to a .yaml file)"
+    )
+
+
+def list_profiles(directory: Path | None = None) -> list[Profile]:
+    """All shipped profiles by name. Raises BadConfig when a file is bad or two claim one name or alias."""
+    profiles = [_read_shipped(path) for _, path in sorted(_files(directory).items())]
+    owner = {p.name: p for p in profiles} | {"auto": None}
+    for profile in profiles:
+        for alias in profile.aliases:
+            if alias in owner:
+                other = owner[alias]
+                raise BadConfig(
+                    f"{profile.file}: aliases: {alias!r} is already taken by "
+                    f"{other.file if other else 'the built-in name auto'}; give one of them another alias"
+                )
+            owner[alias] = profile
+    return profiles
+
+
+def read_profile(path: Path) -> Profile:
+    """Read one profile file. Raises BadConfig naming file, key, what is wrong and the nearest valid key."""
+    raw = _parse(path)
+    profile = _struct(Profile, raw, "", str(path), {"file": str(path)})
+    _check(profile)
+    return profile
+
+
+def capability_of(text: str) -> tuple[int, int]:
+    """(8, 7) for "8.7", to compare by."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _files(directory: Path | None) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in [directory] if directory is not None else list(_directories()):
+        for path in sorted(folder.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    if not found:
+        raise BadConfig(f"no profiles in {directory or 'the installed package'}; reinstall edge_runtime")
+    return found
+
+
+def _directories() -> Iterator[Path]:
+    """`_profiles` of an installed wheel, or `profiles` at the root of a source checkout."""
+    for package in map(Path, edge_runtime.__path__):
+        installed, checkout = package / "_profiles", package.parent / "profiles"
+        if installed.is_dir():
+            yield installed
+        elif (checkout / "cpu.yaml").is_file():  # else some other project's folder beside site-packages
+            yield checkout
+
+
+def _read_shipped(path: Path) -> Profile:
+    profile = read_profile(path)
+    if profile.name != path.stem:
+        raise BadConfig(f"{path}: name: {profile.name!r} must be the file's name, {path.stem!r}")
+    return profile
+
+
+def _check(p: Profile) -> None:
+    """Rules between keys."""
+
+    def fail(where: str, why: str) -> None:
+        raise BadConfig(f"{p.file}: {where}: {why}")
+
+    if not p.power_modes:
+        fail("power_modes", "at least one power mode is needed")
+    if p.default_mode not in p.power_modes:
+        closest = nearest(p.default_mode, p.power_modes)
+        fail("default_mode", f"no power mode {_brief(p.default_mode)}: {closest}")
+    if p.memory.reserve_bytes + p.memory.context_bytes >= p.memory.total_bytes:
+        fail("memory", "reserve_bytes + context_bytes leave nothing of total_bytes")
+    if len(set(p.precisions)) != len(p.precisions) or not p.precisions:
+        fail("precisions", "each precision once, and at least one")
+    if p.backend == "cuda" and p.compute_capability is None:
+        fail("compute_capability", 'missing key, needed with backend cuda (such as "8.7")')
+    if p.backend == "cuda" and p.cuda is None:
+        fail("cuda", "missing key, needed with backend cuda (driver and ptx, such as 12.6 and 8.5)")
+    if p.backend == "cpu" and (p.compute_capability is not None or p.cuda is not None):
+        fail("backend", "compute_capability and cuda have no meaning with backend cpu")
+    for precision, first in _FIRST_CAPABILITY.items():
+        if precision not in p.precisions or p.compute_capability is None:
+            continue
+        if capability_of(p.compute_capability) < first:
+            least = ".".join(map(str, first))
+            fail("precisions", f"{precision} needs compute capability {least}, not {p.compute_capability}")
+        for name, mode in p.power_modes.items():
+            if getattr(mode.compute, precision) is None:
+                fail(f"power_modes.{name}.compute", f"missing key {precision!r}, which precisions lists")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML only: anchors could make a small file large, and a key given twice hides a mistake."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="YAML aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"key {_brief(key.value)} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> object:
+    try:
+        if not path.is_file():
+            if path.exists():
+                raise BadConfig(f"{path}: not a regular file; a profile is a YAML file")
+            closest = nearest(path.stem, _files(None))
+            raise BadConfig(f"{path}: no such file; a shipped profile is given by its name alone, {closest}")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadConfig(f"{str(path)!r}: cannot be read: {error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BadConfig(f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB; a profile is a short YAML file")
+    try:
+        return yaml.load(data.decode("utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise BadConfig(f"{path}: not UTF-8 text (byte {error.start}); a profile is a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise BadConfig(f"{path}: not valid YAML{at}: {str(error.problem)[:200]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number
+        raise BadConfig(f"{path}: not valid YAML: {str(error)[:200]}") from error
+
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+
+def _struct(kind: type[_S], raw: object, where: str, file: str, given: Mapping[str, object]) -> _S:
+    dot = f"{where}." if where else ""
+    items = _mapping(raw, where or "the file", file)
+    fields = {f.name: f for f in msgspec.structs.fields(kind) if f.name not in _DERIVED}
+    for key in items:
+        if key not in fields:
+            raise BadConfig(f"{file}: {dot}{key}: unknown key; {nearest(key, fields)}")
+    for name, field in fields.items():
+        if field.required and name not in items:
+            raise BadConfig(f"{file}: {dot}{name}: missing key")
+    values = {key: _value(fields[key].type, value, dot + key, file) for key, value in items.items()}
+    return kind(**values, **given)
+
+
+def _value(kind: Any, value: object, where: str, file: str) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(option for option in get_args(kind) if option is not type(None))
+    origin = get_origin(kind)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return _struct(kind, value, where, file, {})
+    if origin is dict:
+        return {
+            name: _struct(PowerMode, item, f"{where}.{name}", file, {"mode_name": name})
+            for name, item in _mapping(value, where, file).items()
+        }
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BadConfig(f"{file}: {where}: expected a list, got {_brief(value)}")
+        return tuple(_value(get_args(kind)[0], item, f"{where}[{i}]", file) for i, item in enumerate(value))
+    if origin is Literal and isinstance(value, str) and value not in get_args(kind):
+        raise BadConfig(f"{file}: {where}: {_brief(value)} is not valid; {nearest(value, get_args(kind))}")
+    if where.endswith("_bytes") and isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if match is None:
+            expected = "expected bytes or a size such as 7619 MiB or 8 GiB"
+            raise BadConfig(f"{file}: {where}: {expected}, got {_brief(value)}")
+        value = int(match[1]) * _UNITS[match[2]]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadConfig(f"{file}: {where}: expected a finite number, got {value}")
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except (msgspec.ValidationError, OverflowError) as error:
+        quote = '; put it in quotes, such as "8.7"' if kind is Version and isinstance(value, float) else ""
+        reason = str(error)[:1].lower() + str(error)[1:]
+        raise BadConfig(f"{file}: {where}: {reason} (it is {_brief(value)}){quote}") from error
+
+
+def _mapping(raw: object, where: str, file: str) -> dict[str, object]:
+    if not isinstance(raw, dict):
+        raise BadConfig(f"{file}: {where}: expected keys and values, got {_brief(raw)}")
+    for key in raw:
+        if not isinstance(key, str):
+            raise BadConfig(f"{file}: {where}: key {_brief(key)} is not text; put it in quotes")
+    return raw
+
+
+def _brief(value: object) -> str:
+    """Short text of a value, for messages: never more than a line, whatever a file holds."""
+    if isinstance(value, dict | list):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if value is None:
+        return "nothing"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer too long to print
+        return "a huge number"
+    return text if len(text) <= 60 else text[:57] + "..."
