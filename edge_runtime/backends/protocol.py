@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_runtime.engine.formats import Array
+from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
+
+__all__ = ["Backend", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +24,6 @@ class Support:
 
     ok: bool
     why: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTensor:
-    """A weight as it lies in the engine: planes are 1-D arrays (views of the mmap) in `packing` order."""
-
-    rows: int
-    cols: int
-    format: str
-    packing: str
-    planes: Mapping[str, Array]
 
 
 @dataclass(frozen=True, slots=True)

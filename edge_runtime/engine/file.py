@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from edge_runtime.errors import BadEngineFile, nearest
 
 HASH_THREADS = 2  # one core cannot hash as fast as an NVMe drive reads
 _DAMAGED = "the file is damaged, copy or build it again"
+_WORTH_THREADS = 1 << 20  # bytes of data from which starting threads pays
 _PIECE = 64 * 1024  # bytes of header looked at in one go
 
 
@@ -117,10 +118,16 @@ class Engine:
 
     def _verify(self) -> None:
         """Digests and zero padding of every plane and blob, in two threads. Raises BadEngineFile."""
+        if self.nbytes < _WORTH_THREADS:
+            self._raise(zip(self._sizes, map(self._fault, self._sizes), strict=True))
+            return
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            for name, fault in zip(self._sizes, pool.map(self._fault, self._sizes), strict=True):
-                if fault:
-                    raise BadEngineFile(f"plane {name!r} {fault}; {_DAMAGED}")
+            self._raise(zip(self._sizes, pool.map(self._fault, self._sizes), strict=True))
+
+    def _raise(self, faults: Iterable[tuple[str, str]]) -> None:
+        for name, fault in faults:
+            if fault:
+                raise BadEngineFile(f"plane {name!r} {fault}; {_DAMAGED}")
 
     def _fault(self, name: str) -> str:
         data, at, size = self._data, self._offsets[name], self._sizes[name]
@@ -140,84 +147,110 @@ def read_engine(path: str | os.PathLike[str], verify: bool = True) -> Engine:
     """
     where = Path(path)
     try:
-        mapped = _map(where)
-        data = memoryview(mapped)
-        at = _header_nbytes(mapped)
-        manifest, sizes = _read_header(mapped, data[:at])
-        found, wanted = len(data) - at, sum(padded(n) for n in sizes.values())
-        if found != wanted:
-            state = "truncated" if found < wanted else "longer than it says"
-            raise BadEngineFile(f"{found} bytes of data, expected {wanted}; the file is {state}")
-        engine = Engine(where, manifest, sizes, data[at:], len(data))
+        fd, nbytes = _open(where)
+        try:
+            at = _header_nbytes(fd, nbytes)
+            manifest, sizes = _read_header(fd, at)
+            found, wanted = nbytes - at, sum(padded(n) for n in sizes.values())
+            if found != wanted:
+                state = "truncated" if found < wanted else "longer than it says"
+                raise BadEngineFile(f"{found} bytes of data, expected {wanted}; the file is {state}")
+            data = memoryview(mmap.mmap(fd, nbytes, access=mmap.ACCESS_READ))
+        finally:
+            os.close(fd)
+        engine = Engine(where, manifest, sizes, data[at:], nbytes)
         if verify:
             engine._verify()
         return engine
     except BadEngineFile as error:
         raise BadEngineFile(f"{where}: {error}") from error
+    except OSError as error:
+        raise BadEngineFile(f"{where}: cannot be read: {error.strerror or error}") from error
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Map a regular file read-only. O_NONBLOCK: a FIFO must not hang us before we see what it is."""
+def _open(path: Path) -> tuple[int, int]:
+    """Descriptor and size of a regular file. O_NONBLOCK: a FIFO must not hang us before we see what it is."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BadEngineFile("no such file; build one with edge-build") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise BadEngineFile(f"cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadEngineFile("not a regular file; an engine is one .edge file")
-        if status.st_size < PAGE:
-            raise BadEngineFile(f"truncated: {status.st_size} bytes, an engine has at least {PAGE}")
-        return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise BadEngineFile(f"cannot be mapped: {error}") from error
-    finally:
+    except ValueError as error:  # a NUL in the path
+        raise BadEngineFile(f"cannot be opened: {error}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
+        raise BadEngineFile("not a regular file; an engine is one .edge file")
+    return fd, status.st_size
 
 
-def _header_nbytes(mapped: mmap.mmap) -> int:
-    if mapped[8:DIGEST_AT] != OPENING:
+def _read(fd: int, at: int, nbytes: int) -> bytes:
+    """Exactly these bytes. Not through a map, so that what was looked at does not stay resident."""
+    data = os.pread(fd, nbytes, at)
+    while len(data) < nbytes:
+        more = os.pread(fd, nbytes - len(data), at + len(data))
+        if not more:
+            raise BadEngineFile(f"truncated at byte {at + len(data)}; {_DAMAGED}")
+        data += more
+    return data
+
+
+def _pieces(fd: int, at: int, end: int) -> Iterator[bytes]:
+    return (_read(fd, i, min(_PIECE, end - i)) for i in range(at, end, _PIECE))
+
+
+def _header_nbytes(fd: int, nbytes: int) -> int:
+    if nbytes < PAGE:
+        raise BadEngineFile(f"truncated: {nbytes} bytes, an engine has at least {PAGE}")
+    if _read(fd, 8, len(OPENING)) != OPENING:
         raise BadEngineFile("not an engine file (it does not begin as one); build one with edge-build")
-    total = 8 + int.from_bytes(mapped[:8], "little")
-    if total > HEADER_LIMIT or total % PAGE or total > len(mapped):
+    total = 8 + int.from_bytes(_read(fd, 0, 8), "little")
+    if total > HEADER_LIMIT or total % PAGE or total > nbytes:
         raise BadEngineFile(
-            f"header of {total} bytes in a file of {len(mapped)}; expected whole pages of {PAGE}, "
+            f"header of {total} bytes in a file of {nbytes}; expected whole pages of {PAGE}, "
             f"at most {HEADER_LIMIT}"
         )
     return total
 
 
-def _pieces(view: memoryview) -> Iterator[memoryview]:
-    return (view[i : i + _PIECE] for i in range(0, len(view), _PIECE))
-
-
-def _read_header(mapped: mmap.mmap, head: memoryview) -> tuple[Manifest, dict[str, int]]:
+def _read_header(fd: int, nbytes: int) -> tuple[Manifest, dict[str, int]]:
     """Manifest and true plane sizes in file order, proved against every byte of the header."""
-    said = mapped[DIGEST_AT : DIGEST_AT + 64]
-    if layout.digest(_pieces(head[8:])).encode() != said:
+    said = _read(fd, DIGEST_AT, 64)
+    if layout.digest(_pieces(fd, 8, nbytes)).encode() != said:
         raise BadEngineFile(f"the header does not match its digest; {_DAMAGED}")
-    end = mapped.find(MANIFEST_END, MANIFEST_AT, len(head))
-    if end < 0:
-        raise BadEngineFile("the manifest has no end")
-    manifest = _decode(layout.unescape(mapped[MANIFEST_AT : end + 1]))
+    manifest = _decode(_manifest_text(fd, nbytes), nbytes)
     sizes = check_manifest(manifest)
     at = MANIFEST_AT
+    pieces = _pieces(fd, at, nbytes)
+    window, done = b"", 0
     for chunk in layout.body_chunks(manifest, sizes):
-        if head[at : at + len(chunk)] != chunk:
-            raise BadEngineFile(f"the header at byte {at} is not what its manifest asks for: {chunk[:60]!r}")
-        at += len(chunk)
-    if any(piece.tobytes().strip(b" ") for piece in _pieces(head[at:])):
+        while len(window) - done < len(chunk) and (piece := next(pieces, b"")):
+            window, done = window[done:] + piece, 0
+        if not window.startswith(chunk, done):
+            raise BadEngineFile(
+                f"the header at byte {at} is not what its manifest asks for, {chunk[:60].decode()!r}"
+            )
+        at, done = at + len(chunk), done + len(chunk)
+    if window[done:].strip(b" ") or any(piece.strip(b" ") for piece in pieces):
         raise BadEngineFile(f"the header goes on after its end at byte {at}")
     return manifest, sizes
+
+
+def _manifest_text(fd: int, nbytes: int) -> bytes:
+    """The manifest's JSON; at no time are there more than two texts of the header's size."""
+    text = _read(fd, MANIFEST_AT, nbytes - MANIFEST_AT)
+    end = text.find(MANIFEST_END)
+    if end < 0:
+        raise BadEngineFile("the manifest has no end")
+    text = text[: end + 1]
+    return layout.unescape(text)
 
 
 class _Schema(msgspec.Struct):
     schema: int
 
 
-def _decode(text: bytes) -> Manifest:
+def _decode(text: bytes, header_nbytes: int) -> Manifest:
+    layout.check_text(text, header_nbytes)
     try:
         schema = msgspec.json.decode(text, type=_Schema).schema
         if schema > SCHEMA:

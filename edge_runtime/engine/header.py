@@ -13,21 +13,27 @@ edge_sha256 is the digest of all n bytes with its own 64 digits as zeros.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
 from edge_runtime.engine.manifest import Manifest, PartEntry
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
+from edge_runtime.errors import BadEngineFile
 
 ALIGN = 64  # of each plane
 PAGE = 4096  # of the data section
 HEADER_LIMIT = 4 << 20  # bytes, the 8 of the length included
+SLACK = 1 << 20  # a refused file may cost this much memory and twice its header
+BYTES_PER_VALUE = 88  # of memory, for each , : { [ of the densest manifest
+LONGEST = 8192  # bytes without a quote: no text or list of a manifest is longer
 
 OPENING = b'{"__metadata__":{"edge_sha256":"'
 DIGEST_AT = 8 + len(OPENING)  # offset of the 64 hex digits in the file
 MANIFEST_AT = DIGEST_AT + 64 + len(b'","edge":"')
+_BATCH = 32  # entries encoded in one go
 _BETWEEN = b'","edge":"'
 # Inside the manifest every quote follows a backslash, so this is its end and nothing else.
 MANIFEST_END = b'}"}'
@@ -43,25 +49,33 @@ def manifest_json(manifest: Manifest) -> bytes:
     return b"".join(manifest_chunks(manifest))
 
 
-def manifest_chunks(value: object) -> Iterator[bytes]:
+def manifest_chunks(value: Manifest | PartEntry | Program | Plan) -> Iterator[bytes]:
     """The canonical JSON in small pieces, so that a proof against the file's bytes needs no second copy."""
-    if isinstance(value, Manifest | PartEntry | Program | Plan):
-        for i, name in enumerate(value.__struct_fields__):
-            yield b'%s"%s":' % (b"," if i else b"{", name.encode())
-            yield from manifest_chunks(getattr(value, name))
-        yield b"}"
-    elif isinstance(value, dict) and value:
-        for i, (key, item) in enumerate(value.items()):
-            yield (b"," if i else b"{") + _ascii(msgspec.json.encode(key)) + b":"
-            yield from manifest_chunks(item)
-        yield b"}"
-    elif isinstance(value, tuple) and value:
-        for i, item in enumerate(value):
-            yield b"," if i else b"["
-            yield from manifest_chunks(item)
-        yield b"]"
-    else:
-        yield _ascii(msgspec.json.encode(value))
+    for i, name in enumerate(value.__struct_fields__):
+        yield b'%s"%s":' % (b"," if i else b"{", name.encode())
+        field = getattr(value, name)
+        if isinstance(field, Program | Plan):
+            yield from manifest_chunks(field)
+        elif isinstance(field, dict) and name == "parts":
+            for j, (part, entry) in enumerate(field.items()):
+                yield (b"," if j else b"{") + msgspec.json.encode(part) + b":"
+                yield from manifest_chunks(entry)
+            yield b"}" if field else b"{}"
+        elif isinstance(field, dict):
+            yield from _batches(list(field.items()), dict, b"{}")
+        elif isinstance(field, tuple):
+            yield from _batches(field, tuple, b"[]")
+        else:
+            yield _ascii(msgspec.json.encode(field))
+    yield b"}"
+
+
+def _batches(items: Sequence[Any], kind: type, ends: bytes) -> Iterator[bytes]:
+    yield ends[:1]
+    for i in range(0, len(items), _BATCH):
+        piece = _ascii(msgspec.json.encode(kind(items[i : i + _BATCH])))
+        yield (b"," if i else b"") + piece[1:-1]
+    yield ends[1:]
 
 
 def _ascii(encoded: bytes) -> bytes:
@@ -115,10 +129,40 @@ def body_chunks(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[bytes]
     yield from table_chunks(sizes)
 
 
+def memory_bound(text: bytes) -> int:
+    """Bytes that reading a manifest of this JSON may take: no more than `SLACK` + twice its header's size.
+
+    A dense text (`{"a":1,"b":1,...`) takes many times its size as objects, so a header must be padded until
+    its own size pays for them; only forged or very large headers ever are.
+    """
+    values = sum(text.count(mark) for mark in (b",", b":", b"{", b"["))
+    return len(text) + values * BYTES_PER_VALUE
+
+
+def check_text(text: bytes, header_nbytes: int) -> None:
+    """Refuse a manifest JSON that would take too much memory as objects. Raises BadEngineFile."""
+    bound, allowed = memory_bound(text), SLACK + 2 * header_nbytes
+    if bound > allowed:
+        raise BadEngineFile(
+            f"a manifest that takes {bound} bytes of memory in a header of {header_nbytes}; at most {allowed}"
+        )
+    for at in range(0, len(text) - LONGEST, LONGEST):
+        if text.find(b'"', at, at + LONGEST) < 0:
+            raise BadEngineFile(f"the manifest holds one text or list longer than {LONGEST} bytes at {at}")
+
+
 def render(manifest: Manifest, sizes: Mapping[str, int], least: int = 0) -> bytes:
-    """The whole header, length and padding included: a multiple of 4096 bytes, at least `least`."""
+    """The whole header, length and padding included: a multiple of 4096 bytes, at least `least`.
+
+    Raises BadEngineFile when it would be larger than HEADER_LIMIT.
+    """
     body = b"".join(body_chunks(manifest, sizes))
-    total = max(padded(MANIFEST_AT + len(body), PAGE), padded(least, PAGE))
+    text = manifest_json(manifest)
+    dense = (memory_bound(text) - SLACK + 1) // 2
+    total = padded(max(MANIFEST_AT + len(body), least, dense), PAGE)
+    if total > HEADER_LIMIT:
+        raise BadEngineFile(f"the header takes {total} bytes, at most {HEADER_LIMIT} are allowed")
+    check_text(text, total)
     header = bytearray((total - 8).to_bytes(8, "little") + OPENING + b"0" * 64 + _BETWEEN + body)
     header += b" " * (total - len(header))
     header[DIGEST_AT : DIGEST_AT + 64] = digest([header[8:]]).encode()
@@ -143,5 +187,8 @@ def digest(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
 def header_reserve(n_planes: int, manifest_nbytes: int) -> int:
     """Bytes to keep free for a header with that many planes and blobs and about `manifest_nbytes` of manifest
     JSON without its digests. Generous; a header that grows beyond it only costs a copy of the data."""
-    escapes = manifest_nbytes // 3
-    return min(padded(manifest_nbytes + escapes + n_planes * 320 + 16 * 1024, PAGE), HEADER_LIMIT)
+    text = manifest_nbytes + n_planes * 140  # a digest with its name
+    rows = n_planes * 140
+    values = manifest_nbytes // 4 + 2 * n_planes
+    dense = (text + values * BYTES_PER_VALUE - SLACK) // 2
+    return min(padded(max(text * 5 // 4 + rows, dense) + 16 * 1024, PAGE), HEADER_LIMIT)

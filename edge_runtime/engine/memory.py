@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.layout import ALIGN, lay_out
-from edge_runtime.engine.ops import Attention, Linear, Logits
+from edge_runtime.engine.ops import Attention, Linear, Logits, Rope
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape, TensorPlan
 from edge_runtime.engine.program import Program
@@ -18,6 +18,8 @@ from edge_runtime.errors import DoesNotFit
 
 SMALLEST_GROUP = 32  # activations are quantized per group; the smallest group needs most scales
 GREATEST_GROUP = 128  # columns are padded to whole groups
+TILE = 16  # keys decoded at a time
+ATTENTION_TOKENS = 4  # tokens of a sequence that attend together
 
 
 def weights_nbytes(program: Program, tensors: Mapping[str, TensorPlan]) -> int:
@@ -28,16 +30,40 @@ def weights_nbytes(program: Program, tensors: Mapping[str, TensorPlan]) -> int:
     )
 
 
+def padded_cols(program: Program) -> int:
+    """Columns of the widest matrix, padded to whole groups of any format: bytes of one token's int8 codes."""
+    cols = max(program.tensors[op.weight].cols for op in program.ops if isinstance(op, Linear | Logits))
+    return -(-cols // GREATEST_GROUP) * GREATEST_GROUP
+
+
+def attention_floats(heads_per_kv: int, head_dim: int) -> int:
+    """f32 values one thread needs to attend: two tiles of 16 rows, and query, sum, softmax lanes and maximum of
+    each query of a block of tokens. `edge_cpu_attention_floats` of kernels/cpu is the same (tested).
+    """
+    stride = -(-head_dim // TILE) * TILE
+    queries = heads_per_kv * ATTENTION_TOKENS
+    return -(-(2 * TILE * stride + queries * (2 * stride + TILE + 1)) // TILE) * TILE
+
+
+def angle_tables(program: Program) -> dict[tuple[str, float], int]:
+    """(inv_freq, scale) -> frequencies, of every table of cosines and sines that a step fills once."""
+    ropes = (op for op in program.ops if isinstance(op, Rope))
+    return {(op.inv_freq, op.scale): program.tensors[op.inv_freq].cols for op in ropes}
+
+
 def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str, int]:
     """Bytes of each scratch region of a step, each rounded up to 64.
 
-    codes/scales/sums: activations of one linear, quantized per token and group; scores: attention scores of
-    one (token, kv head) for each thread; rows: the inputs of the logits op; logits: its outputs.
+    codes/scales/sums: activations of one linear, quantized per token and group; attention: tiles and sums of
+    each thread; angles: cosines and sines of the step's positions; rows: the inputs of the logits op; logits:
+    its outputs.
     """
-    cols = max((program.tensors[op.weight].cols for op in program.ops if isinstance(op, Linear | Logits)))
-    padded = -(-cols // GREATEST_GROUP) * GREATEST_GROUP
-    heads = max((op.heads // op.kv_heads for op in program.ops if isinstance(op, Attention)), default=1)
-    width = max((op.head_dim for op in program.ops if isinstance(op, Attention)), default=1)
+    padded = padded_cols(program)
+    attention = (
+        attention_floats(op.heads // op.kv_heads, op.head_dim)
+        for op in program.ops
+        if isinstance(op, Attention)
+    )
     last = program.ops[-1]
     hidden = program.buffers[last.x] if isinstance(last, Logits) else 0
     tokens = max(step.tokens, step.logits)
@@ -45,7 +71,8 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         "codes": tokens * padded,
         "scales": tokens * (padded // SMALLEST_GROUP) * 4,
         "sums": tokens * (padded // SMALLEST_GROUP) * 4,
-        "scores": threads * (heads * step.context + 2 * width) * 4,
+        "attention": threads * max(attention, default=0) * 4,
+        "angles": step.tokens * 2 * sum(angle_tables(program).values()) * 4,
         "rows": step.logits * hidden * 4,
         "logits": step.logits * program.vocab_size * 4,
     }

@@ -16,7 +16,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """Base of all ops."""
 
 
-class Embed(Op, tag="embed"):
+class Embed(Op, frozen=True, kw_only=True, tag="embed"):
     """out[t] = weight[token_id[t]] * scale."""
 
     out: str
@@ -24,7 +24,7 @@ class Embed(Op, tag="embed"):
     scale: float = 1.0
 
 
-class Norm(Op, tag="norm"):
+class Norm(Op, frozen=True, kw_only=True, tag="norm"):
     """Normalise each run of `group` values (0 = the whole row), then scale by weight and shift by bias.
 
     kind "rms": x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019); "layer": (x - mean) / sqrt(var + eps).
@@ -40,7 +40,7 @@ class Norm(Op, tag="norm"):
     bias: str | None = None
 
 
-class Linear(Op, tag="linear"):
+class Linear(Op, frozen=True, kw_only=True, tag="linear"):
     """out[t] = weight (rows, cols) @ x[t] + bias."""
 
     x: str
@@ -49,7 +49,7 @@ class Linear(Op, tag="linear"):
     bias: str | None = None
 
 
-class Rope(Op, tag="rope"):
+class Rope(Op, frozen=True, kw_only=True, tag="rope"):
     """Rotary embedding (Su et al. 2021), half-split order, in place on heads of `head_dim`.
 
     The first 2*len(inv_freq) values of each head rotate, by angle position * inv_freq[i]; cos and sin are
@@ -62,7 +62,7 @@ class Rope(Op, tag="rope"):
     scale: float = 1.0
 
 
-class KvAppend(Op, tag="kv_append"):
+class KvAppend(Op, frozen=True, kw_only=True, tag="kv_append"):
     """Store the step's keys and values (tokens, kv_heads*head_dim) in cache slot `layer`, quantized."""
 
     k: str
@@ -70,7 +70,7 @@ class KvAppend(Op, tag="kv_append"):
     layer: int
 
 
-class Attention(Op, tag="attention"):
+class Attention(Op, frozen=True, kw_only=True, tag="attention"):
     """Causal attention of q (tokens, heads*head_dim) over cache slot `layer`; grouped-query when heads > kv_heads.
 
     score = scale * q.k, softcap c: c*tanh(score/c); `window` w: key j is seen from position i when i - j < w.
@@ -87,7 +87,7 @@ class Attention(Op, tag="attention"):
     softcap: float | None = None
 
 
-class Activation(Op, tag="activation"):
+class Activation(Op, frozen=True, kw_only=True, tag="activation"):
     """out = f(x), or f(x) * gate_with when `up` names a second buffer (gated unit). In place on x allowed."""
 
     x: str
@@ -96,7 +96,7 @@ class Activation(Op, tag="activation"):
     up: str | None = None
 
 
-class Add(Op, tag="add"):
+class Add(Op, frozen=True, kw_only=True, tag="add"):
     """out = a + scale * b. In place on a allowed."""
 
     a: str
@@ -105,7 +105,7 @@ class Add(Op, tag="add"):
     scale: float = 1.0
 
 
-class Logits(Op, tag="logits"):
+class Logits(Op, frozen=True, kw_only=True, tag="logits"):
     """For the step's chosen rows: logits = softcap(scale * (weight @ x + bias)). Ends a Program."""
 
     x: str

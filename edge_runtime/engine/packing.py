@@ -155,7 +155,8 @@ def _pack_codes(plane: Plane, planes: Planes, grid: _Grid) -> Array:
     order = _order(plane, grid)
     source = planes[plane.name]
     width = grid.groups * grid.group
-    chunks = []
+    per_panel = PANEL * width // ENCODINGS[plane.encoding].items_per_byte
+    out = np.empty(grid.panels * per_panel, "u1" if plane.encoding == "i8" else source.dtype)
     for panels, r in grid.chunks():
         count = panels.stop - panels.start
         codes = split(source[r], grid.cols) if nibble else source[r]
@@ -164,8 +165,8 @@ def _pack_codes(plane: Plane, planes: Planes, grid: _Grid) -> Array:
         full[: codes.shape[0], : grid.cols] = codes
         if "zero" in planes and width > grid.cols:
             full[: codes.shape[0], grid.cols :] = planes["zero"][r, -1:]
-        chunks.append(order.forth(full))
-    return np.concatenate(chunks) if len(chunks) > 1 else chunks[0]
+        out[panels.start * per_panel : panels.stop * per_panel] = order.forth(full)
+    return out
 
 
 def _unpack_codes(plane: Plane, packed: Array, grid: _Grid) -> Array:

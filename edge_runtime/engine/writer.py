@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import mmap
 import os
 from pathlib import Path
@@ -19,11 +20,12 @@ import numpy as np
 
 from edge_runtime.engine import header as layout
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.header import HEADER_LIMIT, PAGE, padded
+from edge_runtime.engine.header import PAGE, padded
 from edge_runtime.engine.manifest import Manifest
 from edge_runtime.engine.proof import check_manifest
 from edge_runtime.errors import BadEngineFile, BuildError
 
+_COUNT = itertools.count()  # two writers of one process may have one target
 _PIECE = 1 << 20  # bytes moved in one go when a header outgrew its reserve
 
 
@@ -71,7 +73,7 @@ class EngineWriter:
         self._sizes: dict[str, int] = {}  # in file order: true size
         self._at = self._start
         self._fd = -1
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{next(_COUNT)}.tmp")
 
     @property
     def nbytes(self) -> int:
@@ -138,9 +140,10 @@ class EngineWriter:
         not describe what was added, or when the disk fails; the target is then what it was before.
         """
         manifest = self._proved(manifest)
-        head = layout.render(manifest, self._sizes, self._start)
-        if len(head) > HEADER_LIMIT:
-            raise BuildError(f"the header takes {len(head)} bytes, at most {HEADER_LIMIT} are allowed")
+        try:
+            head = layout.render(manifest, self._sizes, self._start)
+        except BadEngineFile as error:
+            raise BuildError(f"{self.path}: {error}") from error
         try:
             self._shift(len(head))
             self._write(head, 0)

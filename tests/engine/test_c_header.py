@@ -47,23 +47,19 @@ def test_c_header_compiles_and_says_what_the_records_say(tmp_path: Path, compile
     source = tmp_path / f"reader.{suffix}"
     source.write_text(READER)
     standard = "-std=c++17" if suffix == "cpp" else "-std=c11"
-    flags = [standard, "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / "reader")]
-    subprocess.run([compiler, *flags, str(source)], check=True)
-    out = subprocess.run(
-        [tmp_path / "reader"], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-
+    options = [standard, "-Wall", "-Wextra", "-Werror", "-o", str(tmp_path / "reader")]
+    subprocess.run([compiler, *options, str(source)], check=True)
+    done = subprocess.run([tmp_path / "reader"], check=True, capture_output=True, text=True)
     want = [f"abi {abi_hash()}"]
     want += [f"nf4 {struct.unpack('<I', struct.pack('<f', v))[0]:08x}" for v in NF4]
     for name in sorted(FORMATS):
         fmt = FORMATS[name]
         scale, group = fmt.plane("scale"), fmt.group or 0
         per = {"row": -1, "tensor": -2}.get(str(scale.per), group) if scale else 0
-        flags4 = (fmt.plane("zero") is not None, fmt.planes[0].encoding == "u4o8")
+        zero, offset = fmt.plane("zero") is not None, fmt.planes[0].encoding == "u4o8"
         f32 = scale is not None and scale.encoding == "f32"
-        want.append(
-            f"fmt {name} {group} {per} {flags4[0]:d} {flags4[1]:d} {f32:d} {group or 64} {cpu_packing(name)}"
-        )
+        flags = f"{zero:d} {offset:d} {f32:d}"
+        want.append(f"fmt {name} {group} {per} {flags} {group or 64} {cpu_packing(name)}")
     want += [f"kv {name} {fmt_name}" for name, fmt_name in KV_FORMATS.items()]
     assert done.stdout.splitlines() == [*want, "id int4_g64_zp"]
 

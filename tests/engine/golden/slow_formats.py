@@ -159,8 +159,9 @@ def _e4m3(rows: list[list[float]], tensor: bool) -> dict[str, bytes]:
 
 
 NAMES = (
-    "f32", "f16", "bf16", "int8_row", "int8_g32", "int8_g64", "int8_g128", "int4_g32", "int4_g64", "int4_g128",
-    "int4_g32_zp", "int4_g64_zp", "int4_g128_zp", "fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e5m2", "nf4_g64",
+    "f32", "f16", "bf16", "int8_row", "int8_g32", "int8_g64", "int8_g128", "int4_g32", "int4_g64",
+    "int4_g128", "int4_g32_zp", "int4_g64_zp", "int4_g128_zp", "fp8_e4m3_row", "fp8_e4m3_tensor",
+    "fp8_e5m2", "nf4_g64",
 )  # fmt: skip
 
 

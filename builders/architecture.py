@@ -1,0 +1,30 @@
+"""What an architecture file gives: a Program, and how to make each of its tensors from the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.program import Program
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorSource:
+    """One tensor of a Program: checkpoint tensor `key`, or `constant` computed at build time (key is "").
+
+    rows: a slice [start, stop) of the checkpoint tensor's rows (fused projections). offset: added to every
+    value (Gemma stores norm weights as w - 1).
+    """
+
+    key: str
+    rows: tuple[int, int] | None = None
+    offset: float = 0.0
+    constant: Array | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model ready to be built; `sources` has exactly the tensors that `program.tensors` declares."""
+
+    program: Program
+    sources: dict[str, TensorSource]

@@ -1,0 +1,186 @@
+"""edge-build: a checkpoint becomes one engine file planned for one device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from builders import planner, report
+from builders.archs import read_program
+from builders.pack import engine_name
+from builders.pipeline import Options, build
+from builders.quantize import algorithms
+from builders.sources import read_config
+from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
+from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.kv import KV_FORMATS
+from edge_runtime.engine.profile import load_profile
+from edge_runtime.errors import BadConfig, DoesNotFit
+
+_EXAMPLES = (
+    "edge-build --profile orin-nano-8gb --weights int4_g64 --kv int8 path/to/model",
+    "edge-build --profile auto --weights auto -o planner.edge path/to/model",
+    "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
+    "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
+    "edge-build --profiles",
+)
+_UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "edge-build", "Turn a Hugging Face model folder into one engine file for one device.", _EXAMPLES
+    )
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help="model folder; with --dry-run also a config.json")
+    add(
+        "--profile", metavar="NAME", help="device: a name of --profiles, a .yaml file, or auto (this machine)"
+    )
+    add("--profiles", action="store_true", help="list the devices and stop")
+    add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
+    add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE-WEIGHTS.edge]")
+    add("--force", action="store_true", help="replace a file at that place that is not an engine")
+    plan = parser.add_argument_group("plan")
+    add = plan.add_argument
+    add(
+        "--weights",
+        default=planner.AUTO,
+        metavar="FORMAT",
+        help=f"auto, {', '.join(FORMATS)} [auto: best that fits]",
+    )
+    add(
+        "--head-weights",
+        metavar="FORMAT",
+        help="embedding and head [as --weights; int8_row when that is below 8 bits]",
+    )
+    add(
+        "--kv",
+        default="int8",
+        metavar="FORMAT",
+        help=f"{', '.join(KV_FORMATS)}, or K,V such as int8,int4 [int8]",
+    )
+    add("--context", type=int, metavar="N", help="longest sequence, tokens [the model's, at most 4096]")
+    add("--sequences", type=int, default=4, metavar="N", help="sequences served at once [4]")
+    add(
+        "--kv-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that the KV cache holds for all of them [--context]",
+    )
+    add(
+        "--step-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of one step; sizes the buffers [128]",
+    )
+    add("--page-tokens", type=int, default=16, metavar="N", help="tokens of a KV page, 16 or 32 [16]")
+    add("--power-mode", metavar="MODE", help="power mode of the profile to predict for [its default]")
+    quality = parser.add_argument_group("quality")
+    add = quality.add_argument
+    add(
+        "--algorithm",
+        default="rtn",
+        metavar="NAME",
+        help=f"how values are chosen: {', '.join(algorithms())} [rtn]",
+    )
+    add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
+    add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
+    add("--no-eval", action="store_true", help="do not measure perplexity and KL")
+    add("--keep-json", type=Path, metavar="FOLDER", help="leave one JSON of every phase there")
+    return parser
+
+
+def run(args: argparse.Namespace) -> Answer:
+    if args.profiles:
+        return profiles_answer()
+    for option, value in (("MODEL", args.model), ("--profile", args.profile)):
+        if not value:
+            raise BadConfig(f"{option} is missing (see edge-build --help)")
+    request = _request(args)
+    return dry_run(args, request) if args.dry_run else _build(args, request)
+
+
+def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
+    """The plan of a config.json; weights are neither needed nor read."""
+    profile = load_profile(args.profile)
+    config, name = read_config(args.model)
+    program = read_program(config, context=request.context).program
+    program.check()
+    plan, resolved = planner.choose(program, profile, request)
+    changes = [] if planner.fits(plan) else planner.changes_that_fit(program, profile, resolved)
+    error = None
+    if not planner.fits(plan):
+        error = DoesNotFit(
+            f"{name} does not fit {profile.name}; {planner.advice(changes)}",
+            need=plan.memory.need,
+            have=plan.memory.have,
+            source=profile.memory_source,
+        )
+    text = report.plan_text(name, program, plan, resolved, profile, changes)
+    return Answer(report.plan_data(name, program, plan, resolved, changes), text, error)
+
+
+def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
+    if args.eval_tokens < 2:
+        raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
+    model = Path(args.model)
+    output = args.output
+    if output is None:
+        output = Path(
+            f"{engine_name(model.resolve().name)}-{engine_name(str(args.profile))}-{args.weights}.edge"
+        )
+    options = Options(
+        model=model,
+        output=output,
+        profile=args.profile,
+        request=request,
+        algorithm=args.algorithm,
+        text=args.eval,
+        text_tokens=args.eval_tokens,
+        measure=not args.no_eval,
+        force=args.force,
+        keep_json=args.keep_json,
+        recipe=_recipe(args),
+    )
+    with report.ProgressBar() as bar:
+        done = build(options, bar)
+    for notice in done.notices:
+        progress(f"note: {notice}")
+    return Answer(report.build_data(done), report.build_text(done))
+
+
+def _request(args: argparse.Namespace) -> planner.Request:
+    k, _, v = args.kv.partition(",")
+    return planner.Request(
+        weights=args.weights,
+        head_weights=args.head_weights,
+        kv_k=k,
+        kv_v=v or k,
+        context=args.context,
+        sequences=args.sequences,
+        kv_tokens=args.kv_tokens,
+        step_tokens=args.step_tokens,
+        page_tokens=args.page_tokens,
+        power_mode=args.power_mode,
+    )
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, str]:
+    """What was asked for, by option name; of files only the name, so that no path enters the engine."""
+    given = {k: v for k, v in sorted(vars(args).items()) if k not in _UNRECORDED and v not in (None, False)}
+    return {
+        k.replace("_", "-"): v.name if isinstance(v, Path) else str(v).rsplit("/", 1)[-1]
+        for k, v in given.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of edge-build; returns the exit code."""
+    return run_command(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

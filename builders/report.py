@@ -1,0 +1,192 @@
+"""What edge-build shows: a progress bar on stderr, the plan's table, the final report; both as plain data."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from builders.pipeline import Report, Watcher
+from builders.planner import Change, Request
+from edge_runtime.cli.output import size, table
+from edge_runtime.engine.plan import Plan
+from edge_runtime.engine.profile import Profile
+from edge_runtime.engine.program import Program
+
+_ROWS = (
+    ("weights", "weights"),
+    ("kv", "KV cache"),
+    ("buffers", "buffers"),
+    ("draft", "draft"),
+    ("device_code", "device code"),
+    ("context", "context (driver)"),
+)
+_WORST = 5  # tensors of lowest SQNR in the report
+
+
+class ProgressBar(Watcher):
+    """One bar for each phase, on stderr; a terminal sees it move, a log only the finished phases."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._moving = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[what]}", markup=False),
+            console=console,
+            disable=not self._moving,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str, steps: int) -> None:
+        self._task = self._bar.add_task(name, total=steps, what="")
+        if not self._moving:
+            print(f"{name} ({steps})", file=sys.stderr, flush=True)
+
+    def step(self, what: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, what=what)
+
+
+def formats_of(program: Program, plan: Plan) -> dict[str, str]:
+    """role -> format of the plan (every tensor of a role has the same one); vectors are always f32."""
+    return {
+        program.tensors[n].role: t.format
+        for n, t in plan.tensors.items()
+        if program.tensors[n].role != "vector"
+    }
+
+
+def plan_data(
+    name: str, program: Program, plan: Plan, request: Request, changes: list[Change]
+) -> dict[str, Any]:
+    """The plan as one object of plain values; `fits` and `changes` say what to do."""
+    memory = plan.memory
+    return {
+        "model": name,
+        "profile": plan.profile,
+        "power_mode": plan.power_mode,
+        "parameters": parameters(program),
+        "weights": request.weights,
+        "formats": formats_of(program, plan),
+        "kv": {"k": plan.kv.k, "v": plan.kv.v, "page_tokens": plan.kv.page_tokens, "pages": plan.kv.pages},
+        "step": msgspec.to_builtins(plan.step),
+        "memory": {**msgspec.to_builtins(memory), "need": memory.need, "have": memory.have},
+        "predicted": msgspec.to_builtins(plan.predicted),
+        "fits": memory.need <= memory.have,
+        "changes": [{"options": c.options, "need": c.need} for c in changes],
+    }
+
+
+def parameters(program: Program) -> int:
+    return sum(s.size for s in program.tensors.values() if s.role != "vector")
+
+
+def plan_text(
+    name: str, program: Program, plan: Plan, request: Request, profile: Profile, changes: list[Change]
+) -> str:
+    """The table of a dry run."""
+    memory, predicted = plan.memory, plan.predicted
+    fit = memory.need <= memory.have
+    spare = memory.have - memory.need
+    left = f"yes, {size(spare)} left" if fit else f"NO, {size(-spare)} too much"
+    formats = ", ".join(f"{role} {fmt}" for role, fmt in formats_of(program, plan).items())
+    kv = plan.kv.k if plan.kv.k == plan.kv.v else f"{plan.kv.k},{plan.kv.v}"
+    rows: list[tuple[str, str]] = [(label, size(getattr(memory, key))) for key, label in _ROWS]
+    rows += [
+        ("need", size(memory.need)),
+        ("reserve", size(memory.reserve)),
+        (f"have ({size(memory.total)} - reserve)", size(memory.have)),
+    ]
+    lines = [
+        f"{name}: {parameters(program) / 1e6:.1f} M parameters on {profile.title}, mode {plan.power_mode}",
+        f"formats: {formats}; KV {kv}",
+        f"context {plan.step.context}, KV cache for {plan.kv.pages * plan.kv.page_tokens} tokens, "
+        f"{plan.step.sequences} sequences, steps of {plan.step.tokens} tokens",
+        "",
+        table(rows, ("memory", "size"), right=(1,)),
+        "",
+        f"fits: {left}",
+        f"predicted: {predicted.decode_tokens_per_s:.1f} tokens/s at half the context, "
+        f"first token of a {predicted.prompt_tokens}-token prompt after {predicted.first_token_ms:.0f} ms",
+    ]
+    if changes:
+        lines += ["", "what would make it fit:"]
+        for change in changes:
+            way = " ".join(f"--{k} {v}" for k, v in change.options.items())
+            lines.append(f"  {way}  (needs {size(change.need)})")
+    elif not fit:
+        lines += ["", "no format, context or KV format makes it fit; take a larger device or a smaller model"]
+    return "\n".join(lines)
+
+
+def build_data(report: Report) -> dict[str, Any]:
+    """The finished build as one object of plain values."""
+    manifest = report.manifest
+    (entry,) = manifest.parts.values()
+    memory = entry.plan.memory
+    return {
+        "path": str(report.path),
+        "bytes": report.nbytes,
+        "bits_per_weight": bits_per_weight(report),
+        "formats": dict(Counter(t.format for t in entry.plan.tensors.values())),
+        "quality": None if manifest.quality is None else msgspec.to_builtins(manifest.quality),
+        "known_answer": None if manifest.known_answer is None else msgspec.to_builtins(manifest.known_answer),
+        "plan": {
+            "profile": entry.plan.profile,
+            "power_mode": entry.plan.power_mode,
+            "kv": msgspec.to_builtins(entry.plan.kv),
+            "step": msgspec.to_builtins(entry.plan.step),
+            "memory": {**msgspec.to_builtins(memory), "need": memory.need, "have": memory.have},
+            "predicted": msgspec.to_builtins(entry.plan.predicted),
+        },
+        "seconds": {phase: round(s, 3) for phase, s in report.seconds.items()},
+        "notices": report.notices,
+    }
+
+
+def bits_per_weight(report: Report) -> float:
+    """Bytes of all weights as stored, over all matrix weights."""
+    (entry,) = report.manifest.parts.values()
+    return 8.0 * entry.plan.memory.weights / parameters(entry.program)
+
+
+def build_text(report: Report) -> str:
+    """The final report for people."""
+    manifest = report.manifest
+    (entry,) = manifest.parts.values()
+    plan, quality = entry.plan, manifest.quality
+    formats = ", ".join(f"{role} {fmt}" for role, fmt in formats_of(entry.program, plan).items())
+    rows = [
+        ("engine", str(report.path)),
+        ("size", f"{size(report.nbytes)}, {bits_per_weight(report):.2f} bits per weight as stored"),
+        ("formats", formats),
+        ("memory", f"needs {size(plan.memory.need)} of {size(plan.memory.have)} on {plan.profile}"),
+        ("predicted", f"{plan.predicted.decode_tokens_per_s:.1f} tokens/s in mode {plan.power_mode}"),
+    ]
+    if quality is not None:
+        rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
+        rows += [
+            ("text", f"{quality.text}, {quality.tokens} tokens predicted"),
+            ("perplexity", f"{quality.perplexity:.3f} (f32 {quality.perplexity_f32:.3f}, {rise:+.2f}%)"),
+            ("KL to f32", f"mean {quality.kl_mean:.5f}, 99th percentile {quality.kl_p99:.5f} nats"),
+            ("same top token", f"{100.0 * quality.top1_agreement:.2f}%"),
+        ]
+        worst = sorted(quality.sqnr_db.items(), key=lambda item: item[1])[:_WORST]
+        rows += [("lowest SQNR" if i == 0 else "", f"{db:6.2f} dB  {n}") for i, (n, db) in enumerate(worst)]
+    rows.append(("time", ", ".join(f"{phase} {s:.1f} s" for phase, s in report.seconds.items())))
+    return table(rows)

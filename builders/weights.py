@@ -1,0 +1,133 @@
+"""The two sides of a build: f32 weights as the checkpoint has them, and as an engine's planes decode.
+
+Both give a whole tensor or a block of its rows, so that nothing larger than a block need lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from builders.architecture import Architecture
+from builders.sources import Source
+from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.packing import plane_items, unpack
+from edge_runtime.engine.plan import TensorPlan
+from edge_runtime.engine.program import Program
+from edge_runtime.errors import BadCheckpoint
+
+_BLOCK_ITEMS = 1 << 20  # f32 values of one block of rows
+
+
+class Weights(Protocol):
+    """A provider for the reference executor, which calls it for whole tensors and `rows` for embeddings."""
+
+    program: Program
+
+    def __call__(self, name: str) -> Array:
+        """f32 (rows, cols) of a tensor of the program."""
+        ...
+
+    def block(self, name: str, start: int, stop: int) -> Array:
+        """f32 rows [start, stop) of it."""
+        ...
+
+    def rows(self, name: str, ids: Array) -> Array:
+        """f32 rows of it by number: (len(ids), cols)."""
+        ...
+
+
+def row_blocks(rows: int, cols: int, items: int = _BLOCK_ITEMS) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of whole rows of about `items` values."""
+    step = max(1, items // cols)
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class CheckpointWeights:
+    """Weights of a checkpoint in the program's names: row slices, norm offsets and constants applied."""
+
+    def __init__(self, architecture: Architecture, source: Source) -> None:
+        self.program = architecture.program
+        self._sources = architecture.sources
+        self._source = source
+        self._check()
+
+    def __call__(self, name: str) -> Array:
+        return self.block(name, 0, self.program.tensors[name].rows)
+
+    def block(self, name: str, start: int, stop: int) -> Array:
+        spec, made = self.program.tensors[name], self._sources[name]
+        if made.constant is not None:
+            return np.asarray(made.constant, np.float32).reshape(spec.rows, spec.cols)[start:stop]
+        if spec.role == "vector":  # stored as (n,), or as a slice of a fused bias
+            values = self._source.tensor(made.key, made.rows).reshape(1, spec.cols)
+        else:
+            first = made.rows[0] if made.rows else 0
+            values = self._source.tensor(made.key, (first + start, first + stop))
+        return values + np.float32(made.offset) if made.offset else values
+
+    def rows(self, name: str, ids: Array) -> Array:
+        unique, places = np.unique(ids, return_inverse=True)
+        return np.concatenate([self.block(name, int(i), int(i) + 1) for i in unique])[places]
+
+    def _check(self) -> None:
+        """Every tensor exists with the shape that the config promises, before any work is done."""
+        for name, made in self._sources.items():
+            if made.constant is not None:
+                continue
+            spec = self.program.tensors[name]
+            shape = self._source.entry(made.key).shape
+            if made.rows is not None and shape:
+                start, stop = made.rows
+                shape = (stop - start if stop <= shape[0] else -1, *shape[1:])
+            want = (spec.rows, spec.cols)
+            if shape != want and not (spec.role == "vector" and shape == want[1:]):
+                found = self._source.entry(made.key).shape
+                raise BadCheckpoint(
+                    f"{made.key!r} has shape {found}, the config promises {want} for {name!r}"
+                )
+
+
+class EngineWeights:
+    """Weights as the planes of an engine decode; `planes(tensor)` gives its packed planes."""
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, TensorPlan],
+        planes: Callable[[str], Mapping[str, Array]],
+    ) -> None:
+        self.program = program
+        self._tensors = tensors
+        self._planes = planes
+        self._last: tuple[str, dict[str, Array]] | None = None
+
+    def __call__(self, name: str) -> Array:
+        return self.block(name, 0, self.program.tensors[name].rows)
+
+    def block(self, name: str, start: int, stop: int) -> Array:
+        return self._decode(name, slice(start, stop), stop - start)
+
+    def rows(self, name: str, ids: Array) -> Array:
+        return self._decode(name, ids, len(ids))
+
+    def _decode(self, name: str, which: slice | Array, count: int) -> Array:
+        fmt = get_format(self._tensors[name].format)
+        planes = {
+            key: plane if fmt.plane(key).per == "tensor" else plane[which]  # type: ignore[union-attr]
+            for key, plane in self._unpacked(name).items()
+        }
+        return fmt.decode(planes, count, self.program.tensors[name].cols)
+
+    def _unpacked(self, name: str) -> dict[str, Array]:
+        """Codec planes of a tensor; the last one is kept, for it is asked for block by block."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            spec, plan = self.program.tensors[name], self._tensors[name]
+            items = plane_items(plan.format, plan.packing, spec.rows, spec.cols)
+            stored = self._planes(name)
+            packed = {key: stored[key].view(dtype)[:n] for key, (n, dtype) in items.items()}
+            self._last = name, unpack(plan.format, plan.packing, packed, spec.rows, spec.cols)
+        return self._last[1]

@@ -1,0 +1,161 @@
+"""ctypes mirror of kernels/include/edge_cpu.h; `edge_cpu_records()` proves that both have the same sizes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+
+VERSION = 1  # EDGE_CPU_VERSION
+
+SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
+SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
+
+# enum edge_op_kind
+EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION, SILU, GELU, GELU_TANH, RELU, ADD, LOGITS = range(
+    13
+)
+
+# enum edge_status
+OK, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
+BAD_TOKEN, BAD_POSITION, BAD_SEQUENCE, BAD_PAGE, BAD_LOGIT_ROW, TWICE, BAD_SIZE = range(3, 10)
+
+
+class Matrix(Structure):
+    """edge_matrix"""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("encoding", c_int32),
+        ("scale_per", c_int32),
+        ("group", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class Kv(Structure):
+    """edge_kv"""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("encoding", c_int32),
+        ("row_bytes", c_int32),
+        ("row_scales", c_int32),
+        ("group", c_int32),
+    ]
+
+
+class Cache(Structure):
+    """edge_cache"""
+
+    _fields_ = [("k", Kv), ("v", Kv), ("kv_heads", c_int32), ("head_dim", c_int32)]
+
+
+class Op(Structure):
+    """edge_op"""
+
+    _fields_ = [
+        ("kind", c_int32),
+        ("layer", c_int32),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("out", c_void_p),
+        ("vec", c_void_p),
+        ("bias", c_void_p),
+        ("weight", Matrix),
+        ("x_width", c_int64),
+        ("out_width", c_int64),
+        ("group", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("window", c_int32),
+        ("freqs", c_int32),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("angles", c_int32),
+    ]
+
+
+class Scratch(Structure):
+    """edge_scratch"""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("attention", c_void_p),
+        ("angles", c_void_p),
+        ("rows", c_void_p),
+        ("logits", c_void_p),
+        ("code_stride", c_int64),
+        ("group_stride", c_int64),
+        ("attention_stride", c_int64),
+    ]
+
+
+class ProgramRecord(Structure):
+    """edge_program"""
+
+    _fields_ = [
+        ("ops", POINTER(Op)),
+        ("cache", POINTER(Cache)),
+        ("tables", POINTER(Op)),
+        ("scratch", Scratch),
+        ("op_count", c_int32),
+        ("cache_count", c_int32),
+        ("table_count", c_int32),
+        ("vocab", c_int32),
+        ("context", c_int32),
+        ("page_tokens", c_int32),
+        ("pages", c_int32),
+        ("max_tokens", c_int32),
+        ("max_sequences", c_int32),
+        ("max_logits", c_int32),
+        ("threads", c_int32),
+        ("simd", c_int32),
+    ]
+
+
+class Batch(Structure):
+    """edge_batch"""
+
+    _fields_ = [
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("sequence", c_void_p),
+        ("page_tables", c_void_p),
+        ("logit_rows", c_void_p),
+        ("token_count", c_int32),
+        ("sequence_count", c_int32),
+        ("pages_per_sequence", c_int32),
+        ("logit_count", c_int32),
+        ("index", c_int32),
+        ("value", c_int32),
+    ]
+
+
+RECORDS = VERSION << 32 | ctypes.sizeof(Op) << 16 | ctypes.sizeof(ProgramRecord)
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the library's functions their types. Raises AttributeError when one is missing."""
+    signatures = {
+        "edge_cpu_abi": (ctypes.c_uint64, []),
+        "edge_cpu_records": (ctypes.c_uint64, []),
+        "edge_cpu_features": (ctypes.c_uint32, []),
+        "edge_cpu_attention_floats": (c_int64, [c_int32, c_int32]),
+        "edge_cpu_create": (c_void_p, [POINTER(ProgramRecord)]),
+        "edge_cpu_forward": (c_int32, [c_void_p, POINTER(Batch)]),
+        "edge_cpu_destroy": (None, [c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

@@ -1,0 +1,273 @@
+"""The oracle: every op of a Program in numpy at f32, op by op, with every format. Slow is fine.
+
+Matrix products are BLAS's, whose rounding depends on the shape; so unlike the other backends this one repeats
+a token's numbers to f32 rounding, not to the bit, when the step around it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from edge_runtime.backends import numpy_ops
+from edge_runtime.backends.batch import check_batch
+from edge_runtime.backends.numpy_cache import KvArena
+from edge_runtime.backends.protocol import PackedTensor, Part, StepBatch, Support
+from edge_runtime.engine.formats import FORMATS, Array, get_format
+from edge_runtime.engine.ops import (
+    Activation,
+    Add,
+    AnyOp,
+    Attention,
+    Embed,
+    KvAppend,
+    Linear,
+    Logits,
+    Norm,
+    Rope,
+)
+from edge_runtime.engine.packing import unpack
+from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.program import Program
+from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported, nearest
+
+Provider = Callable[[str], Array]
+PANEL = 16  # rows that the n16 and n16k4 packings keep together
+KEEP_BYTES = 1 << 30  # decoded weights that a loaded engine keeps; the rest is decoded at each use
+
+
+@runtime_checkable
+class RowProvider(Protocol):
+    """A provider that also gives single rows of a tensor, f32 (len(ids), cols): for embeddings."""
+
+    def rows(self, name: str, ids: Array) -> Array: ...
+
+
+class ReferenceExecutor:
+    """Runs a Program with f32 weights that `provider(name)` gives, (rows, cols), each time an op needs one.
+
+    With a lazy provider only one tensor is alive at a time, so a model larger than memory can be evaluated.
+    """
+
+    def __init__(self, program: Program, provider: Provider, kv: KvPlan, step: StepShape) -> None:
+        program.check()
+        self._program = program
+        self._provider = provider
+        self._kv = kv
+        self._step = step
+        self._arena: KvArena | None = KvArena(program, kv)
+        self._buffers: dict[str, Array] = {}
+
+    def forward(self, batch: StepBatch) -> Array:
+        """Logits f32 (L, vocab) of `batch.logit_rows`. Raises BadRequest, or NumericError on NaN/Inf."""
+        hidden = self.run_hidden(batch)
+        return self.logits(hidden[batch.logit_rows])
+
+    def run_hidden(self, batch: StepBatch) -> Array:
+        """Run the step and give the logits op's input for ALL its tokens, f32 (T, hidden).
+
+        With `logits`, an evaluation takes the logits of a long text in pieces that fit into memory.
+        """
+        if self._arena is None:
+            raise BackendUnavailable("this executor is closed")
+        check_batch(batch, self._program, self._kv, self._step)
+        # Overflow is found by the finite checks below, not by a warning
+        with np.errstate(over="ignore", invalid="ignore"):
+            for op in self._program.ops[:-1]:
+                self._run(op, batch, self._arena)
+        hidden = self._buffers[self._head.x]
+        self._buffers = {}
+        _finite(hidden, "the final hidden state")
+        return hidden
+
+    def logits(self, hidden: Array) -> Array:
+        """Logits f32 (rows, vocab) of hidden rows (rows, hidden). Raises NumericError on NaN/Inf."""
+        op = self._head
+        with np.errstate(over="ignore", invalid="ignore"):
+            out = hidden @ self._provider(op.weight).T
+            if op.bias is not None:
+                out += self._provider(op.bias)
+            out *= np.float32(op.scale)
+            if op.softcap is not None:
+                out = numpy_ops.capped(out, op.softcap)
+        _finite(out, "the logits")
+        return np.asarray(out, np.float32)
+
+    def copy_page(self, source: int, target: int) -> None:
+        if self._arena is None:
+            raise BackendUnavailable("this executor is closed")
+        self._arena.copy_page(source, target)
+
+    @property
+    def memory_bytes(self) -> int:
+        """KV arena and decoded weights. Buffers come and go with numpy and are not counted."""
+        kept = getattr(self._provider, "nbytes", 0)
+        return (self._arena.nbytes if self._arena is not None else 0) + int(kept)
+
+    def close(self) -> None:
+        self._arena = None
+        self._provider = _closed
+
+    @property
+    def _head(self) -> Logits:
+        op = self._program.ops[-1]
+        assert isinstance(op, Logits)  # program.check() proved it
+        return op
+
+    def _run(self, op: AnyOp, batch: StepBatch, arena: KvArena) -> None:
+        b, weight = self._buffers, self._provider
+        match op:
+            case Embed():
+                if isinstance(weight, RowProvider):
+                    rows = weight.rows(op.weight, batch.tokens)
+                else:
+                    rows = weight(op.weight)[batch.tokens]
+                b[op.out] = rows * np.float32(op.scale)
+            case Norm():
+                shift = None if op.bias is None else weight(op.bias)[0]
+                b[op.out] = numpy_ops.norm(b[op.x], weight(op.weight)[0], shift, op.eps, op.kind, op.group)
+            case Linear():
+                out = b[op.x] @ weight(op.weight).T
+                if op.bias is not None:
+                    out += weight(op.bias)
+                b[op.out] = out
+            case Rope():
+                table = weight(op.inv_freq)[0]
+                b[op.x] = numpy_ops.rope(b[op.x], batch.positions, table, op.head_dim, op.scale)
+            case KvAppend():
+                slot = self._program.cache[op.layer]
+                pages = batch.page_tables[batch.sequence, batch.positions // self._kv.page_tokens]
+                slots = batch.positions % self._kv.page_tokens
+                for which, name in (("k", op.k), ("v", op.v)):
+                    rows = b[name].reshape(-1, slot.kv_heads, slot.head_dim)
+                    arena.append(op.layer, which, rows, pages, slots)
+            case Attention():
+                b[op.out] = self._attention(op, batch, arena)
+            case Activation():
+                out = numpy_ops.activation(b[op.x], op.kind)
+                b[op.out] = out if op.up is None else out * b[op.up]
+            case Add():
+                b[op.out] = b[op.a] + np.float32(op.scale) * b[op.b]
+            case Logits():
+                pass  # `logits` does it, for the rows that are wanted
+
+    def _attention(self, op: Attention, batch: StepBatch, arena: KvArena) -> Array:
+        q = self._buffers[op.q].reshape(-1, op.heads, op.head_dim)
+        out = np.empty((len(q), op.heads * op.head_dim), np.float32)
+        size = self._kv.page_tokens
+        for s in np.unique(batch.sequence):
+            mine = np.flatnonzero(batch.sequence == s)
+            positions = batch.positions[mine]
+            # Keys that any of these tokens can see: the window's start (whole pages) to the last position
+            first = 0 if op.window is None else max(int(positions.min()) - op.window + 1, 0)
+            first_page, end = first // size, int(positions.max()) + 1
+            pages = batch.page_tables[s, first_page : -(-end // size)]
+            if (pages < 0).any():
+                hole = (first_page + int(np.argmax(pages < 0))) * size
+                raise BadRequest(f"sequence {s} has no page for position {hole}, which its tokens attend to")
+            used = end - first_page * size
+            keys = arena.read(op.layer, "k", pages, op.head_dim)[:used]
+            values = arena.read(op.layer, "v", pages, op.head_dim)[:used]
+            out[mine] = numpy_ops.attention(
+                q[mine],
+                keys,
+                values,
+                positions,
+                first_page * size,
+                scale=op.scale,
+                window=op.window,
+                softcap=op.softcap,
+            )
+        return out
+
+
+class DecodedWeights:
+    """Weights of an engine as f32: kept decoded up to `keep` bytes, in program order; decoded anew beyond."""
+
+    def __init__(self, weights: Mapping[str, PackedTensor], keep: int = KEEP_BYTES) -> None:
+        self._weights = weights
+        self._kept: dict[str, Array] = {}
+        for name, tensor in weights.items():
+            size = tensor.rows * tensor.cols * 4
+            if size <= keep:
+                self._kept[name] = decode(tensor)
+                keep -= size
+
+    def __call__(self, name: str) -> Array:
+        return self._kept[name] if name in self._kept else decode(self._weights[name])
+
+    def rows(self, name: str, ids: Array) -> Array:
+        return self._kept[name][ids] if name in self._kept else decode_rows(self._weights[name], ids)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self._kept.values())
+
+
+def decode(tensor: PackedTensor) -> Array:
+    """A stored tensor as f32 (rows, cols)."""
+    planes = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)
+    return get_format(tensor.format).decode(planes, tensor.rows, tensor.cols)
+
+
+def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
+    """Rows `ids` of a stored tensor, f32 (len(ids), cols), without decoding the others."""
+    fmt = get_format(tensor.format)
+    height = 1 if tensor.packing == "rows" else PANEL
+    panels = -(-tensor.rows // height)
+    wanted, place = np.unique(ids // height, return_inverse=True)
+    part = {
+        p.name: tensor.planes[p.name]
+        if p.per == "tensor"
+        else np.asarray(tensor.planes[p.name]).reshape(panels, -1)[wanted].reshape(-1)
+        for p in fmt.planes
+    }
+    count = len(wanted) * height
+    values: Array = fmt.decode(
+        unpack(tensor.format, tensor.packing, part, count, tensor.cols), count, tensor.cols
+    )
+    out: Array = values[place.reshape(-1) * height + ids % height]
+    return out
+
+
+def _finite(values: Array, what: str) -> None:
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
+        raise NumericError(f"{what} of row {row} holds NaN or Inf; no token was emitted")
+
+
+def _closed(name: str) -> Array:
+    raise BackendUnavailable("this executor is closed")
+
+
+class ReferenceBackend:
+    """numpy; runs every op and every format, whatever the packing."""
+
+    name = "reference"
+    packing: Mapping[str, str] = {fmt: "rows" for fmt in FORMATS}
+
+    def available(self) -> Support:
+        return Support(True)
+
+    def supports(self, program: Program, formats: Mapping[str, str]) -> Support:
+        for tensor, fmt in formats.items():
+            if fmt not in FORMATS:
+                return Support(
+                    False, f"tensor {tensor!r} has the unknown format {fmt!r}; {nearest(fmt, FORMATS)}"
+                )
+        missing = sorted(set(program.tensors) - set(formats))
+        if missing:
+            return Support(False, f"tensor {missing[0]!r} of the program has no format")
+        return Support(True)
+
+    def load(self, part: Part, *, threads: int = 0) -> ReferenceExecutor:
+        """`threads` has no effect: BLAS has its own pool. Raises Unsupported."""
+        answer = self.supports(part.program, {name: t.format for name, t in part.weights.items()})
+        if not answer.ok:
+            raise Unsupported(f"the reference backend cannot run this engine: {answer.why}")
+        return ReferenceExecutor(part.program, DecodedWeights(part.weights), part.kv, part.step)
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,345 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "codec.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace edge {
+namespace {
+
+constexpr int64_t kChunkBytes = 128 << 10;  // weights of one unit of work: stay in L2 while token blocks pass
+
+// Denormals as IEEE says, whatever the host program set for its thread: results must not depend on it.
+class FloatMode {
+  public:
+#if defined(__x86_64__)
+    FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+    ~FloatMode() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#elif defined(__aarch64__)
+    FloatMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" ::"r"(static_cast<uint64_t>(0)));
+    }
+    ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+  private:
+    uint64_t saved_;
+#endif
+};
+
+int64_t panels_of(const edge_matrix& w) { return (w.rows + kPanel - 1) / kPanel; }
+
+int64_t padded_cols(const edge_matrix& w) { return (w.cols + w.group - 1) / w.group * w.group; }
+
+int64_t panel_bytes(const edge_matrix& w) {
+    const int64_t items = padded_cols(w) * kPanel;
+    switch (w.encoding) {
+        case EDGE_ENC_F32: return items * 4;
+        case EDGE_ENC_F16:
+        case EDGE_ENC_BF16: return items * 2;
+        case EDGE_ENC_U4O8:
+        case EDGE_ENC_U4:
+        case EDGE_ENC_NF4: return items / 2;
+        default: return items;
+    }
+}
+
+}  // namespace
+
+Executor::Executor(const edge_program& program, const Kernels& kernels)
+    : program_(program),
+      kernels_(kernels),
+      ops_(program.ops, program.ops + program.op_count),
+      tables_(program.tables, program.tables + program.table_count),
+      cache_(program.cache, program.cache + program.cache_count),
+      blocks_(static_cast<size_t>(program.max_tokens)),
+      last_position_(static_cast<size_t>(program.max_sequences)),
+      pool_(program.threads, [this](int thread) { work(thread); }) {
+    blocks_.clear();
+    compile();
+}
+
+void Executor::compile() {
+    Stage tokens{};
+    tokens.kind = Stage::kTokens;
+    for (const edge_op& table : tables_) tokens.steps.push_back({TokenStep::kAngles, &table, 0});
+    const edge_op* const end = ops_.data() + ops_.size();
+    for (const edge_op* op = ops_.data(); op < end; ++op) {
+        if (op->kind != EDGE_OP_LINEAR && op->kind != EDGE_OP_ATTENTION && op->kind != EDGE_OP_LOGITS) {
+            tokens.steps.push_back({TokenStep::kOp, op, 0});
+            continue;
+        }
+        const bool logits = op->kind == EDGE_OP_LOGITS;
+        const bool quantized = op->kind != EDGE_OP_ATTENTION && quantizes(op->weight.encoding);
+        if (quantized && !logits) tokens.steps.push_back({TokenStep::kQuantize, op, op->weight.group});
+        if (!tokens.steps.empty()) stages_.push_back(std::move(tokens));
+        tokens = Stage{};
+        tokens.kind = Stage::kTokens;
+        if (op->kind == EDGE_OP_ATTENTION) {
+            Stage stage{};
+            stage.kind = Stage::kAttention;
+            stage.attention = op;
+            stages_.push_back(std::move(stage));
+        } else if (logits) {
+            Stage rows{};
+            rows.kind = Stage::kLogitRows;
+            rows.steps.push_back({TokenStep::kGather, op, 0});
+            if (quantized) rows.steps.push_back({TokenStep::kQuantize, op, op->weight.group});
+            stages_.push_back(std::move(rows));
+            add_linears(op, op + 1, true);
+        } else {  // matrices that read the same codes, or none, run together
+            const edge_op* last = op + 1;
+            while (last < end && last->kind == EDGE_OP_LINEAR && last->x == op->x &&
+                   quantizes(last->weight.encoding) == quantized &&
+                   (!quantized || last->weight.group == op->weight.group))
+                ++last;
+            add_linears(op, last, false);
+            op = last - 1;
+        }
+    }
+}
+
+void Executor::add_linears(const edge_op* begin, const edge_op* end, bool logits) {
+    Stage stage{};
+    stage.kind = logits ? Stage::kLogits : Stage::kLinear;
+    for (const edge_op* op = begin; op < end; ++op) {
+        const LinearKernel kernel = kernels_.linear(op->weight);
+        if (kernel == nullptr) throw std::invalid_argument("no kernel for a weight's format");
+        const int64_t panels = panels_of(op->weight);
+        int64_t chunk = kChunkBytes / std::max<int64_t>(1, panel_bytes(op->weight));
+        if (pool_.threads() > 1) chunk = std::min(chunk, panels / (4 * pool_.threads()));
+        chunk = std::max<int64_t>(1, chunk);
+        stage.linears.push_back({op, kernel, panels, chunk, stage.units});
+        stage.units += (panels + chunk - 1) / chunk;
+    }
+    stages_.push_back(std::move(stage));
+}
+
+int Executor::forward(edge_batch* batch) {
+    const int bad = check(batch);
+    if (bad != EDGE_OK) return bad;
+    find_blocks(*batch);
+    batch_ = batch;
+    status_.store(EDGE_OK);
+    pool_.run();
+    batch_ = nullptr;
+    return status_.load();
+}
+
+int Executor::check(edge_batch* batch) {
+    const int32_t counts[3] = {batch->token_count, batch->logit_count, batch->sequence_count};
+    const int32_t most[3] = {program_.max_tokens, program_.max_logits, program_.max_sequences};
+    for (int i = 0; i < 3; ++i) {
+        if (counts[i] < (i == 0 ? 1 : 0) || counts[i] > most[i] || batch->pages_per_sequence < 0) {
+            batch->index = i;
+            batch->value = counts[i];
+            return EDGE_BAD_SIZE;
+        }
+    }
+    std::fill(last_position_.begin(), last_position_.end(), -1);
+    for (int32_t t = 0; t < batch->token_count; ++t) {
+        batch->index = t;
+        const int bad = check_token(*batch, t, &batch->value);
+        if (bad != EDGE_OK) return bad;
+    }
+    for (int32_t i = 0; i < batch->logit_count; ++i) {
+        batch->index = i;
+        batch->value = batch->logit_rows[i];
+        if (batch->value < 0 || batch->value >= batch->token_count) return EDGE_BAD_LOGIT_ROW;
+        if (i > 0 && batch->value <= batch->logit_rows[i - 1]) return EDGE_BAD_LOGIT_ROW;
+    }
+    return EDGE_OK;
+}
+
+int Executor::check_token(const edge_batch& batch, int32_t t, int32_t* value) {
+    *value = batch.tokens[t];
+    if (*value < 0 || *value >= program_.vocab) return EDGE_BAD_TOKEN;
+    const int32_t sequence = *value = batch.sequence[t];
+    if (sequence < 0 || sequence >= batch.sequence_count) return EDGE_BAD_SEQUENCE;
+    const int32_t position = *value = batch.positions[t];
+    if (position < 0 || position >= program_.context) return EDGE_BAD_POSITION;
+    const int32_t page = position / program_.page_tokens;
+    if (page >= batch.pages_per_sequence) return EDGE_BAD_POSITION;
+    if (position <= last_position_[static_cast<size_t>(sequence)]) {  // out of order: look for a second one
+        for (int32_t other = 0; other < t; ++other)
+            if (batch.sequence[other] == sequence && batch.positions[other] == position) return EDGE_TWICE;
+    }
+    int32_t& last = last_position_[static_cast<size_t>(sequence)];
+    last = std::max(last, position);
+    // Every page from the earliest that a cache slot's window reaches
+    int32_t first = page;
+    for (const edge_op& op : ops_) {
+        if (op.kind != EDGE_OP_ATTENTION) continue;
+        const int32_t start = op.window > 0 ? std::max(0, position - op.window + 1) : 0;
+        first = std::min(first, start / program_.page_tokens);
+    }
+    const int32_t* table = batch.page_tables + static_cast<int64_t>(sequence) * batch.pages_per_sequence;
+    for (int32_t i = first; i <= page; ++i) {
+        *value = table[i];
+        if (*value < 0 || *value >= program_.pages) return EDGE_BAD_PAGE;
+    }
+    return EDGE_OK;
+}
+
+void Executor::find_blocks(const edge_batch& batch) {
+    blocks_.clear();
+    for (int32_t t = 0; t < batch.token_count; ++t) {
+        const bool joins = !blocks_.empty() && blocks_.back().count < kAttentionTokens &&
+                           batch.sequence[t] == batch.sequence[t - 1] &&
+                           batch.positions[t] == batch.positions[t - 1] + 1;
+        if (joins) {
+            ++blocks_.back().count;
+        } else {
+            blocks_.push_back({t, 1});
+        }
+    }
+}
+
+void Executor::fail(int status) {
+    int none = EDGE_OK;
+    status_.compare_exchange_strong(none, status);
+}
+
+void Executor::work(int thread) {
+    const FloatMode mode;
+    for (const Stage& stage : stages_) {
+        switch (stage.kind) {
+            case Stage::kTokens: run_tokens(stage, batch_->token_count); break;
+            case Stage::kLogitRows: run_tokens(stage, batch_->logit_count); break;
+            case Stage::kLinear: run_linears(stage, batch_->token_count); break;
+            case Stage::kLogits: run_linears(stage, batch_->logit_count); break;
+            case Stage::kAttention: run_attention(*stage.attention, thread); break;
+        }
+        pool_.barrier();
+    }
+}
+
+void Executor::run_tokens(const Stage& stage, int64_t count) {
+    for (int64_t t = pool_.take(); t < count; t = pool_.take())
+        for (const TokenStep& step : stage.steps) run_step(step, t);
+}
+
+void Executor::run_step(const TokenStep& step, int64_t t) {
+    const edge_op& op = *step.op;
+    const edge_scratch& s = program_.scratch;
+    switch (step.kind) {
+        case TokenStep::kOp: run_op(op, t); break;
+        case TokenStep::kAngles:
+            fill_angles(op.vec, op.freqs, batch_->positions[t], op.scale, op.out + t * 2 * op.freqs);
+            break;
+        case TokenStep::kGather:
+            std::memcpy(s.rows + t * op.x_width, op.x + batch_->logit_rows[t] * op.x_width,
+                        static_cast<size_t>(op.x_width) * 4);
+            break;
+        case TokenStep::kQuantize: {
+            const float* x = op.kind == EDGE_OP_LOGITS ? s.rows : op.x;
+            const bool finite = kernels_.quantize(x + t * op.x_width, op.x_width, step.group, padded_cols(op.weight),
+                                                  s.codes + t * s.code_stride, s.scales + t * s.group_stride,
+                                                  s.sums + t * s.group_stride);
+            if (!finite) fail(EDGE_NOT_FINITE);
+            break;
+        }
+    }
+}
+
+void Executor::run_op(const edge_op& op, int64_t t) {
+    const float* x = op.x + t * op.x_width;
+    float* out = op.out + t * op.out_width;
+    switch (op.kind) {
+        case EDGE_OP_EMBED: read_row(op.weight, batch_->tokens[t], op.scale, out); break;
+        case EDGE_OP_NORM_RMS:
+        case EDGE_OP_NORM_LAYER: kernels_.norm(op, x, out); break;
+        case EDGE_OP_ROPE: kernels_.rope(op, tables_[static_cast<size_t>(op.angles)].out + t * 2 * op.freqs, out); break;
+        case EDGE_OP_ADD: kernels_.add(x, op.y + t * op.x_width, op.scale, out, op.x_width); break;
+        case EDGE_OP_KV_APPEND: {
+            const edge_cache& cache = cache_[static_cast<size_t>(op.layer)];
+            const int32_t position = batch_->positions[t];
+            const int32_t* table =
+                batch_->page_tables + static_cast<int64_t>(batch_->sequence[t]) * batch_->pages_per_sequence;
+            const int64_t page = table[position / program_.page_tokens];
+            const float* v = op.y + t * op.x_width;
+            for (int64_t head = 0; head < cache.kv_heads; ++head) {
+                const int64_t row =
+                    (page * cache.kv_heads + head) * program_.page_tokens + position % program_.page_tokens;
+                const int k_status = write_kv_row(cache.k, row, x + head * cache.head_dim, cache.head_dim);
+                const int v_status = write_kv_row(cache.v, row, v + head * cache.head_dim, cache.head_dim);
+                if (k_status != EDGE_OK) fail(k_status);
+                if (v_status != EDGE_OK) fail(v_status);
+            }
+            break;
+        }
+        default: kernels_.activation(op.kind, x, op.y == nullptr ? nullptr : op.y + t * op.x_width, out, op.x_width);
+    }
+}
+
+void Executor::run_linears(const Stage& stage, int64_t tokens) {
+    const edge_scratch& s = program_.scratch;
+    size_t at = 0;
+    for (int64_t unit = pool_.take(); unit < stage.units; unit = pool_.take()) {
+        while (at + 1 < stage.linears.size() && unit >= stage.linears[at + 1].first_unit) ++at;
+        const LinearUnit& linear = stage.linears[at];
+        const edge_op& op = *linear.op;
+        const bool logits = stage.kind == Stage::kLogits;
+        LinearArgs args{};
+        args.weight = &op.weight;
+        args.bias = op.bias;
+        args.out = op.out;
+        args.x = logits ? s.rows : op.x;
+        args.codes = s.codes;
+        args.scales = s.scales;
+        args.sums = s.sums;
+        args.out_stride = op.out_width;
+        args.x_stride = op.x_width;
+        args.code_stride = s.code_stride;
+        args.group_stride = s.group_stride;
+        args.tokens = tokens;
+        const int64_t begin = (unit - linear.first_unit) * linear.chunk;
+        const int64_t end = std::min(begin + linear.chunk, linear.panels);
+        linear.kernel(args, begin, end);
+        if (!logits) continue;
+        const int64_t row = begin * kPanel, rows = std::min(end * kPanel, op.weight.rows) - row;
+        for (int64_t t = 0; t < tokens; ++t)
+            if (!kernels_.finish_logits(op.out + t * op.out_width + row, rows, op.scale, op.softcap))
+                fail(EDGE_NOT_FINITE);
+    }
+}
+
+void Executor::run_attention(const edge_op& op, int thread) {
+    const int share = op.heads / op.kv_heads;
+    const auto blocks = static_cast<int64_t>(blocks_.size());
+    // With fewer items than threads the query heads of a kv head are shared out as well.
+    int parts = 1;
+    if (blocks * op.kv_heads < pool_.threads())
+        parts = static_cast<int>(std::min<int64_t>(share, pool_.threads() / (blocks * op.kv_heads)));
+    const int64_t units = blocks * op.kv_heads * parts;
+    for (int64_t unit = pool_.take(); unit < units; unit = pool_.take()) {
+        const int part = static_cast<int>(unit % parts);
+        const int kv_head = static_cast<int>(unit / parts % op.kv_heads);
+        const Block& block = blocks_[static_cast<size_t>(blocks - 1 - unit / parts / op.kv_heads)];  // longest first
+        AttentionArgs args{};
+        args.op = &op;
+        args.cache = &cache_[static_cast<size_t>(op.layer)];
+        args.page_table =
+            batch_->page_tables + static_cast<int64_t>(batch_->sequence[block.first]) * batch_->pages_per_sequence;
+        args.positions = batch_->positions + block.first;
+        args.first = block.first;
+        args.tokens = block.count;
+        args.kv_head = kv_head;
+        args.head_begin = kv_head * share + share * part / parts;
+        args.head_end = kv_head * share + share * (part + 1) / parts;
+        args.page_tokens = program_.page_tokens;
+        args.scratch = program_.scratch.attention + thread * program_.scratch.attention_stride;
+        kernels_.attention(args);
+    }
+}
+
+}  // namespace edge

@@ -1,0 +1,73 @@
+// A program cut into stages that a team of threads walks together.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "edge_cpu.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace edge {
+
+// Work on one token's row; consecutive steps need no barrier because a token stays with one thread.
+struct TokenStep {
+    enum Kind { kOp, kAngles, kQuantize, kGather } kind;
+    const edge_op* op;
+    int group;  // of kQuantize
+};
+
+struct LinearUnit {
+    const edge_op* op;
+    LinearKernel kernel;
+    int64_t panels, chunk;  // panels in all, panels of one unit of work
+    int64_t first_unit;     // of the stage
+};
+
+struct Stage {
+    enum Kind { kTokens, kLinear, kAttention, kLogitRows, kLogits } kind;
+    std::vector<TokenStep> steps;
+    std::vector<LinearUnit> linears;
+    int64_t units = 0;
+    const edge_op* attention = nullptr;
+};
+
+class Executor {
+  public:
+    // Throws std::invalid_argument when a weight's format has no kernel.
+    Executor(const edge_program& program, const Kernels& kernels);
+    int forward(edge_batch* batch);
+
+  private:
+    struct Block {  // consecutive tokens of one sequence
+        int32_t first, count;
+    };
+
+    void compile();
+    void add_linears(const edge_op* begin, const edge_op* end, bool logits);
+    int check(edge_batch* batch);
+    int check_token(const edge_batch& batch, int32_t t, int32_t* value);
+    void find_blocks(const edge_batch& batch);
+
+    void work(int thread);
+    void run_tokens(const Stage& stage, int64_t count);
+    void run_step(const TokenStep& step, int64_t token);
+    void run_op(const edge_op& op, int64_t token);
+    void run_linears(const Stage& stage, int64_t tokens);
+    void run_attention(const edge_op& op, int thread);
+    void fail(int status);
+
+    const edge_program program_;
+    const Kernels& kernels_;
+    std::vector<edge_op> ops_;
+    std::vector<edge_op> tables_;
+    std::vector<edge_cache> cache_;
+    std::vector<Stage> stages_;
+    std::vector<Block> blocks_;
+    std::vector<int32_t> last_position_;  // of each sequence in the batch being checked
+    const edge_batch* batch_ = nullptr;
+    std::atomic<int> status_{EDGE_OK};
+    Pool pool_;
+};
+
+}  // namespace edge

@@ -1,0 +1,166 @@
+// Ops on one token's row: quantization of activations, norms, activations, rotation, sums.
+#include "kernels.h"
+#include "linear.h"
+#include "math16.h"
+
+namespace edge {
+namespace EDGE_ISA {
+namespace {
+
+constexpr int32_t kInfBits = 0x7f800000;
+
+// scale = absmax / 127, code = round_half_even(x / scale); a zero group has scale 0.
+bool quantize(const float* x, int64_t n, int group, int64_t padded, int8_t* codes, float* scales, int32_t* sums) {
+    int32_t worst = 0;
+    for (int64_t at = 0; at < padded; at += group) {
+        f32x16 v[8];  // group <= 128
+        i32x16 top = set1(0);
+        const int parts = group / 16;
+        for (int i = 0; i < parts; ++i) {
+            const int64_t left = n - at - 16 * i;
+            v[i] = left > 0 ? load_first(x + at + 16 * i, left) : zero16();
+            top = max(top, as_i32(abs16(v[i])));
+        }
+        const int32_t absmax = max_lanes(top);
+        worst = absmax > worst ? absmax : worst;
+        const float scale = float_of(absmax) / 127.0f;
+        i32x16 sum = set1(0);
+        if (scale > 0.0f) {
+            const f32x16 s = set1(scale);
+            for (int i = 0; i < parts; ++i) {
+                const f32x16 y = max(set1(-127.0f), min(set1(127.0f), round_even(div(v[i], s))));
+                const i32x16 code = to_i32(y);
+                sum = add(sum, code);
+                store_i8(codes + at + 16 * i, code);
+            }
+        } else {
+            std::memset(codes + at, 0, static_cast<size_t>(group));
+        }
+        scales[at / group] = scale;
+        sums[at / group] = sum_lanes(sum);
+    }
+    return worst < kInfBits;
+}
+
+void norm(const edge_op& op, const float* x, float* out) {
+    const int64_t n = op.group != 0 ? op.group : op.x_width;
+    for (int64_t start = 0; start < op.x_width; start += n, x += n, out += n) {
+        const float count = static_cast<float>(n);
+        f32x16 total = zero16();
+        float mean = 0.0f;
+        if (op.kind == EDGE_OP_NORM_LAYER) {
+            for (int64_t i = 0; i < n; i += 16) total = add(total, load_first(x + i, n - i));
+            mean = sum_lanes(total) / count;
+            total = zero16();
+        }
+        const f32x16 middle = set1(mean);
+        for (int64_t i = 0; i < n; i += 16) {
+            f32x16 v = load_first(x + i, n - i);
+            // Only layer norm subtracts, and its last lanes beyond n must stay 0.
+            if (op.kind == EDGE_OP_NORM_LAYER) {
+                float lanes[16];
+                store(lanes, sub(v, middle));
+                v = load_first(lanes, n - i);
+            }
+            total = fma(v, v, total);
+        }
+        const f32x16 inverse = set1(1.0f / __builtin_sqrtf(sum_lanes(total) / count + op.eps));
+        for (int64_t i = 0; i < n; i += 16) {
+            f32x16 v = load_first(x + i, n - i);
+            if (op.kind == EDGE_OP_NORM_LAYER) v = sub(v, middle);
+            v = mul(mul(v, inverse), load_first(op.vec + i, n - i));
+            if (op.bias != nullptr) v = add(v, load_first(op.bias + i, n - i));
+            store_first(out + i, v, n - i);
+        }
+    }
+}
+
+EDGE_INLINE f32x16 activate(int kind, f32x16 x) {
+    const f32x16 one = set1(1.0f);
+    switch (kind) {
+        case EDGE_OP_SILU: return div(x, add(one, exp16(sub(zero16(), x))));
+        case EDGE_OP_GELU:
+            return mul(mul(set1(0.5f), x), add(one, erf16(mul(x, set1(0.70710678118654752f)))));
+        case EDGE_OP_GELU_TANH: {
+            const f32x16 cube = mul(mul(x, x), x);
+            const f32x16 inner = mul(set1(0.79788456080286536f), add(x, mul(set1(0.044715f), cube)));
+            return mul(mul(set1(0.5f), x), add(one, tanh16(inner)));
+        }
+        default: return max(zero16(), x);
+    }
+}
+
+template <int kKind>
+void activation_of(const float* x, const float* up, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 y = activate(kKind, load_first(x + i, n - i));
+        if (up != nullptr) y = mul(y, load_first(up + i, n - i));
+        store_first(out + i, y, n - i);
+    }
+}
+
+void activation(int kind, const float* x, const float* up, float* out, int64_t n) {
+    switch (kind) {
+        case EDGE_OP_SILU: return activation_of<EDGE_OP_SILU>(x, up, out, n);
+        case EDGE_OP_GELU: return activation_of<EDGE_OP_GELU>(x, up, out, n);
+        case EDGE_OP_GELU_TANH: return activation_of<EDGE_OP_GELU_TANH>(x, up, out, n);
+        default: return activation_of<EDGE_OP_RELU>(x, up, out, n);
+    }
+}
+
+void add_rows(const float* a, const float* b, float scale, float* out, int64_t n) {
+    const f32x16 s = set1(scale);
+    for (int64_t i = 0; i < n; i += 16)
+        store_first(out + i, add(load_first(a + i, n - i), mul(s, load_first(b + i, n - i))), n - i);
+}
+
+// Value i pairs with value i + freqs (half-split order); those past 2 * freqs do not rotate.
+void rope(const edge_op& op, const float* cs, float* x) {
+    const int64_t n = op.freqs;
+    for (int64_t head = 0; head < op.x_width; head += op.head_dim) {
+        float* a = x + head;
+        float* b = a + n;
+        for (int64_t i = 0; i < n; i += 16) {
+            const int64_t left = n - i;
+            const f32x16 c = load_first(cs + i, left), s = load_first(cs + n + i, left);
+            const f32x16 p = load_first(a + i, left), q = load_first(b + i, left);
+            store_first(a + i, sub(mul(p, c), mul(q, s)), left);
+            store_first(b + i, add(mul(q, c), mul(p, s)), left);
+        }
+    }
+}
+
+bool finish_logits(float* y, int64_t n, float scale, float softcap) {
+    i32x16 top = set1(0);
+    const f32x16 cap = set1(softcap), s = set1(scale);
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v = mul(s, load_first(y + i, n - i));
+        top = max(top, as_i32(abs16(v)));
+        if (softcap != 0.0f) v = mul(cap, tanh16(div(v, cap)));
+        store_first(y + i, v, n - i);
+    }
+    return max_lanes(top) < kInfBits;
+}
+
+LinearKernel linear(const edge_matrix& weight) {
+    return quantizes(weight.encoding) ? int_kernel(weight) : float_kernel(weight);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args);
+
+const Kernels* table() {
+    static constexpr Kernels kernels = {EDGE_SIMD, linear, quantize,  norm,         activation,
+                                        add_rows,  rope,   attention, finish_logits};
+    return &kernels;
+}
+
+}  // namespace EDGE_ISA
+}  // namespace edge
+
+namespace edge {
+
+const Kernels* EDGE_TABLE_NAME() { return EDGE_ISA::table(); }
+
+}  // namespace edge

@@ -1,0 +1,147 @@
+/* C ABI of the cpu backend: POD records in, one call per forward pass. edge_runtime/backends/cpu.py mirrors them.
+ *
+ * All memory (weights, KV arena, buffers, scratch) belongs to the caller; the library allocates only its own
+ * handle and threads, both in edge_cpu_create.
+ */
+#ifndef EDGE_CPU_H
+#define EDGE_CPU_H
+
+#include <stdint.h>
+
+#include "edge_formats.h" /* EDGE_ENC_*, generated from the format table */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EDGE_CPU_VERSION 1 /* of these records; a change of any field raises it */
+
+/* What one scale covers. Group scales are f16, row and tensor scales f32. */
+enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
+
+enum edge_op_kind {
+    EDGE_OP_EMBED,
+    EDGE_OP_NORM_RMS,
+    EDGE_OP_NORM_LAYER,
+    EDGE_OP_LINEAR,
+    EDGE_OP_ROPE,
+    EDGE_OP_KV_APPEND,
+    EDGE_OP_ATTENTION,
+    EDGE_OP_SILU,
+    EDGE_OP_GELU,
+    EDGE_OP_GELU_TANH,
+    EDGE_OP_RELU,
+    EDGE_OP_ADD,
+    EDGE_OP_LOGITS,
+};
+
+enum edge_simd { EDGE_SIMD_AUTO, EDGE_SIMD_SCALAR, EDGE_SIMD_AVX2, EDGE_SIMD_AVX512, EDGE_SIMD_NEON };
+
+enum edge_status {
+    EDGE_OK = 0,
+    EDGE_NOT_FINITE = 1,    /* NaN or Inf in an activation, key, value or logit */
+    EDGE_OUT_OF_RANGE = 2,  /* a key or value that the KV format cannot hold */
+    EDGE_BAD_TOKEN = 3,     /* index = row of the batch, value = what was found */
+    EDGE_BAD_POSITION = 4,
+    EDGE_BAD_SEQUENCE = 5,
+    EDGE_BAD_PAGE = 6,
+    EDGE_BAD_LOGIT_ROW = 7,
+    EDGE_TWICE = 8,         /* a second token at the same position of a sequence */
+    EDGE_BAD_SIZE = 9,      /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
+};
+
+/* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for I8/U4O8/U4, n16 for the others). */
+typedef struct edge_matrix {
+    const void* codes;
+    const void* scale;
+    const uint8_t* zero;
+    int64_t rows, cols;
+    int32_t encoding, scale_per; /* EDGE_ENC_*, EDGE_SCALE_* */
+    int32_t group, unused;       /* columns are padded to whole groups */
+} edge_matrix;
+
+/* One side (k or v) of a cache slot; a row is one (page, kv head, token) of head_dim values. */
+typedef struct edge_kv {
+    uint8_t* codes;
+    void* scale;
+    uint8_t* zero;
+    int32_t encoding, row_bytes, row_scales, group;
+} edge_kv;
+
+typedef struct edge_cache {
+    edge_kv k, v;
+    int32_t kv_heads, head_dim;
+} edge_cache;
+
+/* One op. Buffers hold `width` f32 values per token; what an op does not use is zero. */
+typedef struct edge_op {
+    int32_t kind, layer;
+    const float* x;
+    const float* y; /* second input: v of kv_append, up of an activation, b of add */
+    float* out;
+    const float* vec;   /* norm weight; inv_freq of rope */
+    const float* bias;
+    edge_matrix weight;
+    int64_t x_width, out_width;
+    int32_t group, heads, kv_heads, head_dim;
+    int32_t window, freqs; /* window 0 = none */
+    float eps, scale, softcap; /* softcap 0 = none */
+    int32_t angles;            /* rope: index of the cos/sin table in scratch.angles */
+} edge_op;
+
+/* Regions of engine/memory.py's scratch_regions; all 64-byte aligned. */
+typedef struct edge_scratch {
+    int8_t* codes;     /* (tokens, code_stride) */
+    float* scales;     /* (tokens, group_stride) */
+    int32_t* sums;     /* (tokens, group_stride) */
+    float* attention;  /* (threads, attention_stride) */
+    float* angles;     /* per table: (tokens, 2*freqs): cos then sin */
+    float* rows;       /* (logits, hidden) */
+    float* logits;     /* (logits, vocab) */
+    int64_t code_stride, group_stride, attention_stride;
+} edge_scratch;
+
+typedef struct edge_program {
+    const edge_op* ops;
+    const edge_cache* cache;
+    const edge_op* tables; /* one rope op for each cos/sin table */
+    edge_scratch scratch;
+    int32_t op_count, cache_count, table_count;
+    int32_t vocab, context, page_tokens, pages;
+    int32_t max_tokens, max_sequences, max_logits;
+    int32_t threads, simd;
+} edge_program;
+
+typedef struct edge_batch {
+    const int32_t* tokens;
+    const int32_t* positions;
+    const int32_t* sequence;
+    const int32_t* page_tables; /* (sequences, pages_per_sequence) */
+    const int32_t* logit_rows;
+    int32_t token_count, sequence_count, pages_per_sequence, logit_count;
+    int32_t index, value; /* out: what was wrong */
+} edge_batch;
+
+#pragma GCC visibility push(default)
+
+/* Hash over every number format, edge_runtime.engine.formats.abi_hash(). */
+uint64_t edge_cpu_abi(void);
+/* EDGE_CPU_VERSION << 32 | sizeof(edge_op) << 16 | sizeof(edge_program): a stale mirror is refused. */
+uint64_t edge_cpu_records(void);
+/* Bit i set: SIMD path i of edge_simd runs on this CPU. */
+uint32_t edge_cpu_features(void);
+/* f32 values of attention scratch that one thread needs. */
+int64_t edge_cpu_attention_floats(int32_t heads_per_kv, int32_t head_dim);
+
+typedef struct edge_executor edge_executor;
+/* NULL when a weight's format has no kernel, or memory or threads ran out. */
+edge_executor* edge_cpu_create(const edge_program* program);
+int32_t edge_cpu_forward(edge_executor* executor, edge_batch* batch);
+void edge_cpu_destroy(edge_executor* executor);
+
+#pragma GCC visibility pop
+
+#ifdef __cplusplus
+}
+#endif
+#endif
