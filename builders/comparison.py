@@ -72,12 +72,17 @@ def compare(blocks: Iterator[tuple[int, Array, Array]], targets: Array) -> Compa
     kl = np.maximum(cross / f.sum - f.log_sum + q.log_sum, 0.0)
     return Comparison(
         tokens=n,
-        perplexity=float(np.exp((q.log_sum - at_q).mean())),
-        perplexity_f32=float(np.exp((f.log_sum - at_f).mean())),
+        perplexity=_perplexity(q.log_sum - at_q),
+        perplexity_f32=_perplexity(f.log_sum - at_f),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1_agreement=float((f.best == q.best).mean()),
     )
+
+
+def _perplexity(losses: Array) -> float:
+    """exp of the mean loss (nats), kept finite: a manifest holds numbers only."""
+    return float(np.exp(min(losses.mean(), 700.0)))
 
 
 def logits(op: Logits, x: Array, weight: Array, bias: Array | None) -> Array:

@@ -26,9 +26,10 @@ from edge_runtime.engine.ops import (
     Norm,
     Rope,
 )
-from edge_runtime.engine.program import CacheSlot, Program, Role, TensorSpec
+from edge_runtime.engine.program import MAX_OPS, CacheSlot, Program, Role, TensorSpec
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 
+MAX_LAYERS = MAX_OPS // 24  # a layer takes at most 22 ops
 Gate = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ACTIVATIONS: dict[str, Gate] = {
     "silu": "silu",
@@ -123,7 +124,11 @@ def read_decoder(
 
 
 def layer_count(config: ModelConfig) -> int:
-    return config.size("num_hidden_layers")
+    """Bounded before anything is built for each layer."""
+    count = config.size("num_hidden_layers")
+    if count > MAX_LAYERS:
+        raise BadConfig(f"{config.path}: num_hidden_layers is {count}, expected 1 to {MAX_LAYERS}")
+    return count
 
 
 def layer_types(config: ModelConfig, default: list[str]) -> list[str]:

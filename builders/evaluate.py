@@ -28,6 +28,7 @@ from edge_runtime.engine.manifest import KnownAnswer, Vocabulary
 from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.plan import KvPlan, Plan, StepShape
 from edge_runtime.engine.profile import Profile
+from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadCheckpoint, BadConfig
 
 MAX_TEXT = 16 << 20
@@ -156,7 +157,7 @@ def _logit_blocks(f: Weights, x_f: Array, q: Weights, x_q: Array) -> Iterator[tu
 
 def known_answer(
     profile: Profile,
-    weights: EngineWeights,
+    program: Program,
     plan: Plan,
     planes: Callable[[str], Mapping[str, Array]],
     text: Array,
@@ -171,7 +172,6 @@ def known_answer(
     # Numbers do not depend on the sizes of a step, so the least that serves is loaded.
     kv = msgspec.structs.replace(plan.kv, pages=-(-reach // plan.kv.page_tokens))
     step = StepShape(context=reach, sequences=1, tokens=len(prompt), logits=1)
-    program = weights.program
     backend = _native(profile)
     if backend is not None:
         formats = {name: chosen.format for name, chosen in plan.tensors.items()}
@@ -190,6 +190,7 @@ def known_answer(
             return _continue(executor, backend.name, kv, prompt)
     if sum(spec.size for spec in program.tensors.values()) > REFERENCE_LIMIT:
         return None
+    weights = EngineWeights(program, plan.tensors, planes)
     return _continue(ReferenceExecutor(program, weights, kv, step), "reference", kv, prompt)
 
 

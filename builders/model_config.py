@@ -54,6 +54,7 @@ FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_mrope": ((False,), "multimodal rotary positions are not supported"),
     "vision_config": ((None,), "vision models are not supported"),
 }
+SMALLEST, LARGEST = 1e-30, 1e30
 _REQUIRED: Any = object()
 
 
@@ -76,7 +77,7 @@ class ModelConfig:
         value = self.read_or_null(kind, key, default)
         if value is None:
             raise BadConfig(f"{self.path}: {key!r} is null, expected {kind.__name__}")
-        return value
+        return value  # type: ignore[no-any-return]
 
     def read_or_null(self, kind: type[T], key: str, default: T | None = _REQUIRED) -> T | None:
         """As `read`, but null is a value (None) of its own: an absent key means `default`."""
@@ -88,14 +89,14 @@ class ModelConfig:
         value = self.values[key]
         if value is None:
             return None
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 1 << 63:
             return float(value)  # type: ignore[return-value]
         if type(value) is not kind:
             raise BadConfig(f"{self.path}: {key!r} is {_typed(value)}, expected {kind.__name__}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def size(self, key: str, default: int | None = _REQUIRED) -> int:
-        """A count or width: an int of 1 to MAX_DIM. Null or absent means `default` where there is one."""
+        """A count, width or length: an int of 1 to MAX_DIM. Null or absent means `default`, where given."""
         value = self.read_or_null(int, key, default)
         if value is None and default is not _REQUIRED:
             value = default
@@ -106,9 +107,9 @@ class ModelConfig:
         return value
 
     def positive(self, key: str, default: float = _REQUIRED) -> float:
-        """A finite float above zero."""
+        """A float from SMALLEST to LARGEST, so that no product or logarithm of a few of them overflows."""
         value = self.read(float, key, default)
-        if not 0.0 < value < float("inf"):
+        if not SMALLEST <= value <= LARGEST:
             raise BadConfig(f"{self.path}: {key!r} is {value}, expected a positive number")
         return value
 
@@ -119,9 +120,10 @@ class ModelConfig:
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of exactly `length` positive numbers."""
         values = self.read(list, key)
-        if len(values) != length or any(type(v) not in (int, float) or not v > 0 for v in values):
+        good = [v for v in values if type(v) in (int, float) and SMALLEST <= v <= LARGEST]
+        if len(good) != len(values) or len(values) != length:
             raise BadConfig(f"{self.path}: {key!r} must be a list of {length} positive numbers")
-        return tuple(float(v) for v in values)
+        return tuple(float(v) for v in good)
 
     def only(self, key: str, *accepted: Any, why: str) -> None:
         """`key` may be absent or one of `accepted`; anything else is Unsupported, because of `why`."""

@@ -178,10 +178,11 @@ def verify(
         checkpoint.source, checkpoint.vocabulary, options.text, limit=options.text_tokens, window=window
     )
     stored = _StoredPlanes(checkpoint.program, plan, writer)
-    engine = EngineWeights(checkpoint.program, plan.tensors, stored.of)
     quality = None
     if options.measure:
+        engine = EngineWeights(checkpoint.program, plan.tensors, stored.of)
         found = compare_models(checkpoint.weights, engine, plan.kv, text)
+        del engine  # it keeps the planes of one tensor
         matrices = {n for n, s in checkpoint.program.tensors.items() if s.role != "vector"}
         bits = 8.0 * sum(stored.true_nbytes(n) for n in matrices)
         quality = Quality(
@@ -197,7 +198,7 @@ def verify(
             sqnr_db=sqnr,
         )
     watcher.step("quality")
-    answer = known_answer(profile, engine, plan, stored.of, text.windows[0])
+    answer = known_answer(profile, checkpoint.program, plan, stored.of, text.windows[0])
     watcher.step("known answer")
     return quality, answer
 

@@ -52,7 +52,7 @@ def predict(
                 case Attention():
                     seen = before + (tokens + 1) / 2  # mean number of keys that a token of the step sees
                     seen = min(seen, op.window) if op.window else seen
-                    reach = min(before + tokens, op.window + tokens) if op.window else before + tokens
+                    reach = min(before + tokens, op.window + tokens - 1) if op.window else before + tokens
                     row = sum(kv_format(f).nbytes(1, op.head_dim) for f in (kv.k, kv.v))
                     read += reach * op.kv_heads * row
                     compute += 4.0 * op.heads * op.head_dim * seen * tokens / (mode.compute.fp16 * 1e12)

@@ -52,7 +52,8 @@ def read_rotary(
     if section is None:
         section = ModelConfig({}, f"{config.path}: rope_parameters")
     fraction = config.positive("partial_rotary_factor", 1.0)
-    original = config.read_or_null(int, "original_max_position_embeddings", original)
+    if config.read_or_null(int, "original_max_position_embeddings", original) is not None:
+        original = config.size("original_max_position_embeddings", original)
     return rotary_from(
         section, head_dim, max_positions, context,
         theta=base, fraction=fraction, original=original, partial=partial, yarn_is_longrope=yarn_is_longrope,
@@ -79,6 +80,8 @@ def rotary_from(
     if kind not in _TYPES:
         raise Unsupported(f"{section.path}: rope type {kind!r} is not supported; {nearest(kind, _TYPES)}")
     theta = section.positive("rope_theta", theta)
+    if theta <= 1.0:
+        raise BadConfig(f"{section.path}: rope_theta is {theta}, expected more than 1")
     fraction = section.positive("partial_rotary_factor", fraction)
     if fraction > 1.0 or (fraction < 1.0 and not partial):
         raise Unsupported(
@@ -90,8 +93,8 @@ def rotary_from(
             f"{section.path}: {width} of {head_dim} values of a head rotate; expected an even count"
         )
     # The key beside the dictionary wins over the one inside it, as in the models' own code
-    inside = section.read_or_null(int, "original_max_position_embeddings", None)
-    original = original or inside or max_positions
+    inside = section.size("original_max_position_embeddings", max_positions)
+    original = original or inside
     if original < 2:
         raise BadConfig(
             f"{section.path}: original_max_position_embeddings is {original}, expected at least 2"
@@ -99,6 +102,8 @@ def rotary_from(
     exponents = np.arange(0, width, 2, dtype=np.float64) / width
     plain = theta**-exponents
     rotary = _TYPES[kind](section, plain, theta, _Lengths(max_positions, original, context))
+    if not (np.isfinite(rotary.inv_freq).all() and 0.0 < rotary.scale < math.inf):
+        raise BadConfig(f"{section.path}: these values give no usable rotary table; check factor and mscale")
     section.finish()
     return rotary
 
@@ -113,7 +118,8 @@ class _Lengths:
 
 
 def _table(inv_freq: Array, scale: float = 1.0) -> Rotary:
-    return Rotary(inv_freq.astype(np.float32), scale)
+    with np.errstate(over="ignore"):  # the caller refuses an infinite table
+        return Rotary(inv_freq.astype(np.float32), scale)
 
 
 def _default(section: ModelConfig, plain: Array, theta: float, lengths: _Lengths) -> Rotary:
@@ -139,8 +145,9 @@ def _yarn(section: ModelConfig, plain: Array, theta: float, lengths: _Lengths) -
     factor = section.positive_or_null("factor") or lengths.longest / lengths.original
     fast = section.positive_or_null("beta_fast") or 32.0
     slow = section.positive_or_null("beta_slow") or 1.0
-    mscale = section.read_or_null(float, "mscale", None)
-    mscale_all = section.read_or_null(float, "mscale_all_dim", None)
+    mscale, mscale_all = (section.read_or_null(float, key, None) for key in ("mscale", "mscale_all_dim"))
+    if min(mscale or 0.0, mscale_all or 0.0) < 0.0:
+        raise BadConfig(f"{section.path}: mscale and mscale_all_dim must not be negative")
     scale = section.positive_or_null("attention_factor")
     if scale is None:
         scale = _mscale(factor, 1.0)

@@ -44,6 +44,10 @@ class BadRequest(EdgeError):
     """A request to a session is invalid (empty prompt, token id out of range, bad sampling value)."""
 
 
+class QueueFull(EdgeError):
+    """The session's waiting line is full; try again once a request has ended."""
+
+
 class DeviceMismatch(EdgeError):
     """The engine was planned for another device than the one at hand."""
 

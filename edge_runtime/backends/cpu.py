@@ -30,7 +30,7 @@ LIBRARY = "libedge_cpu.so"
 
 
 def library_path() -> Path:
-    """Where the built library lies: in a wheel beside the package, in an editable install in site-packages."""
+    """Where the library lies: beside the package in a wheel, in site-packages for an editable install."""
     folders = [Path(p) / "_native" for p in edge_runtime.__path__]
     return next((f / LIBRARY for f in folders if (f / LIBRARY).is_file()), folders[0] / LIBRARY)
 
@@ -39,11 +39,15 @@ def library_path() -> Path:
 def open_library(path: Path) -> ctypes.CDLL:
     """The library, its functions declared. Raises BackendUnavailable when missing, stale or another ABI's."""
     if not path.is_file():
-        raise BackendUnavailable(f"the native library is not built: {path} does not exist; run 'pip install .'")
+        raise BackendUnavailable(
+            f"the native library is not built: {path} does not exist; run 'pip install .'"
+        )
     try:
         library = rec.declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
-        raise BackendUnavailable(f"{path} cannot be used ({error}); build it again with 'pip install .'") from error
+        raise BackendUnavailable(
+            f"{path} cannot be used ({error}); build it again with 'pip install .'"
+        ) from error
     for what, have, want in (
         ("number formats", int(library.edge_cpu_abi()), abi_hash()),
         ("records", int(library.edge_cpu_records()), rec.RECORDS),
@@ -150,12 +154,14 @@ class CpuExecutor:
             case rec.NOT_FINITE:
                 return NumericError("the step produced NaN or Inf; no token was emitted")
             case rec.OUT_OF_RANGE:
-                return NumericError(f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use f32, int8 or fp8")
+                return NumericError(
+                    f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use f32, int8 or fp8"
+                )
             case rec.BAD_TOKEN:
                 return BadRequest(f"token {index} has the id {value}, expected 0 to {program.vocab_size - 1}")
             case rec.BAD_POSITION:
                 return BadRequest(
-                    f"token {index} is at position {value}, expected 0 to {context - 1} and within its page table"
+                    f"token {index} is at position {value}, expected 0 to {context - 1} in its page table"
                 )
             case rec.BAD_SEQUENCE:
                 return BadRequest(f"token {index} names sequence {value}, which has no page table")
@@ -168,7 +174,7 @@ class CpuExecutor:
             case rec.TWICE:
                 return BadRequest(f"token {index} is the second at position {value} of its sequence")
         what, most = sizes[index]
-        return BadRequest(f"the step has {value} {what}, the executor was sized for {'1 to ' * (index == 0)}{most}")
+        return BadRequest(f"the step has {value} {what}, the executor was sized for {most}")
 
 
 _ARRAYS = ("tokens", "positions", "sequence", "page_tables", "logit_rows")
@@ -178,7 +184,11 @@ def _int32(name: str, array: Array) -> Array:
     dims = 2 if name == "page_tables" else 1
     if array.ndim != dims or array.dtype.kind not in "iu":
         raise BadRequest(f"{name} is {array.ndim}-D {array.dtype}, expected {dims}-D int32")
-    if array.dtype != np.int32 and array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
+    if (
+        array.dtype != np.int32
+        and array.size
+        and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31
+    ):
         raise BadRequest(f"{name} holds {int(array.min())} to {int(array.max())}, which no int32 holds")
     return np.ascontiguousarray(array, dtype=np.int32)
 
@@ -202,9 +212,13 @@ class CpuBackend:
                 return Support(False, f"tensor {tensor!r} of the program has no format")
             name = formats[tensor]
             if name not in FORMATS:
-                return Support(False, f"tensor {tensor!r} has the unknown format {name!r}; {nearest(name, FORMATS)}")
+                return Support(
+                    False, f"tensor {tensor!r} has the unknown format {name!r}; {nearest(name, FORMATS)}"
+                )
             if spec.role != "vector" and kernel_shape(name) is None:
-                return Support(False, f"the cpu backend has no kernel for format {name!r} (tensor {tensor!r})")
+                return Support(
+                    False, f"the cpu backend has no kernel for format {name!r} (tensor {tensor!r})"
+                )
         return Support(True)
 
     def load(self, part: Part, *, threads: int = 0, simd: str = "auto") -> CpuExecutor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from edge_runtime.engine.ops import (
 from edge_runtime.engine.packing import DEFAULT_GROUP, cpu_packing, pack, plane_items, unpack
 from edge_runtime.errors import BadEngineFile
 
+Side = Literal["k", "v"]
 ENCODING_ID = {name: i for i, name in enumerate(ENCODINGS)}  # as in the generated header
 ACTIVATIONS = {"silu": rec.SILU, "gelu": rec.GELU, "gelu_tanh": rec.GELU_TANH, "relu": rec.RELU}
 
@@ -64,10 +66,8 @@ def allocate(nbytes: int) -> Array:
     """Zeroed, page-aligned bytes that the kernel gives back at once when the last view is gone."""
     memory = mmap.mmap(-1, max(nbytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages is slower, not wrong
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages is slower, not wrong
     return np.frombuffer(memory, np.uint8)[:nbytes]
 
 
@@ -116,13 +116,14 @@ class Arena:
     def scratch_address(self, name: str) -> int:
         return self._base + self._offsets[name]
 
-    def cache(self, layer: int, which: str, plane: str) -> Array:
+    def cache(self, layer: int, which: Side, plane: str) -> Array:
         return self._cache[layer, which, plane]
 
     def view(self, region: str, dtype: Any, shape: tuple[int, ...]) -> Array:
         start = self._offsets[region]
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self._bytes[start : start + nbytes].view(dtype).reshape(shape)
+        values: Array = self._bytes[start : start + nbytes].view(dtype).reshape(shape)
+        return values
 
     def release(self) -> None:
         """Drop the views, so that the memory goes once no logits of it are held."""
@@ -149,7 +150,7 @@ class Compiled:
 
 
 def compile_ops(part: Part, arena: Arena) -> Compiled:
-    """Records of every op, cache slot and table of angles. Raises BadEngineFile on a plane of the wrong size."""
+    """Records of ops, cache slots and tables of angles. Raises BadEngineFile on a plane of a wrong size."""
     program = part.program
     weights = _Weights(part)
     keys = angle_tables(program)
@@ -271,7 +272,7 @@ def _op(
             )
 
 
-def _kv(arena: Arena, layer: int, which: str, name: str, head_dim: int) -> rec.Kv:
+def _kv(arena: Arena, layer: int, which: Side, name: str, head_dim: int) -> rec.Kv:
     fmt = kv_format(name)
     planes = {p.name: arena.cache(layer, which, p.name) for p in fmt.planes}
     codes = planes[fmt.planes[0].name]

@@ -11,8 +11,8 @@ SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
 
 # enum edge_op_kind
-EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION, SILU, GELU, GELU_TANH, RELU, ADD, LOGITS = range(
-    13
+EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION, SILU, GELU, GELU_TANH, RELU, ADD, LOGITS = (
+    range(13)
 )
 
 # enum edge_status

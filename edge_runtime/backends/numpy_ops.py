@@ -70,13 +70,16 @@ def attention(
     for start in range(0, tokens, QUERY_BLOCK):
         block = slice(start, min(start + QUERY_BLOCK, tokens))
         count = block.stop - start
+        # Only keys that some query of the block can see
+        end = int(positions[block].max()) - first + 1
+        begin = 0 if window is None else max(int(positions[block].min()) - window + 1 - first, 0)
         # (kv_heads, count * share, head_dim) @ (kv_heads, head_dim, n)
         grouped = q[block].reshape(count, kv_heads, share, head_dim).transpose(1, 0, 2, 3)
-        scores = np.matmul(grouped.reshape(kv_heads, count * share, head_dim), k)
+        scores = np.matmul(grouped.reshape(kv_heads, count * share, head_dim), k[..., begin:end])
         scores *= np.float32(scale)
         if softcap is not None:
             scores = capped(scores, softcap)
-        distance = positions[block, None] - key_positions
+        distance = positions[block, None] - key_positions[begin:end]
         seen = distance >= 0
         if window is not None:
             seen &= distance < window
@@ -86,7 +89,7 @@ def attention(
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
-        mixed = np.matmul(scores.reshape(kv_heads, count * share, -1), v)
+        mixed = np.matmul(scores.reshape(kv_heads, count * share, -1), v[:, begin:end])
         out[block] = mixed.reshape(kv_heads, count, share, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, heads * head_dim)
 

@@ -73,6 +73,7 @@ class ReferenceExecutor:
         if self._arena is None:
             raise BackendUnavailable("this executor is closed")
         check_batch(batch, self._program, self._kv, self._step)
+        self._buffers = {}
         # Overflow is found by the finite checks below, not by a warning
         with np.errstate(over="ignore", invalid="ignore"):
             for op in self._program.ops[:-1]:
@@ -90,9 +91,9 @@ class ReferenceExecutor:
             if op.bias is not None:
                 out += self._provider(op.bias)
             out *= np.float32(op.scale)
-            if op.softcap is not None:
-                out = numpy_ops.capped(out, op.softcap)
-        _finite(out, "the logits")
+        _finite(out, "the logits")  # before a soft cap, which would make Inf finite
+        if op.softcap is not None:
+            out = numpy_ops.capped(out, op.softcap)
         return np.asarray(out, np.float32)
 
     def copy_page(self, source: int, target: int) -> None:
@@ -132,6 +133,7 @@ class ReferenceExecutor:
                 out = b[op.x] @ weight(op.weight).T
                 if op.bias is not None:
                     out += weight(op.bias)
+                _finite(out, f"the product with {op.weight!r}")
                 b[op.out] = out
             case Rope():
                 table = weight(op.inv_freq)[0]
@@ -235,7 +237,7 @@ def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
 def _finite(values: Array, what: str) -> None:
     if not np.isfinite(values).all():
         row = int(np.argmin(np.isfinite(values).all(axis=1)))
-        raise NumericError(f"{what} of row {row} holds NaN or Inf; no token was emitted")
+        raise NumericError(f"{what} holds NaN or Inf for row {row} of the step; no token was emitted")
 
 
 def _closed(name: str) -> Array:

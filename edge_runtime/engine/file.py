@@ -42,6 +42,7 @@ from edge_runtime.errors import BadEngineFile, nearest
 HASH_THREADS = 2  # one core cannot hash as fast as an NVMe drive reads
 _DAMAGED = "the file is damaged, copy or build it again"
 _WORTH_THREADS = 1 << 20  # bytes of data from which starting threads pays
+_MESSAGE = 400  # characters: a hostile name must not come back whole
 _PIECE = 64 * 1024  # bytes of header looked at in one go
 
 
@@ -163,7 +164,7 @@ def read_engine(path: str | os.PathLike[str], verify: bool = True) -> Engine:
             engine._verify()
         return engine
     except BadEngineFile as error:
-        raise BadEngineFile(f"{where}: {error}") from error
+        raise BadEngineFile(f"{where}: {str(error)[:_MESSAGE]}") from error
     except OSError as error:
         raise BadEngineFile(f"{where}: cannot be read: {error.strerror or error}") from error
 
@@ -235,21 +236,27 @@ def _read_header(fd: int, nbytes: int) -> tuple[Manifest, dict[str, int]]:
     return manifest, sizes
 
 
-def _manifest_text(fd: int, nbytes: int) -> bytes:
-    """The manifest's JSON; at no time are there more than two texts of the header's size."""
-    text = _read(fd, MANIFEST_AT, nbytes - MANIFEST_AT)
-    end = text.find(MANIFEST_END)
-    if end < 0:
-        raise BadEngineFile("the manifest has no end")
-    text = text[: end + 1]
-    return layout.unescape(text)
+def _manifest_text(fd: int, nbytes: int) -> bytearray:
+    """The manifest's JSON, unescaped piece by piece, so that there is one text of its size and no more."""
+    text, rest = bytearray(), b""
+    for piece in _pieces(fd, MANIFEST_AT, nbytes):
+        rest += piece
+        end = rest.find(MANIFEST_END)
+        if end >= 0:
+            text += layout.unescape(rest[: end + 1])
+            return text
+        keep = len(MANIFEST_END) - 1  # the mark of the end may be cut in two here, or an escape
+        keep += (len(rest[:-keep]) - len(rest[:-keep].rstrip(b"\\"))) % 2
+        text += layout.unescape(rest[:-keep])
+        rest = rest[-keep:]
+    raise BadEngineFile("the manifest has no end")
 
 
 class _Schema(msgspec.Struct):
     schema: int
 
 
-def _decode(text: bytes, header_nbytes: int) -> Manifest:
+def _decode(text: bytearray, header_nbytes: int) -> Manifest:
     layout.check_text(text, header_nbytes)
     try:
         schema = msgspec.json.decode(text, type=_Schema).schema

@@ -13,7 +13,8 @@ edge_sha256 is the digest of all n bytes with its own 64 digits as zeros.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ ALIGN = 64  # of each plane
 PAGE = 4096  # of the data section
 HEADER_LIMIT = 4 << 20  # bytes, the 8 of the length included
 SLACK = 1 << 20  # a refused file may cost this much memory and twice its header
-BYTES_PER_VALUE = 88  # of memory, for each , : { [ of the densest manifest
+BYTES_PER_VALUE = 96  # of memory, for each , : { [ of the densest manifest
 LONGEST = 8192  # bytes without a quote: no text or list of a manifest is longer
 
 OPENING = b'{"__metadata__":{"edge_sha256":"'
@@ -62,19 +63,20 @@ def manifest_chunks(value: Manifest | PartEntry | Program | Plan) -> Iterator[by
                 yield from manifest_chunks(entry)
             yield b"}" if field else b"{}"
         elif isinstance(field, dict):
-            yield from _batches(list(field.items()), dict, b"{}")
+            yield from _batches(iter(field.items()), dict, b"{}")
         elif isinstance(field, tuple):
-            yield from _batches(field, tuple, b"[]")
+            yield from _batches(iter(field), tuple, b"[]")
         else:
             yield _ascii(msgspec.json.encode(field))
     yield b"}"
 
 
-def _batches(items: Sequence[Any], kind: type, ends: bytes) -> Iterator[bytes]:
+def _batches(items: Iterator[Any], kind: type, ends: bytes) -> Iterator[bytes]:
     yield ends[:1]
-    for i in range(0, len(items), _BATCH):
-        piece = _ascii(msgspec.json.encode(kind(items[i : i + _BATCH])))
-        yield (b"," if i else b"") + piece[1:-1]
+    comma = b""
+    while batch := kind(islice(items, _BATCH)):
+        yield comma + _ascii(msgspec.json.encode(batch))[1:-1]
+        comma = b","
     yield ends[1:]
 
 
@@ -129,17 +131,17 @@ def body_chunks(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[bytes]
     yield from table_chunks(sizes)
 
 
-def memory_bound(text: bytes) -> int:
+def memory_bound(text: bytes | bytearray) -> int:
     """Bytes that reading a manifest of this JSON may take: no more than `SLACK` + twice its header's size.
 
     A dense text (`{"a":1,"b":1,...`) takes many times its size as objects, so a header must be padded until
     its own size pays for them; only forged or very large headers ever are.
     """
     values = sum(text.count(mark) for mark in (b",", b":", b"{", b"["))
-    return len(text) + values * BYTES_PER_VALUE
+    return 2 * len(text) + values * BYTES_PER_VALUE  # the text, its strings once more, and objects
 
 
-def check_text(text: bytes, header_nbytes: int) -> None:
+def check_text(text: bytes | bytearray, header_nbytes: int) -> None:
     """Refuse a manifest JSON that would take too much memory as objects. Raises BadEngineFile."""
     bound, allowed = memory_bound(text), SLACK + 2 * header_nbytes
     if bound > allowed:
@@ -190,5 +192,5 @@ def header_reserve(n_planes: int, manifest_nbytes: int) -> int:
     text = manifest_nbytes + n_planes * 140  # a digest with its name
     rows = n_planes * 140
     values = manifest_nbytes // 4 + 2 * n_planes
-    dense = (text + values * BYTES_PER_VALUE - SLACK) // 2
+    dense = (2 * text + values * BYTES_PER_VALUE - SLACK) // 2
     return min(padded(max(text * 5 // 4 + rows, dense) + 16 * 1024, PAGE), HEADER_LIMIT)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from edge_runtime.errors import BadEngineFile, EdgeError, nearest
 BLOB = "blob"  # blobs are tensors `blob/<name>`, so no part may have that name
 MAX_BYTES = 1 << 44  # of any size named in a manifest: far above any device, far below 2**63
 MAX_STEP = 1 << 16  # tokens, sequences or rows of logits of one step
+MAX_BLOBS = 256
 MAX_BUFFERS = 2048  # laying out buffers takes quadratic time
 _WORD = re.compile(r"[A-Za-z0-9._/:-]{1,200}")
 
@@ -40,10 +42,11 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, part in manifest.parts.items():
         try:
-            part.program.check()
             sizes.update(_check_part(name, part))
         except EdgeError as error:
             raise BadEngineFile(f"part {name!r}: {error}") from error
+    if len(manifest.blobs) > MAX_BLOBS:
+        raise BadEngineFile(f"{len(manifest.blobs)} blobs, expected at most {MAX_BLOBS}")
     for name, nbytes in manifest.blobs.items():
         _bounded(nbytes, f"length of blob {name!r}", least=1)
         sizes[f"{BLOB}/{name}"] = nbytes
@@ -54,7 +57,7 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
             raise BadEngineFile(f"plane {name!r} has no digest; the engine is incomplete")
     for name in manifest.planes:
         if name not in sizes:
-            raise BadEngineFile(f"plane {name!r} belongs to nothing; {nearest(name, sizes)}")
+            raise BadEngineFile(f"plane {name!r} belongs to nothing; {_hint(name, sizes)}")
     return {name: sizes[name] for name in manifest.planes}
 
 
@@ -64,7 +67,7 @@ def plane_name(part: str, tensor: str, plane: str) -> str:
 
 
 def _check_part(name: str, part: PartEntry) -> dict[str, int]:
-    """Sizes of the part's planes. The program must have passed its own check."""
+    """Sizes of the part's planes."""
     program, plan = part.program, part.plan
     if name == BLOB:
         raise BadEngineFile(f"no part may be named {BLOB!r}")
@@ -75,9 +78,10 @@ def _check_part(name: str, part: PartEntry) -> dict[str, int]:
             raise BadEngineFile(
                 f"{word[:80]!r} is no name of a tensor or buffer (letters, digits, . _ / : -)"
             )
+    program.check()
     for tensor in plan.tensors:
         if tensor not in program.tensors:
-            raise BadEngineFile(f"the plan names tensor {tensor!r}; {nearest(tensor, program.tensors)}")
+            raise BadEngineFile(f"the plan names tensor {tensor!r}; {_hint(tensor, program.tensors)}")
     sizes: dict[str, int] = {}
     for tensor, spec in program.tensors.items():
         if tensor not in plan.tensors:
@@ -156,3 +160,10 @@ def _check_quality(manifest: Manifest) -> None:
 def _bounded(value: int, what: str, least: int = 0) -> None:
     if not least <= value <= MAX_BYTES:
         raise BadEngineFile(f"{what} is {value}, expected {least} to {MAX_BYTES}")
+
+
+def _hint(word: str, valid: Collection[str]) -> str:
+    """`nearest`, where a forged name cannot make it slow."""
+    if len(word) > 200 or len(valid) > 1000:
+        return f"expected one of {len(valid)} names"
+    return nearest(word, valid)

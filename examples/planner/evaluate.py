@@ -1,7 +1,7 @@
 """Exact-match plan accuracy of a planner folder, decoded greedily by transformers.
 
-    python examples/planner/evaluate.py                       # model/ on heldout.jsonl
-    python examples/planner/evaluate.py --agreement draft     # and how often draft/ guesses its next token
+python examples/planner/evaluate.py                       # model/ on heldout.jsonl
+python examples/planner/evaluate.py --agreement draft     # and how often draft/ guesses its next token
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
-
 from tokens import ASSISTANT, BOS, EOS, PAD, USER
+from transformers import LlamaForCausalLM
 
 HERE = Path(__file__).resolve().parent
 MOST_NEW_TOKENS = 160
@@ -48,8 +47,8 @@ def decode(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str]
         wide = max(len(rows[n]) for n in chosen)
         ids = torch.tensor([[PAD] * (wide - len(rows[n])) + rows[n] for n in chosen])
         out = model.generate(
-            input_ids=ids, attention_mask=(ids != PAD).long(), do_sample=False, max_new_tokens=MOST_NEW_TOKENS,
-            eos_token_id=EOS, pad_token_id=PAD, use_cache=True,
+            input_ids=ids, attention_mask=(ids != PAD).long(), do_sample=False,
+            max_new_tokens=MOST_NEW_TOKENS, eos_token_id=EOS, pad_token_id=PAD, use_cache=True,
         )  # fmt: skip
         for n, row in zip(chosen, out[:, wide:].tolist(), strict=True):
             answers[n] = row[: row.index(EOS)] if EOS in row else row
@@ -64,7 +63,9 @@ def matches(answer: str, expected: str) -> bool:
         return False
 
 
-def misses(model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Sequence[Example]) -> Iterator[tuple[str, str, str]]:
+def misses(
+    model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Sequence[Example]
+) -> Iterator[tuple[str, str, str]]:
     """The (prompt, expected, answer) of each example that the model gets wrong."""
     answers = decode(model, tokenizer, [prompt for prompt, _ in examples])
     for (prompt, expected), ids in zip(examples, answers, strict=True):
@@ -86,7 +87,8 @@ def agreement(
     agreed = total = run_sum = 0
     for prompt, answer in zip(prompts, decode(model, tokenizer, prompts), strict=True):
         head, plan = prompt_ids(tokenizer, prompt), [*answer, EOS]
-        guesses = draft(input_ids=torch.tensor([head + plan])).logits[0].argmax(-1)[len(head) - 1 : -1].tolist()
+        logits = draft(input_ids=torch.tensor([head + plan])).logits[0]
+        guesses = logits.argmax(-1)[len(head) - 1 : -1].tolist()
         same = [guess == token for guess, token in zip(guesses, plan, strict=True)]
         agreed, total = agreed + sum(same), total + len(same)
         for start in range(len(same)):
@@ -102,13 +104,15 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--heldout", type=Path, default=HERE / "heldout.jsonl")
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N wrong answers")
-    parser.add_argument("--agreement", type=Path, default=None, metavar="DRAFT", help="a draft folder to compare")
+    parser.add_argument("--agreement", type=Path, metavar="DRAFT", help="a draft folder to compare")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model)

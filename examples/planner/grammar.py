@@ -1,6 +1,6 @@
 """The generator: robot commands and the plans they mean, split by combination of verb, object and place.
 
-    python examples/planner/grammar.py --out examples/planner     # heldout.jsonl and plan.schema.json
+python examples/planner/grammar.py --out examples/planner     # heldout.jsonl and plan.schema.json
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ SAME_SPLIT = {"answer": "meet", "tell": "meet"}
 
 LEADS_TO = {"find": AFTER_OBJECT, "inspect": AFTER_OBJECT, "meet": AFTER_PERSON, "answer": AFTER_PERSON}
 JOINERS = (" and ", " then ", " and then ", ", then ", ", and then ", ", ", " and after that ", ". then ")
-PREFIXES = ("please ", "robot, ", "hey robot, ", "robot, please ", "i need you to ", "i want you to ", "kindly ")
-QUESTIONS = ("could you ", "can you ", "could you please ", "would you ", "robot, can you ", "can you please ")
+PREFIXES = ("please ", "robot, ", "hey robot, ", "robot, please ", "i need you to ",
+            "i want you to ", "kindly ")  # fmt: skip
+QUESTIONS = ("could you ", "can you ", "could you please ", "would you ", "robot, can you ",
+             "can you please ")  # fmt: skip
 SUFFIXES = (" please", ", please", ", thanks", " now", " right away", ", thank you", " quickly")
 
 
@@ -66,7 +68,9 @@ class _Clauses:
     triples: list[Triple] = field(default_factory=list)
     implied: list[Triple] = field(default_factory=list)
 
-    def try_add(self, said: str, plan: Plan, split: Split, verb: str, subject: str | None, site: str | None) -> bool:
+    def try_add(
+        self, said: str, plan: Plan, split: Split, verb: str, subject: str | None, site: str | None
+    ) -> bool:
         """Add a clause unless its combination belongs to the other split."""
         verb = SAME_SPLIT.get(verb, verb)
         if subject and site:
@@ -190,7 +194,9 @@ def write_heldout(path: Path, count: int = HELDOUT_COUNT) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training commands and stop")
     options = parser.parse_args()

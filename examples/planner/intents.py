@@ -61,7 +61,8 @@ def _place_words(place: Place) -> dict[str, str]:
 def item_at(rng: Random) -> Slots:
     noun, name, said = item(rng)
     place = rng.choice(v.PLACES)
-    return Slots({"obj": said, **_place_words(place)}, {"object": name, "place": place.name}, noun, place.name)
+    words = {"obj": said, **_place_words(place)}
+    return Slots(words, {"object": name, "place": place.name}, noun, place.name)
 
 
 def item_to_person(rng: Random) -> Slots:
@@ -88,9 +89,10 @@ def item_moved(rng: Random) -> Slots:
     return Slots(words, value, noun, place.name)
 
 
-def person_at(rng: Random, places: tuple[Place, ...] = v.STANDING_PLACES) -> Slots:
-    person, place = rng.choice(v.PEOPLE), rng.choice(places)
-    return Slots({"who": person, **_place_words(place)}, {"person": person, "place": place.name}, person, place.name)
+def person_at(rng: Random) -> Slots:
+    person, place = rng.choice(v.PEOPLE), rng.choice(v.STANDING_PLACES)
+    words = {"who": person, **_place_words(place)}
+    return Slots(words, {"person": person, "place": place.name}, person, place.name)
 
 
 def escort(rng: Random) -> Slots:
@@ -104,7 +106,8 @@ def escort(rng: Random) -> Slots:
 def speech(rng: Random) -> Slots:
     base = person_at(rng)
     words = rng.choice(list(v.TOPICS))
-    return Slots({**base.said, "topic": words}, {**base.value, "topic": v.TOPICS[words]}, base.subject, base.site)
+    value = {**base.value, "topic": v.TOPICS[words]}
+    return Slots({**base.said, "topic": words}, value, base.subject, base.site)
 
 
 def thing_at(things: tuple[str, ...], places: tuple[Place, ...] = v.PLACES) -> Callable[[Random], Slots]:
@@ -120,7 +123,8 @@ def pouring(rng: Random) -> Slots:
     base = thing_at(v.LIQUIDS)(rng)
     vessel = rng.choice(v.VESSELS)
     liquid = str(base.subject)
-    said = {**base.said, "obj": rng.choice((liquid, f"some {liquid}", f"the {liquid}")), "into": f"the {vessel}"}
+    words = rng.choice((liquid, f"some {liquid}", f"the {liquid}"))
+    said = {**base.said, "obj": words, "into": f"the {vessel}"}
     return Slots(said, {**base.value, "into": vessel}, liquid, base.site)
 
 
@@ -150,7 +154,8 @@ def duration(rng: Random) -> Slots:
     n = rng.choice((1, 2, 3, 5, 10)) if unit == "minute" else rng.choice((5, 10, 15, 20, 30, 45, 60, 90))
     count = v.NUMBERS[n] if n in v.NUMBERS and rng.random() < 0.5 else str(n)
     words = f"{count} {unit}" + ("" if n == 1 else "s")
-    return Slots({**_place_words(place), "time": words}, {"place": place.name, "seconds": n * (60 if unit == "minute" else 1)})
+    seconds = n * 60 if unit == "minute" else n
+    return Slots({**_place_words(place), "time": words}, {"place": place.name, "seconds": seconds})
 
 
 def topic(rng: Random) -> Slots:
@@ -187,8 +192,8 @@ def hand_to_user(s: Mapping[str, str | int]) -> Plan:
 
 
 def hand_to_person(s: Mapping[str, str | int]) -> Plan:
-    person = s["person"]
-    return [{"skill": "find_person", "person": person}, {"skill": "give", "object": s["object"], "to": person}]
+    give: Plan = [{"skill": "give", "object": s["object"], "to": s["person"]}]
+    return [{"skill": "find_person", "person": s["person"]}, *give]
 
 
 def put_down(s: Mapping[str, str | int]) -> Plan:
@@ -207,4 +212,7 @@ def call(skill: str, *names: str) -> Callable[[Mapping[str, str | int]], Plan]:
 
 
 def cargo_call(skill: str) -> Callable[[Mapping[str, str | int]], Plan]:
-    return lambda s: [*go(s), {"skill": skill, "object": s["object"], "count": s["count"], "place": s["onto"]}]
+    def steps(s: Mapping[str, str | int]) -> Plan:
+        return [*go(s), {"skill": skill, "object": s["object"], "count": s["count"], "place": s["onto"]}]
+
+    return steps

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tokens import BOS, EOS, PAD
+from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 1024
 
@@ -37,7 +36,7 @@ def config(role: str, vocabulary: int) -> LlamaConfig:
 
 
 def write_model(model: LlamaForCausalLM, folder: Path) -> None:
-    """config.json, generation_config.json and model.safetensors in f16; each file appears whole or not at all."""
+    """config.json, generation_config.json and model.safetensors in f16; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: value.detach().to(torch.float16).contiguous()

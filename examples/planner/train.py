@@ -18,17 +18,16 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
-
 from evaluate import Example, accuracy
 from grammar import HELDOUT_SEED, commands, write_heldout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from shapes import config, write_model
 from skills import write_schema
+from tokenizers import Tokenizer
 from tokens import BOS, PAD, train_tokenizer, turn, write_tokenizer
+from transformers import LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE.parents[1] / "build" / "planner"
@@ -137,7 +136,7 @@ def new_run(role: str, tokenizer: Tokenizer, seed: int) -> Run:
 
 
 def validation() -> list[Example]:
-    """Commands of the held-out combinations, but not those of heldout.jsonl: nothing is tuned on that file."""
+    """Commands of held-out combinations, but not those of heldout.jsonl: nothing is tuned on that file."""
     return [(c.prompt, c.expected) for c in islice(commands(HELDOUT_SEED + 1, "heldout"), EVALUATED)]
 
 
@@ -179,8 +178,8 @@ def train(role: str, run: Run, tokenizer: Tokenizer, options: argparse.Namespace
         if run.step % 50 == 0:
             speed = run.tokens / run.seconds
             console.print(
-                f"{role} step {run.step} loss {loss.item():.4f} {run.seconds / 60:.1f} min {speed:,.0f} tokens/s "
-                f"{run.examples:,} commands"
+                f"{role} step {run.step} loss {loss.item():.4f} {run.seconds / 60:.1f} min "
+                f"{speed:,.0f} tokens/s {run.examples:,} commands"
             )
         yield done
 
@@ -209,13 +208,15 @@ def train_and_write(role: str, tokenizer: Tokenizer, options: argparse.Namespace
     write_model(run.model, folder)
     right = rounded_accuracy(run.model, tokenizer, examples)
     console.print(
-        f"{role}: {run.step} steps, {run.tokens:,} tokens, {run.examples:,} commands, {run.seconds / 60:.1f} min; "
-        f"validation exact match {right:.2%}; {folder}"
+        f"{role}: {run.step} steps, {run.tokens:,} tokens, {run.examples:,} commands, "
+        f"{run.seconds / 60:.1f} min; validation exact match {right:.2%}; {folder}"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("model", "draft"), help="train one of the two")
     parser.add_argument("--minutes", type=float, help="training time of each model (default: 45, draft 8)")
     parser.add_argument("--steps", type=int, help="a number of steps instead of a time; repeats exactly")

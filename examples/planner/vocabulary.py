@@ -35,7 +35,8 @@ PEOPLE = (
 )  # fmt: skip
 TOPICS = {
     "the time": "time", "the weather": "weather", "the date": "date", "a joke": "joke",
-    "the news": "news", "your name": "name", "the day of the week": "weekday", "your battery level": "battery",
+    "the news": "news", "your name": "name", "the day of the week": "weekday",
+    "your battery level": "battery",
 }  # fmt: skip
 
 ROOMS = (

@@ -71,16 +71,16 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
 void Executor::compile() {
     Stage tokens{};
     tokens.kind = Stage::kTokens;
-    for (const edge_op& table : tables_) tokens.steps.push_back({TokenStep::kAngles, &table, 0});
+    for (const edge_op& table : tables_) tokens.steps.push_back({TokenStep::kAngles, &table});
     const edge_op* const end = ops_.data() + ops_.size();
     for (const edge_op* op = ops_.data(); op < end; ++op) {
         if (op->kind != EDGE_OP_LINEAR && op->kind != EDGE_OP_ATTENTION && op->kind != EDGE_OP_LOGITS) {
-            tokens.steps.push_back({TokenStep::kOp, op, 0});
+            tokens.steps.push_back({TokenStep::kOp, op});
             continue;
         }
         const bool logits = op->kind == EDGE_OP_LOGITS;
         const bool quantized = op->kind != EDGE_OP_ATTENTION && quantizes(op->weight.encoding);
-        if (quantized && !logits) tokens.steps.push_back({TokenStep::kQuantize, op, op->weight.group});
+        if (quantized && !logits) tokens.steps.push_back({TokenStep::kQuantize, op});
         if (!tokens.steps.empty()) stages_.push_back(std::move(tokens));
         tokens = Stage{};
         tokens.kind = Stage::kTokens;
@@ -92,15 +92,16 @@ void Executor::compile() {
         } else if (logits) {
             Stage rows{};
             rows.kind = Stage::kLogitRows;
-            rows.steps.push_back({TokenStep::kGather, op, 0});
-            if (quantized) rows.steps.push_back({TokenStep::kQuantize, op, op->weight.group});
+            rows.steps.push_back({TokenStep::kGather, op});
+            if (quantized) rows.steps.push_back({TokenStep::kQuantize, op});
             stages_.push_back(std::move(rows));
             add_linears(op, op + 1, true);
         } else {  // matrices that read the same codes, or none, run together
             const edge_op* last = op + 1;
             while (last < end && last->kind == EDGE_OP_LINEAR && last->x == op->x &&
                    quantizes(last->weight.encoding) == quantized &&
-                   (!quantized || last->weight.group == op->weight.group))
+                   (!quantized ||
+                    (last->weight.group == op->weight.group && last->weight.encoding == op->weight.encoding)))
                 ++last;
             add_linears(op, last, false);
             op = last - 1;
@@ -242,10 +243,20 @@ void Executor::run_step(const TokenStep& step, int64_t t) {
             break;
         case TokenStep::kQuantize: {
             const float* x = op.kind == EDGE_OP_LOGITS ? s.rows : op.x;
-            const bool finite = kernels_.quantize(x + t * op.x_width, op.x_width, step.group, padded_cols(op.weight),
-                                                  s.codes + t * s.code_stride, s.scales + t * s.group_stride,
-                                                  s.sums + t * s.group_stride);
-            if (!finite) fail(EDGE_NOT_FINITE);
+            const int64_t tokens = op.kind == EDGE_OP_LOGITS ? batch_->logit_count : batch_->token_count;
+            const TokenBlock block = token_block(t, tokens, kernels_.largest_block);
+            const int64_t lane = t - block.first;
+            QuantizeArgs args{};
+            args.x = x + t * op.x_width;
+            args.n = op.x_width;
+            args.padded = padded_cols(op.weight);
+            args.group = op.weight.group;
+            args.offset = kernels_.offset(op.weight.encoding);
+            args.block = block.size;
+            args.codes = s.codes + block.first * s.code_stride + 4 * lane;
+            args.scales = s.scales + block.first * s.group_stride + lane;
+            args.sums = s.sums + block.first * s.group_stride + lane;
+            if (!kernels_.quantize(args)) fail(EDGE_NOT_FINITE);
             break;
         }
     }

@@ -14,7 +14,6 @@ namespace edge {
 struct TokenStep {
     enum Kind { kOp, kAngles, kQuantize, kGather } kind;
     const edge_op* op;
-    int group;  // of kQuantize
 };
 
 struct LinearUnit {

@@ -9,15 +9,32 @@ namespace edge {
 
 constexpr int kPanel = EDGE_PANEL_ROWS;  // rows of a packed panel, one a lane
 
+// Tokens that a kernel computes together: as many blocks of the largest size as there are, then 4, 2 and 1.
+struct TokenBlock {
+    int64_t first, size;
+};
+
+inline TokenBlock token_block(int64_t token, int64_t tokens, int64_t largest) {
+    int64_t first = 0;
+    for (int64_t size = largest; size > 1; size /= 2) {
+        const int64_t end = first + (tokens - first) / size * size;
+        if (token < end) return {first + (token - first) / size * size, size};
+        first = end;
+    }
+    return {token, 1};
+}
+
 // One matrix times `tokens` rows. Integer formats read codes, scales and sums; the others x.
+// The codes of a block of tokens lie together as [k / 4][token of the block][4 inputs], its scales and sums as
+// [group][token of the block], so that one pointer with constant offsets reaches all of them.
 struct LinearArgs {
     const edge_matrix* weight;
     const float* bias;
     float* out;           // (tokens, out_stride)
     const float* x;       // (tokens, x_stride)
-    const int8_t* codes;  // (tokens, code_stride): x quantized per group, zero-padded
-    const float* scales;  // (tokens, group_stride)
-    const int32_t* sums;  // (tokens, group_stride): sum of the codes of each group
+    const int8_t* codes;  // x quantized per group, zero-padded; a block starts at its first token * code_stride
+    const float* scales;  // a block starts at its first token * group_stride
+    const int32_t* sums;  // -offset * the sum of the codes of each group
     int64_t out_stride, x_stride, code_stride, group_stride, tokens;
 };
 
@@ -39,13 +56,26 @@ struct AttentionArgs {
     float* scratch;
 };
 
+// x (n) of one token -> codes, scales and sums of every group up to `padded`; false on NaN or Inf.
+struct QuantizeArgs {
+    const float* x;
+    int64_t n, padded;
+    int group;
+    int32_t offset;
+    int64_t block;  // tokens of the token's block; the pointers are those of the token's first four codes
+    int8_t* codes;
+    float* scales;
+    int32_t* sums;
+};
+
 struct Kernels {
     int simd;  // edge_simd
     // The kernel for a weight's format, or nullptr.
     LinearKernel (*linear)(const edge_matrix& weight);
-    // x (n) -> codes, scales and sums of every group up to `padded`; false on NaN or Inf.
-    bool (*quantize)(const float* x, int64_t n, int group, int64_t padded, int8_t* codes, float* scales,
-                     int32_t* sums);
+    int64_t largest_block;  // of tokens
+    // What the kernels of an encoding want each code's sum multiplied by.
+    int32_t (*offset)(int encoding);
+    bool (*quantize)(const QuantizeArgs& args);
     void (*norm)(const edge_op& op, const float* x, float* out);
     void (*activation)(int kind, const float* x, const float* up, float* out, int64_t n);
     void (*add)(const float* a, const float* b, float scale, float* out, int64_t n);

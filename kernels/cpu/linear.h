@@ -20,6 +20,7 @@ EDGE_INLINE void finish(const LinearArgs& p, int64_t row, int64_t rows, int64_t 
     store_first(p.out + token * p.out_stride + row, y, n);
 }
 
+int32_t code_offset(int encoding);
 LinearKernel int_kernel(const edge_matrix& weight);
 LinearKernel float_kernel(const edge_matrix& weight);
 

@@ -9,35 +9,42 @@ namespace {
 
 constexpr int32_t kInfBits = 0x7f800000;
 
+// Sixteen codes as four units of four inputs.
+EDGE_INLINE void store_codes(const QuantizeArgs& p, int64_t at, i32x16 code) {
+    if (p.block == 1) {
+        store_i8(p.codes + at, code);
+        return;
+    }
+    int8_t units[16];
+    store_i8(units, code);
+    for (int u = 0; u < 4; ++u) std::memcpy(p.codes + (at + 4 * u) * p.block, units + 4 * u, 4);
+}
+
 // scale = absmax / 127, code = round_half_even(x / scale); a zero group has scale 0.
-bool quantize(const float* x, int64_t n, int group, int64_t padded, int8_t* codes, float* scales, int32_t* sums) {
+bool quantize(const QuantizeArgs& p) {
     int32_t worst = 0;
-    for (int64_t at = 0; at < padded; at += group) {
+    for (int64_t at = 0; at < p.padded; at += p.group) {
         f32x16 v[8];  // group <= 128
         i32x16 top = set1(0);
-        const int parts = group / 16;
+        const int parts = p.group / 16;
         for (int i = 0; i < parts; ++i) {
-            const int64_t left = n - at - 16 * i;
-            v[i] = left > 0 ? load_first(x + at + 16 * i, left) : zero16();
+            const int64_t left = p.n - at - 16 * i;
+            v[i] = left > 0 ? load_first(p.x + at + 16 * i, left) : zero16();
             top = max(top, as_i32(abs16(v[i])));
         }
         const int32_t absmax = max_lanes(top);
         worst = absmax > worst ? absmax : worst;
         const float scale = float_of(absmax) / 127.0f;
         i32x16 sum = set1(0);
-        if (scale > 0.0f) {
-            const f32x16 s = set1(scale);
-            for (int i = 0; i < parts; ++i) {
-                const f32x16 y = max(set1(-127.0f), min(set1(127.0f), round_even(div(v[i], s))));
-                const i32x16 code = to_i32(y);
-                sum = add(sum, code);
-                store_i8(codes + at + 16 * i, code);
-            }
-        } else {
-            std::memset(codes + at, 0, static_cast<size_t>(group));
+        const f32x16 divisor = set1(scale > 0.0f ? scale : __builtin_inff());
+        for (int i = 0; i < parts; ++i) {
+            const f32x16 y = max(set1(-127.0f), min(set1(127.0f), round_even(div(v[i], divisor))));
+            const i32x16 code = to_i32(y);
+            sum = add(sum, code);
+            store_codes(p, at + 16 * i, code);
         }
-        scales[at / group] = scale;
-        sums[at / group] = sum_lanes(sum);
+        p.scales[at / p.group * p.block] = scale;
+        p.sums[at / p.group * p.block] = -p.offset * sum_lanes(sum);
     }
     return worst < kInfBits;
 }
@@ -151,8 +158,8 @@ LinearKernel linear(const edge_matrix& weight) {
 void attention(const AttentionArgs& args);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {EDGE_SIMD, linear, quantize,  norm,         activation,
-                                        add_rows,  rope,   attention, finish_logits};
+    static constexpr Kernels kernels = {EDGE_SIMD, linear,     kTokenBlock, code_offset, quantize,     norm,
+                                        activation, add_rows, rope,        attention,   finish_logits};
     return &kernels;
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from arch_cases import CASES, CONTEXT, LINEAR, LLAMA3, MIX, SMALL, Case, find, json_of, longrope
+from hub_configs import HUB
 
 import builders.archs
 from builders.archs import known_architectures, read_program
@@ -61,6 +62,17 @@ def test_a_window_wider_than_the_context_is_none() -> None:
         program = read_program(config | {"sliding_window": window}).program
         assert {slot.window for slot in program.cache} == {want}
         assert {op.window for op in program.ops if isinstance(op, Attention)} == {want}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_published_models_read_as_published(name: str) -> None:
+    parameters, config = HUB[name]
+    architecture = read_program(config)
+    stored = [t for n, t in architecture.program.tensors.items() if architecture.sources[n].constant is None]
+    assert sum(t.size for t in stored) == parameters
+    assert architecture.program.max_context == config["max_position_embeddings"]
+    # Buffers serve all layers, so their number does not grow with the model
+    assert len(architecture.program.buffers) == 9
 
 
 # --- what is refused, and how ------------------------------------------------------------------------------
@@ -125,6 +137,44 @@ BAD = [
 def test_refused(config: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_program(config)
+
+
+NASTY: list[Any] = [
+    None, True, -1, 0, 1, 3, 2**24 + 1, 2**63, 10**400, -0.5, 1e-300, 1e300, float("nan"), float("inf"),
+    "", "silu", [], [None], [1, "x"], {}, {"a": 1},
+]  # fmt: skip
+
+
+DAMAGED = (
+    "llama-yarn-all",
+    "llama-llama3",
+    "qwen2-window",
+    "gemma3_text-linear",
+    "gemma2-tied",
+    "phi3-longrope-long",
+    "smollm3-window",
+    "granite-linear",
+)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_config_gives_a_typed_error_or_a_proved_program(name: str) -> None:
+    config = json_of(find(name))
+    rope = config["rope_parameters"]
+    outcomes = {"built": 0, "refused": 0}
+    damaged = [config | {key: value} for key in config for value in NASTY]
+    damaged += [config | {"rope_parameters": rope | {key: value}} for key in rope for value in NASTY]
+    for one in damaged:
+        try:
+            architecture = read_program(one)
+        except (BadConfig, Unsupported):
+            outcomes["refused"] += 1
+        else:
+            architecture.program.check()
+            tables = [s.constant for s in architecture.sources.values() if s.constant is not None]
+            assert all(np.isfinite(t).all() for t in tables)
+            outcomes["built"] += 1
+    assert min(outcomes.values()) > 0
 
 
 def test_missing_keys_are_named() -> None:

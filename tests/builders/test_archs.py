@@ -150,6 +150,20 @@ def test_logits_equal_transformers(c: Case, record_property: Callable[[str, obje
     assert relative(parts, prompt) <= 1e-5
 
 
+@pytest.mark.parametrize("c", CASES, ids=str)
+def test_every_row_of_the_checkpoint_is_used_once(c: Case) -> None:
+    config = config_of(c)
+    with torch.device("meta"):
+        state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+    rows = {key: np.zeros(tensor.shape[0], int) for key, tensor in state.items()}
+    for source in read_program(json_of(c), context=c.context).sources.values():
+        if source.constant is None:
+            rows[source.key][slice(*source.rows) if source.rows else slice(None)] += 1
+    if config.tie_word_embeddings:
+        del rows["lm_head.weight"]
+    assert {key: set(used) for key, used in rows.items()} == {key: {1} for key in rows}
+
+
 # --- the comparison above must be able to fail -------------------------------------------------------------
 
 

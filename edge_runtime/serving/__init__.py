@@ -1,0 +1,1 @@
+"""How requests are served: tokens, pages, the schedule, sampling. No bytes of tensors here."""

@@ -1,0 +1,105 @@
+"""Figures of a request and of a session. Only the monotonic clock: a step of the wall clock changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from edge_runtime.serving.request import Timing
+
+Clock = Callable[[], float]
+_KEPT = 4096  # intervals that the session's percentiles look back on
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Moments of one request, in seconds of a monotonic clock."""
+
+    clock: Clock = perf_counter
+    submitted: float = 0.0
+    admitted: float | None = None
+    tokens: list[float] = field(default_factory=list)
+    ended: float | None = None
+
+    def __post_init__(self) -> None:
+        self.submitted = self.clock()
+
+    def admit(self) -> None:
+        self.admitted = self.clock()
+
+    def token(self) -> float | None:
+        """Note a token; returns the interval since the one before, None for the first."""
+        self.tokens.append(self.clock())
+        return self.tokens[-1] - self.tokens[-2] if len(self.tokens) > 1 else None
+
+    def end(self) -> None:
+        self.ended = self.clock()
+
+    def timing(self, prompt_tokens: int) -> Timing:
+        start = self.submitted
+        admitted = self.admitted if self.admitted is not None else self.clock()
+        ended = self.ended if self.ended is not None else self.clock()
+        if not self.tokens:
+            return Timing(queue_ms=1e3 * (admitted - start), total_ms=1e3 * (ended - start))
+        first, last = self.tokens[0], self.tokens[-1]
+        gaps = [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
+        return Timing(
+            queue_ms=1e3 * (admitted - start),
+            ttft_ms=1e3 * (first - start),
+            total_ms=1e3 * (ended - start),
+            itl_p50_ms=1e3 * percentile(gaps, 50),
+            itl_p95_ms=1e3 * percentile(gaps, 95),
+            itl_p99_ms=1e3 * percentile(gaps, 99),
+            tokens_per_s=len(gaps) / (last - first) if last > first else 0.0,
+            prefill_tokens_per_s=prompt_tokens / (first - admitted) if first > admitted else 0.0,
+        )
+
+
+class Metrics:
+    """Counters of a session since it was opened, and intervals of its last tokens."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.tokens = 0
+        self.prompt_tokens = 0
+        self.refused = 0
+        self.finished: Counter[str] = Counter()
+        self._gaps: deque[float] = deque(maxlen=_KEPT)
+        self._first: deque[float] = deque(maxlen=_KEPT)
+
+    def token(self, gap: float | None) -> None:
+        self.tokens += 1
+        if gap is not None:
+            self._gaps.append(gap)
+
+    def first_token(self, seconds: float) -> None:
+        self._first.append(seconds)
+
+    def snapshot(self) -> dict[str, float | int | dict[str, int]]:
+        """Plain figures: counts, and milliseconds where the name ends in _ms."""
+        gaps, first = list(self._gaps), list(self._first)
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "refused": self.refused,
+            "finished": dict(self.finished),
+            "ttft_p50_ms": 1e3 * percentile(first, 50),
+            "ttft_p95_ms": 1e3 * percentile(first, 95),
+            "itl_p50_ms": 1e3 * percentile(gaps, 50),
+            "itl_p95_ms": 1e3 * percentile(gaps, 95),
+            "itl_p99_ms": 1e3 * percentile(gaps, 99),
+        }
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """Linear between the two nearest ranks; 0 of nothing."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * q / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)

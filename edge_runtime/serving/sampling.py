@@ -1,0 +1,188 @@
+"""Logits to a token: pure functions, and the options they take.
+
+Order, as in Hugging Face transformers: repetition, frequency and presence penalties, temperature, top-k,
+top-p, min-p. Ties go to the lowest id. Everything is float64, so that a seed gives one text on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_runtime.engine.formats import Array
+from edge_runtime.errors import BadRequest
+
+MAX_LOGPROBS = 20
+_CANDIDATES = 1024  # top-p nearly always ends among these; sorting a whole vocabulary takes milliseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens. The default is greedy: temperature 0, the same text every time.
+
+    temperature: 0 is greedy, 1 the model's own distribution.
+    top_k: keep the k likeliest (0 = all). top_p: keep the fewest whose probability reaches it (Holtzman et al.
+    2020). min_p: keep those with at least min_p times the top probability (Nguyen et al. 2024).
+    repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer
+    (Keskar et al. 2019; 1 = off). frequency_penalty, presence_penalty: subtracted per occurrence and once per
+    token of the answer (-2 to 2; 0 = off).
+    seed: same seed, same text; None draws a fresh one. logprobs: None, or how many of the likeliest tokens to
+    report beside the chosen one; natural logs of the model's own distribution, before any of the above.
+
+    Raises BadRequest naming the option when a value is not valid.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _real("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _real("top_p", self.top_p, 0.0, 1.0, above=True)
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def penalizes(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chosen token. logprob and top (token id, log probability; likeliest first) when they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The state of one request: its random stream and which tokens it has seen."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
+        self.sampling = sampling
+        self._random = np.random.Generator(np.random.Philox(sampling.seed))
+        # (vocab,) each; only where a penalty needs them
+        self._seen = np.zeros(vocab_size if sampling.penalizes else 0, bool)
+        self._counts = np.zeros(vocab_size if sampling.penalizes else 0, np.int32)
+        if sampling.penalizes:
+            self._seen[prompt] = True
+
+    def choose(self, logits: Array) -> Choice:
+        """Pick from logits f32 (vocab,) and remember the pick."""
+        s = self.sampling
+        scores = logits.astype(np.float64)
+        if s.penalizes:
+            scores = penalize(scores, s, self._seen, self._counts)
+        if s.temperature == 0.0:
+            token = int(scores.argmax())
+        else:
+            token = draw(probabilities(scores, s), float(self._random.random()))
+        if s.penalizes:
+            self._seen[token] = True
+            self._counts[token] += 1
+        if s.logprobs is None:
+            return Choice(token)
+        logs = log_softmax(logits)
+        top = top_indices(logs, s.logprobs)
+        return Choice(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in top))
+
+
+def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> Array:
+    """Scores f64 (vocab,) after the three penalties; seen: in prompt or answer, counts: times in the answer."""
+    if sampling.repetition_penalty != 1.0:
+        p = sampling.repetition_penalty
+        scores = np.where(seen, np.where(scores < 0, scores * p, scores / p), scores)
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        scores = scores - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
+    return scores
+
+
+def probabilities(scores: Array, sampling: Sampling) -> Array:
+    """Distribution f64 (vocab,) after temperature, top-k, top-p and min-p; zero where filtered out."""
+    scores = scores - scores.max()  # before the division: a tiny temperature must not overflow
+    with np.errstate(over="ignore"):  # to -inf, which is a probability of zero
+        scores = scores / sampling.temperature
+    if 0 < sampling.top_k < len(scores):
+        least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        scores = np.where(scores < least, -np.inf, scores)
+    p = np.exp(scores)
+    p /= p.sum()
+    if sampling.top_p < 1.0:
+        p = _nucleus(p, sampling.top_p)
+    if sampling.min_p > 0.0:
+        p = np.where(p < sampling.min_p * p.max(), 0.0, p)
+        p /= p.sum()
+    return p
+
+
+def draw(p: Array, u: float) -> int:
+    """The token at quantile u in [0, 1) of distribution p; never one of probability zero."""
+    sums = np.cumsum(p)
+    token = int(np.searchsorted(sums, u * sums[-1], side="right"))
+    return min(token, int(np.flatnonzero(p)[-1]))
+
+
+def log_softmax(logits: Array) -> Array:
+    """Natural logs of the softmax, f64 (vocab,)."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    out: Array = shifted - math.log(float(np.exp(shifted).sum()))
+    return out
+
+
+def top_indices(values: Array, n: int) -> Array:
+    """Indices of the n greatest, greatest first, ties by lowest index."""
+    if n <= 0:
+        return np.zeros(0, np.int64)
+    if n >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -n)[-n]
+    found = np.flatnonzero(values >= least)  # ascending, so that a stable sort settles ties
+    return found[np.argsort(-values[found], kind="stable")][:n]
+
+
+def _nucleus(p: Array, top_p: float) -> Array:
+    """Keep the fewest likeliest whose sum reaches top_p, and at least one."""
+    order = top_indices(p, _CANDIDATES)
+    if p[order].sum() < top_p:
+        order = np.argsort(-p, kind="stable")
+    before = np.concatenate([[0.0], np.cumsum(p[order])[:-1]])
+    keep = order[before < top_p]
+    out = np.zeros_like(p)
+    out[keep] = p[keep]
+    out /= out.sum()
+    return out
+
+
+def _real(name: str, value: object, least: float, most: float, above: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not least <= value <= most or (above and value == least):  # type: ignore[operator]
+        low = f"above {least:g}" if above else f"from {least:g}"
+        raise BadRequest(f"{name} is {_brief(value)}, expected a number {low} to {most:g}")
+
+
+def _integer(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise BadRequest(f"{name} is {_brief(value)}, expected an integer from {least} to {most}")
+
+
+def _brief(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # an integer too long to print
+        return "a huge number"

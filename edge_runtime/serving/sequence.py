@@ -1,0 +1,80 @@
+"""A request on its way through a session: what it has, what it may still have, and its text so far."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from edge_runtime.serving.metrics import Stopwatch
+from edge_runtime.serving.pages import PageTable
+from edge_runtime.serving.request import FinishReason, Request, Token
+from edge_runtime.serving.sampling import Choice, Sampler
+from edge_runtime.serving.stopping import StopText
+from edge_runtime.serving.tokenizer import Detokenizer, Tokenizer
+
+
+class Sequence:
+    """`tokens` is prompt and answer; the first `computed` of them are in the KV cache."""
+
+    def __init__(
+        self, number: int, request: Request, prompt: list[int], limit: int, tokenizer: Tokenizer
+    ) -> None:
+        self.id = number
+        self.request = request
+        self.prompt_tokens = len(prompt)
+        self.limit = limit  # tokens of the answer at most
+        self.tokens = list(prompt)
+        self.computed = 0
+        self.last_step = 0
+        self.pages: PageTable | None = None
+        self.cancelled = False
+        self.finish_reason: FinishReason | None = None
+        self.watch = Stopwatch()
+        self.sampler = Sampler(request.sampling, prompt, tokenizer.vocabulary.size)
+        self.events: deque[Token] | None = None  # where a waiting generate() reads; None when step() is read
+        self._ends = frozenset(request.stop_ids) | (
+            frozenset() if request.ignore_eos else frozenset(tokenizer.vocabulary.eos)
+        )
+        self._text = Detokenizer(tokenizer, prompt if request.continues else None)
+        self._stop = StopText(request.stop)
+
+    @property
+    def pending(self) -> int:
+        """Tokens to run before the next one can be chosen: 1 when decoding, the rest of the prompt before."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the cache may have to hold: the answer's last token is never fed back."""
+        return self.prompt_tokens + self.limit - 1
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    def commit(self, choice: Choice) -> Token:
+        """Take a chosen token; the event says whether the request ends with it."""
+        self.tokens.append(choice.token)
+        text = ""
+        reason: FinishReason | None = None
+        if choice.token in self._ends:
+            reason = "stop"
+        else:
+            text = self._stop.add(self._text.add(choice.token))
+            if not self._stop.found and len(self.tokens) - self.prompt_tokens == self.limit:
+                reason = "length"
+        if reason is not None:
+            text += self._stop.add(self._text.finish())
+        if self._stop.found:
+            reason = "stop"
+        elif reason is not None:
+            text += self._stop.finish()
+        self.finish_reason = reason
+        return Token(self.id, text, choice.token, choice.logprob, choice.top, reason)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> Token:
+        """End it from outside; what was held back of its text is certain now."""
+        self.finish_reason = reason
+        text = self._stop.add(self._text.finish())
+        if not self._stop.found:
+            text += self._stop.finish()
+        return Token(self.id, text, None, finish_reason=reason, error=error)

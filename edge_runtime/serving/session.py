@@ -1,0 +1,493 @@
+"""Session: a loaded engine serving requests. `step` is the whole runtime in six lines.
+
+Several threads may submit, cancel and read answers; one of them at a time drives the steps, for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.backends.protocol import Executor, StepBatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.manifest import KnownAnswer, Manifest
+from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
+from edge_runtime.errors import BadRequest, EdgeError, NumericError, QueueFull
+from edge_runtime.serving import sequence as sequences
+from edge_runtime.serving.chat import ChatTemplate, check_messages
+from edge_runtime.serving.metrics import Metrics
+from edge_runtime.serving.pages import PagePool, PageTable
+from edge_runtime.serving.request import (
+    DEFAULT_MAX_TOKENS,
+    Completion,
+    FinishReason,
+    Request,
+    Token,
+    Usage,
+    check_ids,
+)
+from edge_runtime.serving.sampling import Choice, Sampling
+from edge_runtime.serving.scheduler import Item, Scheduler
+from edge_runtime.serving.tokenizer import Tokenizer
+
+_WAIT = 0.05  # seconds until a thread that waits for another one's steps looks whether it should drive them
+
+
+class Session:
+    """Made by `open_engine`; use it as a context manager. Every error it raises is an EdgeError.
+
+    notices: what a user should be told about how the engine was opened, whole sentences.
+    memory: the plan that was checked against this machine, in bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        step: StepShape,
+        kv: KvPlan,
+        memory: MemoryPlan,
+        backend: str,
+        notices: Sequence[str] = (),
+        max_waiting: int = 64,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.step_shape = step
+        self.kv = kv
+        self.memory = memory
+        self.backend = backend
+        self.notices = tuple(notices)
+        self.metrics = Metrics()
+        self._executor = executor
+        self._template = chat_template
+        self._on_close = on_close
+        self._pool = PagePool(kv.pages, kv.page_tokens)
+        width = -(-step.context // kv.page_tokens)
+        self._width = width
+        self._scheduler = Scheduler(step, self._pool, width, max_waiting)
+        self._tables: Array = np.full((step.sequences, width), -1, np.int32)
+        self._live: dict[int, sequences.Sequence] = {}
+        self._numbers = itertools.count(1)
+        self._gate = threading.Lock()  # submitting and the set of live requests
+        self._turn = threading.Lock()  # held by whoever drives a step
+        self._stepped = threading.Condition()
+        self._closed = False
+
+    # --- one request, as most people use it --------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling = Sampling(),
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[Token]:
+        """Stream the continuation of a prompt (text, or token ids as they are); the last event says why it ended.
+
+        Leaving the iterator cancels the request. Raises BadRequest (before the first token), QueueFull.
+        """
+        request = Request(
+            prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
+        )
+        return self.stream(request)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling = Sampling(),
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> Completion:
+        """The whole continuation of a prompt. Raises as `generate` does."""
+        request = Request(
+            prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
+        )
+        return self.answer(request)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: Sampling = Sampling(),
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> Completion:
+        """The assistant's answer to messages ``{"role": ..., "content": ...}``.
+
+        Raises BadRequest when the engine has no chat template or the messages do not suit it.
+        """
+        return self.answer(
+            self.chat_request(messages, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids)
+        )
+
+    def chat_request(
+        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling = Sampling(), **options: Any
+    ) -> Request:
+        """The Request that `chat` makes, for `stream` and `submit`; options are Request's."""
+        ids = self.chat_prompt(messages)
+        return Request(prompt=ids, sampling=sampling, continues=False, **options)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of messages as the engine's chat template lays them out, ready for the answer."""
+        if self._template is None:
+            raise BadRequest(
+                "this engine has no chat template; give a prompt to generate() or complete() (edge-run --raw)"
+            )
+        return self._template.encode(check_messages(messages), self.tokenizer)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the engine carries a chat template."""
+        return self._template is not None
+
+    # --- several requests --------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """Put a request in line; its answer comes from `step`. Returns its number.
+
+        Raises BadRequest, QueueFull; other requests are not touched by either.
+        """
+        return self._submit(request, None).id
+
+    def step(self) -> list[Token]:
+        """Run one step for all requests in flight; [] when there is nothing to do.
+
+        A request whose numbers are not finite ends with the reason "error", others go on.
+        """
+        with self._turn:
+            self._check_open()
+            events = self._sweep()
+            events += self._step()
+        with self._stepped:
+            self._stepped.notify_all()
+        return events
+
+    def cancel(self, number: int) -> bool:
+        """End a request; within the running step everything it holds is free. False when it had ended already."""
+        with self._gate:
+            sequence = self._live.get(number)
+            if sequence is None:
+                return False
+            sequence.cancelled = True
+        # Nobody may be driving: then it is done here, else by the driver at its next step.
+        if sequence.events is not None and self._turn.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._turn.release()
+        return True
+
+    def stream(self, request: Request) -> Iterator[Token]:
+        """Submit now and return the iterator over its events, which drives the session while it waits."""
+        sequence = self._submit(request, deque())
+        return self._events(sequence)
+
+    def answer(self, request: Request) -> Completion:
+        """Submit and wait for the whole answer."""
+        sequence = self._submit(request, deque())
+        return self._collect(sequence, self._events(sequence))
+
+    # --- the session itself ------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.step_shape.context
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of weights, mapped or repacked, and of everything the executor holds."""
+        return self.memory.weights + self._executor.memory_bytes
+
+    @property
+    def pages_used(self) -> int:
+        """KV pages that requests hold."""
+        return self._pool.used
+
+    def verify(self) -> None:
+        """Repeat the engine's known answer. Raises NumericError when this device gives another one.
+
+        On the backend and KV formats that the answer was made with, every token must be the same; elsewhere, as
+        formats round differently, half of them. BadRequest when the engine has none.
+        """
+        known = self.manifest.known_answer
+        if known is None:
+            raise BadRequest("this engine carries no known answer; build it again to get one")
+        planned = next(iter(self.manifest.parts.values())).plan.kv
+        same = known.backend == self.backend and (planned.k, planned.v) == (self.kv.k, self.kv.v)
+        with self._turn:
+            self._check_open()
+            agreed = self._replay(known)
+        need = len(known.answer) if same else -(-len(known.answer) // 2)
+        if agreed < need:
+            raise NumericError(
+                f"the known answer is not repeated: {agreed} of {len(known.answer)} tokens agree, {need} must "
+                f"(made on {known.backend}, run on {self.backend}); do not trust this device with this engine"
+            )
+
+    def close(self) -> None:
+        """End every request as cancelled and give the memory back. A second close does nothing."""
+        with self._turn:
+            if self._closed:
+                return
+            with self._gate:
+                self._closed = True
+                for sequence in self._live.values():
+                    sequence.cancelled = True
+            self._sweep()
+            self._executor.close()
+            self._on_close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- a step ------------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[Token]:
+        items = self._scheduler.schedule()
+        if not items:
+            return []
+        rows = self._execute(items)
+        choices = self._sample(items, rows)
+        return self._commit(items, choices)
+
+    def _execute(self, items: list[Item]) -> list[Array | str | None]:
+        """Logits (vocab,) of each item that chooses, None of the others, or why its numbers are not valid."""
+        try:
+            logits = self._executor.forward(self._batch(items))
+        except NumericError as error:
+            if len(items) == 1:
+                return [str(error)]
+            # One sequence spoiled the step. Appending the same keys and values again changes nothing, so each
+            # runs alone, and only those that fail alone are at fault.
+            alone = (self._execute([item])[0] for item in items)
+            return [row.copy() if isinstance(row, np.ndarray) else row for row in alone]
+        except Exception as error:
+            self._fail_all(items, error)
+            raise
+        rows = iter(logits)
+        return [next(rows) if item.choose else None for item in items]
+
+    def _sample(self, items: list[Item], rows: list[Array | str | None]) -> list[Choice | str | None]:
+        """A choice for each row of logits; whatever is no row stays as it is."""
+        choices: list[Choice | str | None] = []
+        for item, row in zip(items, rows, strict=True):
+            if not isinstance(row, np.ndarray):
+                choices.append(row)
+            elif not np.isfinite(row).all():
+                choices.append("the logits hold NaN or Inf; no token was emitted")
+            else:
+                choices.append(item.sequence.sampler.choose(row))
+        return choices
+
+    def _commit(self, items: list[Item], choices: list[Choice | str | None]) -> list[Token]:
+        """Make the step's outcome part of each sequence; ended ones leave and free their pages."""
+        events = []
+        self.metrics.steps += 1
+        for item, choice in zip(items, choices, strict=True):
+            sequence = item.sequence
+            sequence.computed += item.count
+            if isinstance(choice, str):
+                events.append(self._end(sequence, "error", choice))
+            elif choice is not None:
+                event = sequence.commit(choice)
+                gap = sequence.watch.token()
+                self.metrics.token(gap)
+                if gap is None:
+                    self.metrics.first_token(sequence.watch.tokens[0] - sequence.watch.submitted)
+                events.append(self._emit(sequence, event))
+        return events
+
+    def _batch(self, items: list[Item]) -> StepBatch:
+        """The items as plain arrays; rows of logits are in the order of the items that choose."""
+        counts = [item.count for item in items]
+        last = np.cumsum(counts) - 1
+        for row, item in zip(self._tables, items, strict=False):
+            assert item.sequence.pages is not None  # the scheduler made room
+            row[:] = item.sequence.pages.row
+        return StepBatch(
+            tokens=np.concatenate(
+                [item.sequence.tokens[item.start : item.start + item.count] for item in items]
+            ).astype(np.int32),
+            positions=np.concatenate(
+                [np.arange(item.start, item.start + item.count, dtype=np.int32) for item in items]
+            ),
+            sequence=np.repeat(np.arange(len(items), dtype=np.int32), counts),
+            page_tables=self._tables[: len(items)],
+            logit_rows=last[[item.choose for item in items]].astype(np.int32),
+        )
+
+    # --- requests on their way ---------------------------------------------------------------------------------
+
+    def _submit(self, request: Request, events: deque[Token] | None) -> sequences.Sequence:
+        prompt = self._prompt_ids(request)
+        for i in request.stop_ids:
+            if not 0 <= i < self.tokenizer.vocabulary.size:
+                raise BadRequest(f"stop id {i} is no token, expected 0 to {self.tokenizer.vocabulary.size - 1}")
+        room = min(self.context, self.kv.pages * self.kv.page_tokens)
+        if len(prompt) >= room:
+            what = "context" if room == self.context else "KV cache"
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens, the {what} holds {room} and the answer needs at least one; "
+                "shorten the prompt or build the engine with a longer --context"
+            )
+        limit = min(request.max_tokens, room - len(prompt))
+        sequence = sequences.Sequence(next(self._numbers), request, prompt, limit, self.tokenizer)
+        sequence.events = events
+        with self._gate:
+            self._check_open()
+            try:
+                self._scheduler.submit(sequence)
+            except QueueFull:
+                self.metrics.refused += 1
+                raise
+            self._live[sequence.id] = sequence
+            self.metrics.prompt_tokens += len(prompt)
+        return sequence
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        if isinstance(request.prompt, str):
+            ids = self.tokenizer.encode(request.prompt)
+            empty = not request.prompt
+        else:
+            ids = check_ids(request.prompt, self.tokenizer.vocabulary.size)
+            empty = not ids
+        if empty or not ids:
+            raise BadRequest("the prompt is empty; give at least one character or token")
+        return ids
+
+    def _events(self, sequence: sequences.Sequence) -> Iterator[Token]:
+        events = sequence.events
+        assert events is not None  # stream() gave it one
+        try:
+            while True:
+                while events:
+                    event = events.popleft()
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+                self._drive(events)
+        finally:
+            if sequence.finish_reason is None:
+                self.cancel(sequence.id)
+
+    def _drive(self, events: deque[Token]) -> None:
+        """Run a step, or wait for the one that another thread runs."""
+        if self._turn.acquire(blocking=False):
+            try:
+                if not events:  # the driver before us may have filled it
+                    self._check_open()
+                    self._sweep()
+                    self._step()
+            finally:
+                self._turn.release()
+            with self._stepped:
+                self._stepped.notify_all()
+        else:
+            with self._stepped:
+                if not events:
+                    self._stepped.wait(_WAIT)
+
+    def _collect(self, sequence: sequences.Sequence, events: Iterator[Token]) -> Completion:
+        seen = list(events)
+        last = seen[-1]
+        assert last.finish_reason is not None  # the iterator ends with it
+        chosen = [event for event in seen if event.token is not None]
+        return Completion(
+            text="".join(event.text for event in seen),
+            tokens=tuple(sequence.answer),
+            finish_reason=last.finish_reason,
+            timing=sequence.watch.timing(sequence.prompt_tokens),
+            usage=Usage(sequence.prompt_tokens, len(sequence.answer)),
+            logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
+            top_logprobs=tuple(event.top for event in chosen if event.top),
+            error=last.error,
+        )
+
+    def _sweep(self) -> list[Token]:
+        """End the requests that were cancelled since the last step."""
+        with self._gate:
+            cancelled = [s for s in self._live.values() if s.cancelled]
+        return [self._end(s, "cancelled") for s in cancelled]
+
+    def _end(self, sequence: sequences.Sequence, reason: FinishReason, error: str | None = None) -> Token:
+        return self._emit(sequence, sequence.end(reason, error))
+
+    def _emit(self, sequence: sequences.Sequence, event: Token) -> Token:
+        if event.finish_reason is not None:
+            sequence.watch.end()
+            with self._gate:
+                self._scheduler.remove(sequence)
+                self._live.pop(sequence.id, None)
+            self.metrics.finished[event.finish_reason] += 1
+        if sequence.events is not None:
+            sequence.events.append(event)
+        return event
+
+    def _fail_all(self, items: list[Item], error: Exception) -> None:
+        """The backend itself failed: every sequence of the step ends, so that nothing stays behind."""
+        why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
+        for item in items:
+            self._end(item.sequence, "error", why)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BadRequest("this session is closed; open the engine again")
+
+    # --- known answer ------------------------------------------------------------------------------------------
+
+    def _replay(self, known: KnownAnswer) -> int:
+        """How many of the known tokens the greedy choice repeats, when each is given those before it."""
+        tokens = [*known.prompt, *known.answer]
+        if len(tokens) > self.context:
+            raise BadRequest(
+                f"the known answer has {len(tokens)} tokens with its prompt, the context is {self.context}"
+            )
+        pages = self._pool.open(len(tokens), self._width)
+        if pages is None:
+            raise BadRequest("the KV cache is in use; verify while no requests are in flight")
+        try:
+            return self._replay_in(pages, tokens, len(known.prompt))
+        finally:
+            pages.close()
+
+    def _replay_in(self, pages: PageTable, tokens: list[int], prompt: int) -> int:
+        agreed, at = 0, 0
+        while at < len(tokens) - 1:
+            # The prompt in chunks, then token by token, as when it was made
+            count = min(self.step_shape.tokens, prompt - at) if at < prompt else 1
+            pages.extend(count)
+            self._tables[0] = pages.row
+            logits = self._executor.forward(
+                StepBatch(
+                    tokens=np.array(tokens[at : at + count], np.int32),
+                    positions=np.arange(at, at + count, dtype=np.int32),
+                    sequence=np.zeros(count, np.int32),
+                    page_tables=self._tables[:1],
+                    logit_rows=np.array([count - 1], np.int32),
+                )
+            )
+            at += count
+            agreed += at >= prompt and int(logits[0].argmax()) == tokens[at]
+        return agreed

@@ -1,0 +1,255 @@
+"""The whole build: the file holds what the algorithm chose, byte for byte, made within bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hf_folders import llama_config, llama_shapes, write_model
+from safetensors.numpy import load_file, save_file
+
+from builders.pipeline import Options, Watcher, build
+from builders.planner import Request
+from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.backends.reference import BACKEND, decode
+from edge_runtime.engine.file import Engine, read_engine
+from edge_runtime.errors import BadCheckpoint, BadConfig, BuildError, DoesNotFit, ValueOutOfRange
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def options(model: Path, target: Path, **changes: Any) -> Options:
+    request = Request(weights=changes.pop("weights", "int4_g32"), **changes.pop("request", {}))
+    return Options(model, target, changes.pop("profile", "cpu"), request, text_tokens=64, **changes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("pipeline") / "toy")
+
+
+def decoded(engine: Engine) -> dict[str, np.ndarray]:
+    return {name: decode(tensor) for name, tensor in engine.part("language").weights.items()}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "orin"])
+def test_an_f32_engine_holds_the_checkpoint_exactly(model: Path, tmp_path: Path, profile: str) -> None:
+    done = build(options(model, tmp_path / "m.edge", weights="f32", profile=profile))
+    want = load_file(model / "model.safetensors")
+    with read_engine(tmp_path / "m.edge") as engine:
+        got = decoded(engine)
+        assert bytes(engine.blob("tokenizer.json")) == (model / "tokenizer.json").read_bytes()
+    # Every checkpoint tensor is in the engine under its own name, in the checkpoint's numbers
+    stored = {hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest() for a in got.values()}
+    for key, value in want.items():
+        assert hashlib.sha256(value.tobytes()).hexdigest() in stored, key
+    assert done.manifest.quality is not None and done.manifest.quality.sqnr_db == {}
+
+
+def test_sqnr_in_the_report_is_the_one_of_the_file(model: Path, tmp_path: Path) -> None:
+    build(options(model, tmp_path / "f32.edge", weights="f32"))
+    done = build(options(model, tmp_path / "m.edge"))
+    with read_engine(tmp_path / "f32.edge") as exact, read_engine(tmp_path / "m.edge") as engine:
+        want, got = decoded(exact), decoded(engine)
+    assert done.manifest.quality is not None
+    sqnr = done.manifest.quality.sqnr_db
+    assert len(sqnr) == sum(a.shape[0] > 1 for a in got.values())
+    for name, db in sqnr.items():
+        noise = np.square(got[name].astype(np.float64) - want[name]).sum()
+        signal = np.square(want[name].astype(np.float64)).sum()
+        assert db == pytest.approx(10 * np.log10(signal / noise), abs=0.01)
+        assert db > (18 if "embed" not in name else 40)  # 4 bits give about 20 dB, 8 bits about 45
+
+
+def test_the_same_inputs_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        build(options(model, tmp_path / place / "m.edge"))
+    assert (tmp_path / "a" / "m.edge").read_bytes() == (tmp_path / "b" / "m.edge").read_bytes()
+
+
+def test_shards_give_the_same_planes(model: Path, tmp_path: Path) -> None:
+    sharded = write_model(tmp_path / "toy", shards=3)
+    digests = [
+        build(options(m, tmp_path / f"{i}.edge")).manifest.planes for i, m in enumerate((model, sharded))
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_provenance_names_every_file_and_no_path(model: Path, tmp_path: Path) -> None:
+    found = build(options(model, tmp_path / "m.edge", recipe={"weights": "int4_g32"})).manifest
+    assert found.provenance.source == "toy" and found.provenance.model_type == "llama"
+    assert found.provenance.algorithm == "rtn"
+    assert set(found.provenance.source_sha256) == {"config.json", "model.safetensors", "tokenizer.json"}
+    for name, digest in found.provenance.source_sha256.items():
+        assert digest == hashlib.sha256((model / name).read_bytes()).hexdigest()
+    assert str(tmp_path).encode() not in (tmp_path / "m.edge").read_bytes()
+
+
+def test_the_known_answer_is_the_greedy_one(model: Path, tmp_path: Path) -> None:
+    build(options(model, tmp_path / "m.edge", profile="orin"))  # no CUDA here: the reference gives it
+    with read_engine(tmp_path / "m.edge") as engine:
+        known, part = engine.manifest.known_answer, engine.part("language")
+        assert known is not None and known.backend == "reference"
+        assert len(known.answer) == 16 and len(known.prompt) == 8
+        executor = BACKEND.load(Part(part.program, part.weights, part.plan.kv, part.plan.step))
+        tokens = list(known.prompt)
+        table = np.arange(part.plan.kv.pages, dtype=np.int32)[None]
+        for want in known.answer:  # every token from the whole text anew
+            n = len(tokens)
+            at = np.arange(n, dtype=np.int32)
+            row = np.array([n - 1], np.int32)
+            batch = StepBatch(np.array(tokens, np.int32), at, np.zeros(n, np.int32), table, row)
+            scores = executor.forward(batch)[0]
+            assert scores[want] >= scores.max() - 1e-4
+            tokens.append(want)
+
+
+def test_each_phase_leaves_one_json(model: Path, tmp_path: Path) -> None:
+    build(options(model, tmp_path / "m.edge", keep_json=tmp_path / "json"))
+    found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "json").iterdir()}
+    assert set(found) == {"read", "plan", "quantize", "verify", "pack"}
+    assert found["plan"]["profile"] == "cpu"
+    assert found["verify"]["quality"]["tokens"] > 0
+
+
+def test_progress_counts_every_tensor(model: Path, tmp_path: Path) -> None:
+    class Counting(Watcher):
+        def __init__(self) -> None:
+            self.phases: dict[str, list[int]] = {}
+
+        def phase(self, name: str, steps: int) -> None:
+            self.phases[name] = [steps, 0]
+
+        def step(self, what: str) -> None:
+            list(self.phases.values())[-1][1] += 1
+
+    watcher = Counting()
+    build(options(model, tmp_path / "m.edge"), watcher)
+    assert list(watcher.phases) == ["quantize", "verify", "pack"]
+    assert all(steps == done for steps, done in watcher.phases.values())
+
+
+def test_without_measuring_there_is_no_quality(model: Path, tmp_path: Path) -> None:
+    assert build(options(model, tmp_path / "m.edge", measure=False)).manifest.quality is None
+
+
+@pytest.mark.parametrize(
+    "weights", ["fp8_e4m3_tensor", "fp8_e5m2", "nf4_g64", "int8_g64", "int4_g128_zp", "bf16"]
+)
+def test_other_formats_build_and_open(model: Path, tmp_path: Path, weights: str) -> None:
+    done = build(options(model, tmp_path / "m.edge", weights=weights))
+    read_engine(tmp_path / "m.edge", verify=True).close()
+    assert done.manifest.quality is not None and done.manifest.quality.kl_mean < 0.2
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+def damaged(tmp_path: Path, change: Any) -> Path:
+    folder = write_model(tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_damaged_tensor_is_named(tmp_path: Path) -> None:
+    def nan(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+
+    with pytest.raises(ValueOutOfRange, match=r"layers\.1\..*NaN or Inf"):
+        build(options(damaged(tmp_path, nan), tmp_path / "m.edge"))
+    assert not list(tmp_path.glob("*.edge")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    folder = damaged(tmp_path, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(BadCheckpoint, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' is missing"):
+        build(options(folder, tmp_path / "m.edge"))
+
+
+def test_a_wrong_shape_is_named(tmp_path: Path) -> None:
+    def cut(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:31].copy()
+
+    with pytest.raises(BadCheckpoint, match=r"'model\.norm\.weight' has shape \(31,\)"):
+        build(options(damaged(tmp_path, cut), tmp_path / "m.edge"))
+
+
+def test_what_does_not_fit_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    small = tmp_path / "tiny.yaml"
+    text = (ROOT / "profiles" / "cpu.yaml").read_text()
+    for key, size in (("total_bytes", "8 GiB"), ("reserve_bytes", "2 GiB")):
+        text = text.replace(f"{key}: {size}", f"{key}: {'60 KiB' if key[0] == 't' else '1 KiB'}")
+    small.write_text(text.replace("name: cpu", "name: tiny"))
+    with pytest.raises(DoesNotFit, match="are needed, tiny gives") as caught:
+        build(options(model, tmp_path / "m.edge", profile=str(small)))
+    assert caught.value.need > caught.value.have == 59 * 1024
+    assert not (tmp_path / "m.edge").exists()
+
+
+def test_targets_that_should_not_be_written_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious")
+    for target, words in (
+        (tmp_path / "notes.txt", "not an engine"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "m.edge", "is not a folder"),
+        (model / "m.edge", "inside the model folder"),
+    ):
+        with pytest.raises(BuildError, match=words):
+            build(options(model, target))
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    build(options(model, tmp_path / "notes.txt", force=True))
+    build(options(model, tmp_path / "notes.txt"))  # now it is an engine: no force is needed
+
+
+def test_a_full_disk_is_refused_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 1 << 20})
+    monkeypatch.setattr("builders.pack.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(BuildError, match="1 MiB free"):
+        build(options(model, tmp_path / "m.edge"))
+
+
+def test_an_unknown_algorithm_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="did you mean 'rtn'"):
+        build(options(model, tmp_path / "m.edge", algorithm="rtm"))
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_stays_below_two_layers_and_the_embedding(tmp_path: Path) -> None:
+    """Of the f32 checkpoint, in a child of its own, with nothing allowed on top."""
+    config = llama_config(
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=8000,
+        max_position_embeddings=512,
+    )
+    model = write_model(tmp_path / "big", config, shards=3)
+    warm = write_model(tmp_path / "warm")
+    nbytes = {k: 4 * int(np.prod(s)) for k, s in llama_shapes(config).items()}
+    layer = sum(n for k, n in nbytes.items() if k.startswith("model.layers.0."))
+    limit = 2 * layer + nbytes["model.embed_tokens.weight"]
+    assert sum(nbytes.values()) > 2.5 * limit  # the model as a whole would not do
+    child = [sys.executable, str(Path(__file__).with_name("peak_child.py")), str(warm), str(model)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), MALLOC_ARENA_MAX="1")
+    done = subprocess.run(
+        [*child, str(tmp_path / "m.edge"), "int4_g64"], capture_output=True, text=True, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < limit, f"peak {int(done.stdout) >> 10} KiB, limit {limit >> 10} KiB"
+    read_engine(tmp_path / "m.edge", verify=True).close()

@@ -1,0 +1,239 @@
+// Runs every kernel of every instruction set of this machine on the same numbers and prints a hash of the result:
+// "<path> <kernel> <hash>". Lines of one kernel must be equal on all paths and all processors.
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "codec.h"
+#include "kernels.h"
+
+namespace {
+
+uint64_t state = 1;
+uint32_t next() {
+    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+    return static_cast<uint32_t>(state >> 33);
+}
+float uniform() { return static_cast<float>(static_cast<int32_t>(next() % 20001) - 10000) * 1e-4f; }
+
+std::vector<float> values(int64_t n) {
+    std::vector<float> v(static_cast<size_t>(n));
+    for (float& x : v) x = uniform();
+    return v;
+}
+
+std::vector<uint8_t> bytes(int64_t n, uint8_t mask) {
+    std::vector<uint8_t> v(static_cast<size_t>(n));
+    for (uint8_t& x : v) x = static_cast<uint8_t>(next()) & mask;
+    return v;
+}
+
+// f16 bit patterns of positive normal numbers
+std::vector<uint16_t> halves(int64_t n) {
+    std::vector<uint16_t> v(static_cast<size_t>(n));
+    for (uint16_t& x : v) x = static_cast<uint16_t>(0x2000 + next() % 0x1800);
+    return v;
+}
+
+template <class T>
+void print(const char* path, const std::string& kernel, const T* data, size_t count) {
+    uint64_t hash = 1469598103934665603ULL;
+    const auto* p = reinterpret_cast<const unsigned char*>(data);
+    for (size_t i = 0; i < count * sizeof(T); ++i) hash = (hash ^ p[i]) * 1099511628211ULL;
+    std::printf("%s %s %016llx\n", path, kernel.c_str(), static_cast<unsigned long long>(hash));
+}
+
+struct Case {
+    const char* name;
+    int encoding, scale_per, group, bits;
+};
+
+const Case kMatrices[] = {
+    {"f32", EDGE_ENC_F32, EDGE_SCALE_NONE, 64, 32},        {"f16", EDGE_ENC_F16, EDGE_SCALE_NONE, 64, 16},
+    {"bf16", EDGE_ENC_BF16, EDGE_SCALE_NONE, 64, 16},      {"e5m2", EDGE_ENC_E5M2, EDGE_SCALE_NONE, 64, 8},
+    {"e4m3_row", EDGE_ENC_E4M3, EDGE_SCALE_ROW, 64, 8},    {"e4m3_tensor", EDGE_ENC_E4M3, EDGE_SCALE_TENSOR, 64, 8},
+    {"nf4", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4},        {"i8_row", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8},
+    {"i8_g32", EDGE_ENC_I8, EDGE_SCALE_GROUP, 32, 8},      {"i8_g128", EDGE_ENC_I8, EDGE_SCALE_GROUP, 128, 8},
+    {"u4o8_g32", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 32, 4},  {"u4o8_g64", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 64, 4},
+    {"u4o8_g128", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 128, 4}, {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4},
+};
+
+void matrices(const char* path, const edge::Kernels& k) {
+    constexpr int64_t kRows = 90, kCols = 300, kTokens = 15, kPanels = 6;
+    for (const Case& c : kMatrices) {
+        state = 7;
+        const int64_t groups = (kCols + c.group - 1) / c.group, padded = groups * c.group;
+        const int64_t items = kPanels * 16 * padded;
+        // f16 and bf16 codes stay below their exponents of Inf, fp8 below NaN
+        const uint8_t mask = c.bits == 16 || c.encoding == EDGE_ENC_E4M3 || c.encoding == EDGE_ENC_E5M2 ? 0xb7 : 0xff;
+        std::vector<uint8_t> codes = bytes(items * c.bits / 8, mask);
+        if (c.encoding == EDGE_ENC_F32) {
+            const std::vector<float> w = values(items);
+            std::memcpy(codes.data(), w.data(), codes.size());
+        }
+        const std::vector<uint16_t> half_scales = halves(kPanels * groups * 16);
+        const std::vector<float> row_scales = values(kPanels * 16);
+        const std::vector<uint8_t> zero = bytes(kPanels * groups * 16, 15);
+        edge_matrix w{};
+        w.codes = codes.data();
+        w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data()) : row_scales.data();
+        w.zero = c.encoding == EDGE_ENC_U4 ? zero.data() : nullptr;
+        w.rows = kRows;
+        w.cols = kCols;
+        w.encoding = c.encoding;
+        w.scale_per = c.scale_per;
+        w.group = c.group;
+        const std::vector<float> x = values(kTokens * kCols), bias = values(kRows);
+        std::vector<int8_t> a(static_cast<size_t>(kTokens * padded));
+        std::vector<float> scales(static_cast<size_t>(kTokens * groups));
+        std::vector<int32_t> sums(scales.size());
+        for (int64_t t = 0; t < kTokens; ++t) {
+            // The order of tokens, and what is in the sums, belong to a path; the results do not
+            const edge::TokenBlock block = edge::token_block(t, kTokens, k.largest_block);
+            edge::QuantizeArgs q{};
+            q.x = x.data() + t * kCols;
+            q.n = kCols;
+            q.padded = padded;
+            q.group = c.group;
+            q.offset = k.offset(c.encoding);
+            q.block = block.size;
+            q.codes = a.data() + block.first * padded + 4 * (t - block.first);
+            q.scales = scales.data() + block.first * groups + t - block.first;
+            q.sums = sums.data() + block.first * groups + t - block.first;
+            k.quantize(q);
+        }
+        std::vector<float> out(static_cast<size_t>(kTokens * kRows));
+        edge::LinearArgs args{};
+        args.weight = &w;
+        args.bias = bias.data();
+        args.out = out.data();
+        args.x = x.data();
+        args.codes = a.data();
+        args.scales = scales.data();
+        args.sums = sums.data();
+        args.out_stride = kRows;
+        args.x_stride = kCols;
+        args.code_stride = padded;
+        args.group_stride = groups;
+        args.tokens = kTokens;
+        k.linear(w)(args, 0, kPanels);
+        print(path, std::string("linear_") + c.name, out.data(), out.size());
+        for (int64_t r = 0; r < kRows; ++r) edge::read_row(w, r, 1.5f, out.data());
+        print(path, std::string("row_") + c.name, out.data(), kCols);
+    }
+}
+
+void rows(const char* path, const edge::Kernels& k) {
+    state = 11;
+    constexpr int64_t kWidth = 203;
+    std::vector<float> x = values(kWidth), y = values(kWidth), w = values(kWidth), out(kWidth);
+    for (int64_t i = 0; i < kWidth; ++i) x[static_cast<size_t>(i)] *= 20.0f;
+    for (int kind : {EDGE_OP_SILU, EDGE_OP_GELU, EDGE_OP_GELU_TANH, EDGE_OP_RELU}) {
+        k.activation(kind, x.data(), y.data(), out.data(), kWidth);
+        print(path, "activation_" + std::to_string(kind), out.data(), out.size());
+    }
+    for (int kind : {EDGE_OP_NORM_RMS, EDGE_OP_NORM_LAYER}) {
+        for (int group : {0, 29}) {
+            edge_op op{};
+            op.kind = kind;
+            op.group = group;
+            op.x_width = op.out_width = kWidth;
+            op.vec = w.data();
+            op.bias = y.data();
+            op.eps = 1e-5f;
+            k.norm(op, x.data(), out.data());
+            print(path, "norm_" + std::to_string(kind) + "_" + std::to_string(group), out.data(), out.size());
+        }
+    }
+    k.add(x.data(), y.data(), 0.3f, out.data(), kWidth);
+    print(path, "add", out.data(), out.size());
+    std::vector<float> angles(46);
+    edge::fill_angles(w.data(), 23, 1234567, 1.1f, angles.data());
+    print(path, "angles", angles.data(), angles.size());
+    edge_op op{};
+    op.x_width = 4 * 50;
+    op.head_dim = 50;
+    op.freqs = 23;
+    out = x;
+    k.rope(op, angles.data(), out.data());
+    print(path, "rope", out.data(), out.size());
+    out = x;
+    k.finish_logits(out.data(), kWidth, 0.7f, 5.0f);
+    print(path, "logits", out.data(), out.size());
+}
+
+void attention(const char* path, const edge::Kernels& k) {
+    constexpr int kHeads = 6, kKvHeads = 2, kPages = 6, kPageTokens = 16, kPositions = 70, kTokens = 3;
+    for (int encoding : {EDGE_ENC_F32, EDGE_ENC_F16, EDGE_ENC_I8, EDGE_ENC_U4, EDGE_ENC_E4M3}) {
+        for (int head_dim : {64, 20}) {
+            state = 13;
+            edge_cache cache{};
+            cache.kv_heads = kKvHeads;
+            cache.head_dim = head_dim;
+            edge_kv kv{};
+            kv.encoding = encoding;
+            kv.group = encoding == EDGE_ENC_U4 ? 32 : head_dim;
+            kv.row_scales = (head_dim + kv.group - 1) / kv.group;
+            kv.row_bytes = encoding == EDGE_ENC_F32 ? 4 * head_dim
+                           : encoding == EDGE_ENC_F16 ? 2 * head_dim
+                           : encoding == EDGE_ENC_U4 ? (head_dim + 1) / 2 : head_dim;
+            const int64_t count = static_cast<int64_t>(kPages) * kKvHeads * kPageTokens;
+            std::vector<uint8_t> codes(static_cast<size_t>(count * kv.row_bytes)), zero(static_cast<size_t>(count * 4));
+            std::vector<float> scale(static_cast<size_t>(count * 4));
+            kv.codes = codes.data();
+            kv.scale = scale.data();
+            kv.zero = zero.data();
+            cache.k = cache.v = kv;
+            for (int64_t row = 0; row < count; ++row)
+                edge::write_kv_row(kv, row, values(head_dim).data(), head_dim);
+            const std::string name = std::to_string(encoding) + "_" + std::to_string(head_dim);
+            print(path, "kv_" + name, codes.data(), codes.size());
+            const int32_t table[] = {3, 0, 5, 1, 2, 4};
+            const int32_t positions[] = {kPositions, kPositions + 1, kPositions + 2};
+            std::vector<float> q = values(kTokens * kHeads * head_dim), out(q.size());
+            std::vector<float> scratch(static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
+            edge_op op{};
+            op.x = q.data();
+            op.out = out.data();
+            op.x_width = op.out_width = kHeads * head_dim;
+            op.heads = kHeads;
+            op.kv_heads = kKvHeads;
+            op.head_dim = head_dim;
+            op.scale = 0.9f;
+            op.window = head_dim == 64 ? 37 : 0;
+            op.softcap = head_dim == 64 ? 2.0f : 0.0f;
+            edge::AttentionArgs args{};
+            args.op = &op;
+            args.cache = &cache;
+            args.page_table = table;
+            args.positions = positions;
+            args.tokens = kTokens;
+            args.page_tokens = kPageTokens;
+            args.scratch = scratch.data();
+            for (int head = 0; head < kKvHeads; ++head) {
+                args.kv_head = head;
+                args.head_begin = head * kHeads / kKvHeads;
+                args.head_end = (head + 1) * kHeads / kKvHeads;
+                k.attention(args);
+            }
+            print(path, "attention_" + name, out.data(), out.size());
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    const char* names[] = {"auto", "scalar", "avx2", "avx512", "neon"};
+    const uint32_t features = edge_cpu_features();
+    const edge::Kernels* tables[] = {nullptr, edge::scalar_kernels(), edge::avx2_kernels(), edge::avx512_kernels(),
+                                     edge::neon_kernels()};
+    for (int simd = EDGE_SIMD_SCALAR; simd <= EDGE_SIMD_NEON; ++simd) {
+        if (!(features >> simd & 1)) continue;
+        matrices(names[simd], *tables[simd]);
+        rows(names[simd], *tables[simd]);
+        attention(names[simd], *tables[simd]);
+    }
+    return 0;
+}
