@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builders import planner, report
-from builders.archs import read_program
 from builders.pack import engine_name
-from builders.pipeline import Options, build
+from builders.pipeline import Options, build, read_architecture
 from builders.quantize import algorithms
-from builders.sources import read_config
+from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import KV_FORMATS
@@ -88,6 +87,12 @@ def make_parser() -> Parser:
     )
     add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
     add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
+    add(
+        "--max-rise",
+        type=float,
+        metavar="PERCENT",
+        help="write nothing if perplexity rises more (exit code 3)",
+    )
     add("--no-eval", action="store_true", help="do not measure perplexity and KL")
     add("--keep-json", type=Path, metavar="FOLDER", help="leave one JSON of every phase there")
     return parser
@@ -107,8 +112,7 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
     profile = load_profile(args.profile)
     config, name = read_config(args.model)
-    program = read_program(config, context=request.context).program
-    program.check()
+    program = read_architecture(config, request.context).program
     plan, resolved = planner.choose(program, profile, request)
     changes = [] if planner.fits(plan) else planner.changes_that_fit(program, profile, resolved)
     error = None
@@ -124,14 +128,13 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
+    if args.max_rise is not None and (args.no_eval or not args.max_rise >= 0):
+        raise BadConfig(f"--max-rise {args.max_rise:g} needs 0 or more, and no --no-eval")
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
     model = Path(args.model)
-    output = args.output
-    if output is None:
-        output = Path(
-            f"{engine_name(model.resolve().name)}-{engine_name(str(args.profile))}-{args.weights}.edge"
-        )
+    name = engine_name(f"{model_name(model)}-{args.profile.removesuffix('.yaml').rsplit('/', 1)[-1]}")
+    output = args.output or Path(f"{name}-{args.weights}.edge")
     options = Options(
         model=model,
         output=output,
@@ -141,6 +144,7 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         text=args.eval,
         text_tokens=args.eval_tokens,
         measure=not args.no_eval,
+        max_rise=args.max_rise,
         force=args.force,
         keep_json=args.keep_json,
         recipe=_recipe(args),

@@ -34,7 +34,7 @@ from edge_runtime.engine.profile import Profile, load_profile
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.proof import plane_name
 from edge_runtime.engine.writer import EngineWriter, OsCalls
-from edge_runtime.errors import ValueOutOfRange
+from edge_runtime.errors import QualityLimit, ValueOutOfRange
 
 PART = "language"
 
@@ -51,6 +51,7 @@ class Options:
     text: Path | None = None
     text_tokens: int = 512
     measure: bool = True
+    max_rise: float | None = None  # percent of perplexity above f32 that the user allows
     force: bool = False
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
@@ -113,6 +114,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             with _timed(seconds, "verify"):
                 quality, answer = verify(checkpoint, plan, profile, options, writer, sqnr, watcher)
             _keep(options, "verify", {"quality": quality, "known_answer": answer})
+            if quality is not None and options.max_rise is not None:
+                check_rise(quality, options.max_rise)
             with _timed(seconds, "pack"):
                 watcher.phase("pack", 1)
                 manifest = pack.finish(
@@ -135,11 +138,18 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
 
 def read(source: Source, context: int | None) -> Checkpoint:
     """Phase 1. The program of an open source, with every tensor and special id checked."""
-    architecture = read_program(source.config, context=context)
-    architecture.program.check()
+    architecture = read_architecture(source.config, context)
     weights = CheckpointWeights(architecture, source)
     vocabulary = read_vocabulary(source, architecture.program.vocab_size)
     return Checkpoint(source, architecture, weights, vocabulary)
+
+
+def read_architecture(config: dict[str, Any], context: int | None) -> Architecture:
+    """The architecture for the context that will be planned: some rotary tables depend on it."""
+    longest = read_program(config).program.max_context
+    architecture = read_program(config, context=planner.default_context(longest, context))
+    architecture.program.check()
+    return architecture
 
 
 def quantize(
@@ -201,6 +211,16 @@ def verify(
     answer = known_answer(profile, checkpoint.program, plan, stored.of, text.windows[0])
     watcher.step("known answer")
     return quality, answer
+
+
+def check_rise(quality: Quality, most: float) -> None:
+    """Raise QualityLimit when perplexity rises above f32 by more than `most` percent."""
+    rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
+    if rise > most:
+        raise QualityLimit(
+            f"perplexity rises by {rise:.2f}% on {quality.text}, at most {most:g}% is allowed; nothing was "
+            "written; use a format with more bits or smaller groups"
+        )
 
 
 class _StoredPlanes:

@@ -65,6 +65,11 @@ def precision(format_name: str) -> str:
     return format_name.split("_")[0]
 
 
+def default_context(longest: int, asked: int | None) -> int:
+    """The context asked for, or what is planned when nobody asked."""
+    return min(longest, DEFAULT_CONTEXT) if asked is None else asked
+
+
 def resolve(program: Program, profile: Profile, request: Request) -> Request:
     """Check every option against the program and the profile, and fill in the context.
 
@@ -80,7 +85,7 @@ def resolve(program: Program, profile: Profile, request: Request) -> Request:
             raise Unsupported(f"profile {profile.name!r} has no {precision(str(name))}; it runs: {usable}")
     for kv in (request.kv_k, request.kv_v):
         kv_format(kv)
-    context = min(program.max_context, DEFAULT_CONTEXT) if request.context is None else request.context
+    context = default_context(program.max_context, request.context)
     if not 1 <= context <= program.max_context:
         raise BadConfig(f"context {context} is outside 1 to {program.max_context}, the model's longest")
     kv_tokens = context if request.kv_tokens is None else request.kv_tokens
@@ -100,7 +105,7 @@ def resolve(program: Program, profile: Profile, request: Request) -> Request:
 def make_plan(program: Program, profile: Profile, request: Request) -> Plan:
     """The plan of a resolved request whose `weights` is a format. It may be larger than the device."""
     mode = profile.mode(request.power_mode)
-    context = request.context or min(program.max_context, DEFAULT_CONTEXT)
+    context = default_context(program.max_context, request.context)
     tensors = _tensors(program, profile, request.weights, request.head_weights)
     kv_tokens = max(request.kv_tokens or 0, context)
     page = request.page_tokens

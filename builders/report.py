@@ -7,8 +7,6 @@ from collections import Counter
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from builders.pipeline import Report, Watcher
 from builders.planner import Change, Request
@@ -16,6 +14,7 @@ from edge_runtime.cli.output import size, table
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
+from edge_runtime.errors import Unsupported
 
 _ROWS = (
     ("weights", "weights"),
@@ -32,6 +31,11 @@ class ProgressBar(Watcher):
     """One bar for each phase, on stderr; a terminal sees it move, a log only the finished phases."""
 
     def __init__(self) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        except ImportError:
+            raise Unsupported("edge-build needs rich: pip install 'edge-runtime[build]'") from None
         console = Console(stderr=True)
         self._moving = console.is_terminal
         self._bar = Progress(
@@ -43,7 +47,7 @@ class ProgressBar(Watcher):
             console=console,
             disable=not self._moving,
         )
-        self._task: TaskID | None = None
+        self._task: Any = None
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()

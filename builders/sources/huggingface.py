@@ -38,9 +38,7 @@ class Source:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        self.name = (
-            self.folder.parent.parent.name if self.folder.parent.name == "snapshots" else self.folder.name
-        )
+        self.name = model_name(self.folder)
         self.notices: list[str] = []
         self._files: list[str] = []
         self._shards: dict[str, Shard] = {}
@@ -208,7 +206,15 @@ def read_config(path: str | Path) -> tuple[dict[str, Any], str]:
         folder = file.parent
     if not file.exists():
         raise BadCheckpoint(f"{path} has no config.json; give a model folder or a config.json")
-    return check_config(parse_object(read_capped(file, MAX_CONFIG), file.name), []), folder.name
+    return check_config(parse_object(read_capped(file, MAX_CONFIG), file.name), []), model_name(folder)
+
+
+def model_name(folder: Path) -> str:
+    """The folder's name; for a Hugging Face cache (models--org--name/snapshots/<hash>) ``org--name``."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--")
+    return folder.name
 
 
 def check_config(config: dict[str, Any], notices: list[str]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ def read_vocabulary(source: Source, size: int) -> Vocabulary:
     token_ids = _token_ids(source)
     top = max(token_ids.values(), default=-1)
     if top >= size:
-        raise BadCheckpoint(
-            f"tokenizer.json has token id {top}, but the model's vocabulary has {size} entries"
+        source.notices.append(
+            f"tokenizer.json has token id {top}, the model ends at {size - 1}; such tokens cannot be used"
         )
     files: tuple[tuple[str, dict[str, Any]], ...] = (
         ("generation_config.json", source.generation_config),
@@ -25,10 +25,13 @@ def read_vocabulary(source: Source, size: int) -> Vocabulary:
     found: dict[str, list[int]] = {"bos": [], "eos": [], "pad": []}
     for kind, ids in found.items():
         for name, values in files:
-            ids += _ids(values.get(f"{kind}_token_id"), f"{name}: {kind}_token_id", size)
+            value = values.get(f"{kind}_token_id")
+            if kind == "pad" and value == -1:  # how some configs say "none"
+                continue
+            ids += _ids(value, f"{name}: {kind}_token_id", size)
         token = source.tokenizer_config.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in token_ids:
+        if text in token_ids and token_ids[text] < size:
             ids.append(token_ids[text])
     first = {kind: ids[0] if ids else None for kind, ids in found.items()}
     return Vocabulary(bos=first["bos"], eos=tuple(dict.fromkeys(found["eos"])), pad=first["pad"], size=size)

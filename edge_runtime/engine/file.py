@@ -24,6 +24,7 @@ import numpy as np
 from edge_runtime.engine import header as layout
 from edge_runtime.engine import packing
 from edge_runtime.engine.header import (
+    BETWEEN,
     DIGEST_AT,
     HEADER_LIMIT,
     MANIFEST_AT,
@@ -42,6 +43,7 @@ from edge_runtime.errors import BadEngineFile, nearest
 HASH_THREADS = 2  # one core cannot hash as fast as an NVMe drive reads
 _DAMAGED = "the file is damaged, copy or build it again"
 _WORTH_THREADS = 1 << 20  # bytes of data from which starting threads pays
+_SCHEMA = re.compile(rb'\{"schema":(\d{1,9}),')  # read before anything that a later schema may change
 _MESSAGE = 400  # characters: a hostile name must not come back whole
 _PIECE = 64 * 1024  # bytes of header looked at in one go
 
@@ -218,6 +220,8 @@ def _read_header(fd: int, nbytes: int) -> tuple[Manifest, dict[str, int]]:
     said = _read(fd, DIGEST_AT, 64)
     if layout.digest(_pieces(fd, 8, nbytes)).encode() != said:
         raise BadEngineFile(f"the header does not match its digest; {_DAMAGED}")
+    if _read(fd, DIGEST_AT + 64, len(BETWEEN)) != BETWEEN:
+        raise BadEngineFile("the header does not go on as an engine's does after its digest")
     manifest = _decode(_manifest_text(fd, nbytes), nbytes)
     sizes = check_manifest(manifest)
     at = MANIFEST_AT
@@ -252,18 +256,16 @@ def _manifest_text(fd: int, nbytes: int) -> bytearray:
     raise BadEngineFile("the manifest has no end")
 
 
-class _Schema(msgspec.Struct):
-    schema: int
-
-
 def _decode(text: bytearray, header_nbytes: int) -> Manifest:
     layout.check_text(text, header_nbytes)
+    schema = _SCHEMA.match(text)
+    if schema is None:
+        raise BadEngineFile("the manifest is not valid: it does not begin with its schema")
+    if int(schema[1]) > SCHEMA:
+        raise BadEngineFile(
+            f"made by a newer version (schema {int(schema[1])}, this one reads {SCHEMA}); update edge-runtime"
+        )
     try:
-        schema = msgspec.json.decode(text, type=_Schema).schema
-        if schema > SCHEMA:
-            raise BadEngineFile(
-                f"made by a newer version (schema {schema}, this one reads {SCHEMA}); update edge-runtime"
-            )
         return msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:200]

@@ -33,9 +33,9 @@ LONGEST = 8192  # bytes without a quote: no text or list of a manifest is longer
 
 OPENING = b'{"__metadata__":{"edge_sha256":"'
 DIGEST_AT = 8 + len(OPENING)  # offset of the 64 hex digits in the file
-MANIFEST_AT = DIGEST_AT + 64 + len(b'","edge":"')
+BETWEEN = b'","edge":"'  # digest and manifest
+MANIFEST_AT = DIGEST_AT + 64 + len(BETWEEN)
 _BATCH = 32  # entries encoded in one go
-_BETWEEN = b'","edge":"'
 # Inside the manifest every quote follows a backslash, so this is its end and nothing else.
 MANIFEST_END = b'}"}'
 
@@ -165,7 +165,7 @@ def render(manifest: Manifest, sizes: Mapping[str, int], least: int = 0) -> byte
     if total > HEADER_LIMIT:
         raise BadEngineFile(f"the header takes {total} bytes, at most {HEADER_LIMIT} are allowed")
     check_text(text, total)
-    header = bytearray((total - 8).to_bytes(8, "little") + OPENING + b"0" * 64 + _BETWEEN + body)
+    header = bytearray((total - 8).to_bytes(8, "little") + OPENING + b"0" * 64 + BETWEEN + body)
     header += b" " * (total - len(header))
     header[DIGEST_AT : DIGEST_AT + 64] = digest([header[8:]]).encode()
     return bytes(header)

@@ -51,7 +51,7 @@ class Scheduler:
         for item in items:
             item.sequence.last_step = self._steps
             assert item.sequence.pages is not None  # given at admission
-            item.sequence.pages.extend(item.count)
+            item.sequence.pages.extend(item.start + item.count - item.sequence.pages.tokens)
         return items
 
     def remove(self, sequence: Sequence) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy as np
 
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.manifest import KnownAnswer, Manifest
-from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
+from edge_runtime.engine.manifest import Manifest
+from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, StepShape
 from edge_runtime.errors import BadRequest, EdgeError, NumericError, QueueFull
 from edge_runtime.serving import sequence as sequences
 from edge_runtime.serving.chat import ChatTemplate, check_messages
+from edge_runtime.serving.known_answer import agreement, check_agreement
 from edge_runtime.serving.metrics import Metrics
-from edge_runtime.serving.pages import PagePool, PageTable
+from edge_runtime.serving.pages import PagePool
 from edge_runtime.serving.request import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -34,6 +35,7 @@ from edge_runtime.serving.request import (
 )
 from edge_runtime.serving.sampling import Choice, Sampling
 from edge_runtime.serving.scheduler import Item, Scheduler
+from edge_runtime.serving.stream import Stream
 from edge_runtime.serving.tokenizer import Tokenizer
 
 _WAIT = 0.05  # seconds until a thread that waits for another one's steps looks whether it should drive them
@@ -53,6 +55,7 @@ class Session:
         executor: Executor,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate | None,
+        plan: Plan,
         step: StepShape,
         kv: KvPlan,
         memory: MemoryPlan,
@@ -71,17 +74,19 @@ class Session:
         self.metrics = Metrics()
         self._executor = executor
         self._template = chat_template
+        self._plan = plan  # as the builder made it; step and kv are what was asked for at open
         self._on_close = on_close
         self._pool = PagePool(kv.pages, kv.page_tokens)
         width = -(-step.context // kv.page_tokens)
-        self._width = width
         self._scheduler = Scheduler(step, self._pool, width, max_waiting)
         self._tables: Array = np.full((step.sequences, width), -1, np.int32)
         self._live: dict[int, sequences.Sequence] = {}
         self._numbers = itertools.count(1)
-        self._gate = threading.Lock()  # submitting and the set of live requests
+        self._gate = threading.RLock()  # reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
         self._turn = threading.Lock()  # held by whoever drives a step
         self._stepped = threading.Condition()
+        self._unread: deque[Token] = deque()  # events of requests that came through submit()
+        self._cancels = False
         self._closed = False
 
     # --- one request, as most people use it --------------------------------------------------------------------
@@ -94,10 +99,10 @@ class Session:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
-    ) -> Iterator[Token]:
+    ) -> Stream:
         """Stream the continuation of a prompt (text, or token ids as they are); the last event says why it ended.
 
-        Leaving the iterator cancels the request. Raises BadRequest (before the first token), QueueFull.
+        Closing or dropping the iterator cancels the request. Raises BadRequest (before the first token), QueueFull.
         """
         request = Request(
             prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
@@ -166,16 +171,19 @@ class Session:
         return self._submit(request, None).id
 
     def step(self) -> list[Token]:
-        """Run one step for all requests in flight; [] when there is nothing to do.
+        """Run one step for all requests in flight; returns what is new of those that came through `submit`.
 
-        A request whose numbers are not finite ends with the reason "error", others go on.
+        A request whose numbers are not finite ends with the reason "error", others go on. `in_flight` says
+        whether another step is of use.
         """
-        with self._turn:
+        self._turn.acquire()
+        try:
             self._check_open()
-            events = self._sweep()
-            events += self._step()
-        with self._stepped:
-            self._stepped.notify_all()
+            self._step()
+            events = list(self._unread)
+            self._unread.clear()
+        finally:
+            self._end_turn()
         return events
 
     def cancel(self, number: int) -> bool:
@@ -185,23 +193,19 @@ class Session:
             if sequence is None:
                 return False
             sequence.cancelled = True
-        # Nobody may be driving: then it is done here, else by the driver at its next step.
-        if sequence.events is not None and self._turn.acquire(blocking=False):
-            try:
-                self._sweep()
-            finally:
-                self._turn.release()
+            self._cancels = True
+        if self._turn.acquire(blocking=False):  # else whoever drives does it when the running step ends
+            self._end_turn()
         return True
 
-    def stream(self, request: Request) -> Iterator[Token]:
+    def stream(self, request: Request) -> Stream:
         """Submit now and return the iterator over its events, which drives the session while it waits."""
-        sequence = self._submit(request, deque())
-        return self._events(sequence)
+        return self._stream(self._submit(request, deque()))
 
     def answer(self, request: Request) -> Completion:
         """Submit and wait for the whole answer."""
         sequence = self._submit(request, deque())
-        return self._collect(sequence, self._events(sequence))
+        return self._collect(sequence, self._stream(sequence))
 
     # --- the session itself ------------------------------------------------------------------------------------
 
@@ -214,6 +218,11 @@ class Session:
     def memory_used(self) -> int:
         """Bytes of weights, mapped or repacked, and of everything the executor holds."""
         return self.memory.weights + self._executor.memory_bytes
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
 
     @property
     def pages_used(self) -> int:
@@ -229,17 +238,11 @@ class Session:
         known = self.manifest.known_answer
         if known is None:
             raise BadRequest("this engine carries no known answer; build it again to get one")
-        planned = next(iter(self.manifest.parts.values())).plan.kv
-        same = known.backend == self.backend and (planned.k, planned.v) == (self.kv.k, self.kv.v)
+        same = known.backend == self.backend and (self._plan.kv.k, self._plan.kv.v) == (self.kv.k, self.kv.v)
         with self._turn:
             self._check_open()
-            agreed = self._replay(known)
-        need = len(known.answer) if same else -(-len(known.answer) // 2)
-        if agreed < need:
-            raise NumericError(
-                f"the known answer is not repeated: {agreed} of {len(known.answer)} tokens agree, {need} must "
-                f"(made on {known.backend}, run on {self.backend}); do not trust this device with this engine"
-            )
+            agreed = agreement(self._executor, self._pool, self.step_shape, known)
+        check_agreement(agreed, known, self.backend, same)
 
     def close(self) -> None:
         """End every request as cancelled and give the memory back. A second close does nothing."""
@@ -250,6 +253,7 @@ class Session:
                 self._closed = True
                 for sequence in self._live.values():
                     sequence.cancelled = True
+                self._cancels = True
             self._sweep()
             self._executor.close()
             self._on_close()
@@ -264,13 +268,13 @@ class Session:
 
     # --- a step ------------------------------------------------------------------------------------------------
 
-    def _step(self) -> list[Token]:
+    def _step(self) -> None:
+        self._sweep()
         items = self._scheduler.schedule()
-        if not items:
-            return []
-        rows = self._execute(items)
-        choices = self._sample(items, rows)
-        return self._commit(items, choices)
+        if items:
+            rows = self._execute(items)
+            choices = self._sample(items, rows)
+            self._commit(items, choices)
 
     def _execute(self, items: list[Item]) -> list[Array | str | None]:
         """Logits (vocab,) of each item that chooses, None of the others, or why its numbers are not valid."""
@@ -301,23 +305,21 @@ class Session:
                 choices.append(item.sequence.sampler.choose(row))
         return choices
 
-    def _commit(self, items: list[Item], choices: list[Choice | str | None]) -> list[Token]:
+    def _commit(self, items: list[Item], choices: list[Choice | str | None]) -> None:
         """Make the step's outcome part of each sequence; ended ones leave and free their pages."""
-        events = []
         self.metrics.steps += 1
         for item, choice in zip(items, choices, strict=True):
             sequence = item.sequence
             sequence.computed += item.count
             if isinstance(choice, str):
-                events.append(self._end(sequence, "error", choice))
+                self._end(sequence, "error", choice)
             elif choice is not None:
                 event = sequence.commit(choice)
                 gap = sequence.watch.token()
                 self.metrics.token(gap)
                 if gap is None:
                     self.metrics.first_token(sequence.watch.tokens[0] - sequence.watch.submitted)
-                events.append(self._emit(sequence, event))
-        return events
+                self._emit(sequence, event)
 
     def _batch(self, items: list[Item]) -> StepBatch:
         """The items as plain arrays; rows of logits are in the order of the items that choose."""
@@ -377,39 +379,32 @@ class Session:
             raise BadRequest("the prompt is empty; give at least one character or token")
         return ids
 
-    def _events(self, sequence: sequences.Sequence) -> Iterator[Token]:
-        events = sequence.events
-        assert events is not None  # stream() gave it one
-        try:
-            while True:
-                while events:
-                    event = events.popleft()
-                    yield event
-                    if event.finish_reason is not None:
-                        return
-                self._drive(events)
-        finally:
-            if sequence.finish_reason is None:
-                self.cancel(sequence.id)
-
-    def _drive(self, events: deque[Token]) -> None:
+    def _wait_for(self, events: deque[Token]) -> None:
         """Run a step, or wait for the one that another thread runs."""
         if self._turn.acquire(blocking=False):
             try:
                 if not events:  # the driver before us may have filled it
                     self._check_open()
-                    self._sweep()
                     self._step()
             finally:
-                self._turn.release()
-            with self._stepped:
-                self._stepped.notify_all()
+                self._end_turn()
         else:
             with self._stepped:
                 if not events:
                     self._stepped.wait(_WAIT)
 
-    def _collect(self, sequence: sequences.Sequence, events: Iterator[Token]) -> Completion:
+    def _end_turn(self) -> None:
+        """Let another thread drive; a cancel that came in meanwhile and found the turn taken is done here."""
+        self._turn.release()
+        with self._stepped:
+            self._stepped.notify_all()
+        while self._cancels and self._turn.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._turn.release()
+
+    def _collect(self, sequence: sequences.Sequence, events: Stream) -> Completion:
         seen = list(events)
         last = seen[-1]
         assert last.finish_reason is not None  # the iterator ends with it
@@ -425,25 +420,32 @@ class Session:
             error=last.error,
         )
 
-    def _sweep(self) -> list[Token]:
+    def _stream(self, sequence: sequences.Sequence) -> Stream:
+        events = sequence.events
+        assert events is not None  # stream() and answer() gave it one
+        return Stream(sequence.id, events, lambda: self._wait_for(events), self.cancel)
+
+    def _sweep(self) -> None:
         """End the requests that were cancelled since the last step."""
+        if not self._cancels:
+            return
         with self._gate:
+            self._cancels = False
             cancelled = [s for s in self._live.values() if s.cancelled]
-        return [self._end(s, "cancelled") for s in cancelled]
+        for sequence in cancelled:
+            self._end(sequence, "cancelled")
 
-    def _end(self, sequence: sequences.Sequence, reason: FinishReason, error: str | None = None) -> Token:
-        return self._emit(sequence, sequence.end(reason, error))
+    def _end(self, sequence: sequences.Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._emit(sequence, sequence.end(reason, error))
 
-    def _emit(self, sequence: sequences.Sequence, event: Token) -> Token:
+    def _emit(self, sequence: sequences.Sequence, event: Token) -> None:
         if event.finish_reason is not None:
             sequence.watch.end()
             with self._gate:
                 self._scheduler.remove(sequence)
                 self._live.pop(sequence.id, None)
             self.metrics.finished[event.finish_reason] += 1
-        if sequence.events is not None:
-            sequence.events.append(event)
-        return event
+        (self._unread if sequence.events is None else sequence.events).append(event)
 
     def _fail_all(self, items: list[Item], error: Exception) -> None:
         """The backend itself failed: every sequence of the step ends, so that nothing stays behind."""
@@ -454,40 +456,3 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise BadRequest("this session is closed; open the engine again")
-
-    # --- known answer ------------------------------------------------------------------------------------------
-
-    def _replay(self, known: KnownAnswer) -> int:
-        """How many of the known tokens the greedy choice repeats, when each is given those before it."""
-        tokens = [*known.prompt, *known.answer]
-        if len(tokens) > self.context:
-            raise BadRequest(
-                f"the known answer has {len(tokens)} tokens with its prompt, the context is {self.context}"
-            )
-        pages = self._pool.open(len(tokens), self._width)
-        if pages is None:
-            raise BadRequest("the KV cache is in use; verify while no requests are in flight")
-        try:
-            return self._replay_in(pages, tokens, len(known.prompt))
-        finally:
-            pages.close()
-
-    def _replay_in(self, pages: PageTable, tokens: list[int], prompt: int) -> int:
-        agreed, at = 0, 0
-        while at < len(tokens) - 1:
-            # The prompt in chunks, then token by token, as when it was made
-            count = min(self.step_shape.tokens, prompt - at) if at < prompt else 1
-            pages.extend(count)
-            self._tables[0] = pages.row
-            logits = self._executor.forward(
-                StepBatch(
-                    tokens=np.array(tokens[at : at + count], np.int32),
-                    positions=np.arange(at, at + count, dtype=np.int32),
-                    sequence=np.zeros(count, np.int32),
-                    page_tables=self._tables[:1],
-                    logit_rows=np.array([count - 1], np.int32),
-                )
-            )
-            at += count
-            agreed += at >= prompt and int(logits[0].argmax()) == tokens[at]
-        return agreed

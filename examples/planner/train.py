@@ -12,12 +12,14 @@ import argparse
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from batches import NOT_LEARNED, Batch, make_batch
 from evaluate import Example, accuracy
 from grammar import HELDOUT_SEED, commands, write_heldout
 from rich.console import Console
@@ -25,24 +27,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from shapes import config, write_model
 from skills import write_schema
 from tokenizers import Tokenizer
-from tokens import BOS, PAD, train_tokenizer, turn, write_tokenizer
+from tokens import train_tokenizer, write_tokenizer
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE.parents[1] / "build" / "planner"
 
-TOKENS_A_STEP = 4096
-ROW, LONG_ROW, LONG_EVERY = 256, 1024, 8  # every eighth step shows the whole context
-PEAK = {"model": 2e-3, "draft": 4e-3}
+PEAK = {"model": 3e-3, "draft": 4e-3}
 DEFAULT_MINUTES = {"model": 45.0, "draft": 8.0}
 WARM_UP_STEPS = 100
 FLOOR = 0.01  # of the peak learning rate, at the end
 EVALUATE_EVERY = 400
 EVALUATED = 256
 TOKENIZER_COMMANDS = 40_000
-
-NOT_LEARNED = -100  # what cross_entropy ignores
 
 console = Console(width=110)
 
@@ -52,7 +50,7 @@ class Run:
     """One model's training: what is saved in a checkpoint, and what is counted."""
 
     model: LlamaForCausalLM
-    optimizer: torch.optim.AdamW
+    optimizers: tuple[torch.optim.Optimizer, ...]
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -60,9 +58,13 @@ class Run:
 
     def save(self, path: Path) -> None:
         state = {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "seconds": self.seconds, "tokens": self.tokens, "examples": self.examples,
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "examples": self.examples,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         torch.save(state, part)
@@ -71,51 +73,17 @@ class Run:
     def restore(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         self.tokens, self.examples = state["tokens"], state["examples"]
 
 
-@dataclass(frozen=True)
-class Batch:
-    ids: torch.Tensor  # (rows, length)
-    places: torch.Tensor  # flat positions whose next token is learned
-    targets: torch.Tensor
-    examples: int
-
-
-def make_batch(tokenizer: Tokenizer, seed: int, step: int) -> Batch:
-    """Rows of conversations: <s>, then one exchange after another. Only plan tokens are learned.
-
-    The step alone decides the commands, so a run that is taken up again sees what it would have seen.
-    """
-    length = LONG_ROW if step % LONG_EVERY == LONG_EVERY - 1 else ROW
-    source = commands(seed * 1_000_000 + step)
-    ids = torch.full((TOKENS_A_STEP // length, length), PAD)
-    learned = torch.zeros_like(ids, dtype=torch.bool)
-    examples = 0
-    for row in range(ids.shape[0]):
-        tokens, flags = [BOS], [False]
-        while len(tokens) < length:
-            command = next(source)
-            exchange, plan_start = turn(tokenizer, command.prompt, command.expected)
-            tokens += exchange
-            flags += [n >= plan_start for n in range(len(exchange))]
-            examples += 1
-        ids[row] = torch.tensor(tokens[:length])
-        learned[row] = torch.tensor(flags[:length])
-    found = learned[:, 1:].nonzero()
-    # One size of matrix product for every step: oneDNN compiles a kernel for each new shape.
-    places = torch.zeros(math.ceil(len(found) / 1024) * 1024, dtype=torch.int64)
-    targets = torch.full_like(places, NOT_LEARNED)
-    places[: len(found)] = found[:, 0] * length + found[:, 1]
-    targets[: len(found)] = ids[:, 1:][learned[:, 1:]]
-    return Batch(ids, places, targets, examples)
-
-
 def loss_of(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=batch.ids, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
         logits = model.lm_head(hidden.flatten(0, 1)[batch.places])
     return torch.nn.functional.cross_entropy(logits.float(), batch.targets, ignore_index=NOT_LEARNED)
 
@@ -129,10 +97,12 @@ def learning_rate(role: str, step: int, done: float) -> float:
 def new_run(role: str, tokenizer: Tokenizer, seed: int) -> Run:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config(role, tokenizer.get_vocab_size()))
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    gains = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}]
-    return Run(model, torch.optim.AdamW(groups, lr=PEAK[role], betas=(0.9, 0.98), fused=True))
+    # Muon takes the matrices inside the layers, AdamW the embedding and the gains.
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    outer = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    muon = torch.optim.Muon(inner, lr=PEAK[role], weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(outer, lr=PEAK[role], betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return Run(model, (muon, adamw))
 
 
 def validation() -> list[Example]:
@@ -158,27 +128,31 @@ def progress_bar() -> Progress:
 def train(role: str, run: Run, tokenizer: Tokenizer, options: argparse.Namespace) -> Iterator[float]:
     """Train to the end of the budget; yields after each step how much of it is done."""
     minutes = options.minutes or DEFAULT_MINUTES[role]
+    recent: deque[float] = deque(maxlen=50)
     while True:
         done = run.step / options.steps if options.steps else run.seconds / (60 * minutes)
         if done >= 1:
             return
         began = time.monotonic()
         batch = make_batch(tokenizer, options.seed, run.step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(role, run.step, done)
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(role, run.step, done)
         loss = loss_of(run.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         run.step += 1
+        recent.append(loss.item())
         run.tokens += batch.ids.numel()
         run.examples += batch.examples
         run.seconds += time.monotonic() - began
         if run.step % 50 == 0:
             speed = run.tokens / run.seconds
             console.print(
-                f"{role} step {run.step} loss {loss.item():.4f} {run.seconds / 60:.1f} min "
+                f"{role} step {run.step} loss {sum(recent) / len(recent):.4f} {run.seconds / 60:.1f} min "
                 f"{speed:,.0f} tokens/s {run.examples:,} commands"
             )
         yield done

@@ -13,14 +13,19 @@ constexpr float kTiny = 0x1p-126f;  // formats/scaled.py: f32 scales are never d
 
 float group_scale(const edge_matrix& w, int64_t panel, int64_t lane, int64_t group, int64_t groups) {
     switch (w.scale_per) {
-        case EDGE_SCALE_GROUP: return half_at(w.scale, (panel * groups + group) * kPanel + lane);
-        case EDGE_SCALE_ROW: return static_cast<const float*>(w.scale)[panel * kPanel + lane];
-        case EDGE_SCALE_TENSOR: return static_cast<const float*>(w.scale)[0];
-        default: return 1.0f;
+        case EDGE_SCALE_GROUP:
+            return half_at(w.scale, (panel * groups + group) * kPanel + lane);
+        case EDGE_SCALE_ROW:
+            return static_cast<const float*>(w.scale)[panel * kPanel + lane];
+        case EDGE_SCALE_TENSOR:
+            return static_cast<const float*>(w.scale)[0];
+        default:
+            return 1.0f;
     }
 }
 
-// Code of nibble `i` of a group whose bytes start at q: bytes [half/4 blocks][16][4] (n16k4) or [half][16] (n16).
+// Code of nibble `i` of a group whose bytes start at q: bytes [half/4 blocks][16][4] (n16k4) or [half][16]
+// (n16).
 int nibble(const uint8_t* q, int64_t lane, int i, int half, bool interleaved) {
     const int j = i % half;
     const int64_t at = interleaved ? j / 4 * 64 + lane * 4 + j % 4 : j * kPanel + lane;
@@ -79,8 +84,8 @@ void write_int4_group(const edge_kv& kv, int64_t row, int g, const float* x, int
     }
 }
 
-// sin and cos by Cody-Waite reduction and Taylor-like polynomials in f64: good to the last bit of f32, and the
-// same on every machine, which libm's are not.
+// sin and cos by Cody-Waite reduction and Taylor-like polynomials in f64: good to the last bit of f32, and
+// the same on every machine, which libm's are not.
 void sin_cos(double x, double* s, double* c) {
     const double n = std::nearbyint(x * 0.63661977236758134308);
     double r = std::fma(n, -1.57079632673412561417e+00, x);
@@ -98,10 +103,22 @@ void sin_cos(double x, double* s, double* c) {
         q = std::fma(q, z, k);
     const double cosine = std::fma(q, z, 1.0);
     switch (static_cast<int64_t>(n) & 3) {
-        case 0: *s = sine; *c = cosine; return;
-        case 1: *s = cosine; *c = -sine; return;
-        case 2: *s = -sine; *c = -cosine; return;
-        default: *s = -cosine; *c = sine; return;
+        case 0:
+            *s = sine;
+            *c = cosine;
+            return;
+        case 1:
+            *s = cosine;
+            *c = -sine;
+            return;
+        case 2:
+            *s = -sine;
+            *c = -cosine;
+            return;
+        default:
+            *s = -cosine;
+            *c = sine;
+            return;
     }
 }
 
@@ -119,12 +136,24 @@ void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
         const uint8_t* group = nibbles + g * half * kPanel;
         float v = 0.0f;
         switch (w.encoding) {
-            case EDGE_ENC_F32: v = reinterpret_cast<const float*>(q)[at]; break;
-            case EDGE_ENC_F16: v = half_at(q, at); break;
-            case EDGE_ENC_BF16: v = bfloat_at(q, at); break;
-            case EDGE_ENC_E4M3: v = e4m3_to_float(q[at]); break;
-            case EDGE_ENC_E5M2: v = e5m2_to_float(q[at]); break;
-            case EDGE_ENC_I8: v = static_cast<float>(q[first + k / 4 * 64 + lane * 4 + k % 4] - 128); break;
+            case EDGE_ENC_F32:
+                v = reinterpret_cast<const float*>(q)[at];
+                break;
+            case EDGE_ENC_F16:
+                v = half_at(q, at);
+                break;
+            case EDGE_ENC_BF16:
+                v = bfloat_at(q, at);
+                break;
+            case EDGE_ENC_E4M3:
+                v = e4m3_to_float(q[at]);
+                break;
+            case EDGE_ENC_E5M2:
+                v = e5m2_to_float(q[at]);
+                break;
+            case EDGE_ENC_I8:
+                v = static_cast<float>(q[first + k / 4 * 64 + lane * 4 + k % 4] - 128);
+                break;
             case EDGE_ENC_U4O8:
                 v = static_cast<float>(nibble(group, lane, i, static_cast<int>(half), true) - 8);
                 break;
@@ -132,7 +161,9 @@ void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
                 v = static_cast<float>(nibble(group, lane, i, static_cast<int>(half), true) -
                                        w.zero[(panel * groups + g) * kPanel + lane]);
                 break;
-            default: v = EDGE_NF4[nibble(group, lane, i, static_cast<int>(half), false)]; break;
+            default:
+                v = EDGE_NF4[nibble(group, lane, i, static_cast<int>(half), false)];
+                break;
         }
         out[k] = v * group_scale(w, panel, lane, g, groups) * scale;
     }
@@ -145,7 +176,9 @@ int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim) {
     const float top = absmax(x, head_dim);
     int status = EDGE_OK;
     switch (kv.encoding) {
-        case EDGE_ENC_F32: std::memcpy(q, x, static_cast<size_t>(head_dim) * 4); break;
+        case EDGE_ENC_F32:
+            std::memcpy(q, x, static_cast<size_t>(head_dim) * 4);
+            break;
         case EDGE_ENC_F16:
             if (top > 65504.0f) return EDGE_OUT_OF_RANGE;
             for (int i = 0; i < head_dim; ++i) {

@@ -18,8 +18,8 @@ namespace {
 bool runs(int simd) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (simd == EDGE_SIMD_AVX2) return avx2;
     if (simd == EDGE_SIMD_AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -31,11 +31,16 @@ bool runs(int simd) {
 
 const Kernels* table(int simd) {
     switch (simd) {
-        case EDGE_SIMD_SCALAR: return scalar_kernels();
-        case EDGE_SIMD_AVX2: return runs(simd) ? avx2_kernels() : nullptr;
-        case EDGE_SIMD_AVX512: return runs(simd) ? avx512_kernels() : nullptr;
-        case EDGE_SIMD_NEON: return neon_kernels();  // only built where every processor has dot products
-        default: break;
+        case EDGE_SIMD_SCALAR:
+            return scalar_kernels();
+        case EDGE_SIMD_AVX2:
+            return runs(simd) ? avx2_kernels() : nullptr;
+        case EDGE_SIMD_AVX512:
+            return runs(simd) ? avx512_kernels() : nullptr;
+        case EDGE_SIMD_NEON:
+            return neon_kernels();  // only built where every processor has dot products
+        default:
+            break;
     }
     for (int best : {EDGE_SIMD_NEON, EDGE_SIMD_AVX512, EDGE_SIMD_AVX2})
         if (const Kernels* kernels = table(best)) return kernels;
@@ -47,8 +52,8 @@ const Kernels* table(int simd) {
 int64_t attention_floats(int heads_per_kv, int head_dim) {
     const int64_t stride = (static_cast<int64_t>(head_dim) + 15) / 16 * 16;
     const int64_t queries = static_cast<int64_t>(heads_per_kv) * kAttentionTokens;
-    // two tiles of 16 rows; query, sum, softmax lanes and maximum of each query
-    return (32 * stride + queries * (2 * stride + 17) + 15) / 16 * 16;
+    // two tiles of 16 rows; query, sum, shares, softmax lanes and maximum of each query
+    return (32 * stride + queries * (2 * stride + 33) + 15) / 16 * 16;
 }
 
 }  // namespace edge

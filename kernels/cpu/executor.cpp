@@ -43,13 +43,17 @@ int64_t padded_cols(const edge_matrix& w) { return (w.cols + w.group - 1) / w.gr
 int64_t panel_bytes(const edge_matrix& w) {
     const int64_t items = padded_cols(w) * kPanel;
     switch (w.encoding) {
-        case EDGE_ENC_F32: return items * 4;
+        case EDGE_ENC_F32:
+            return items * 4;
         case EDGE_ENC_F16:
-        case EDGE_ENC_BF16: return items * 2;
+        case EDGE_ENC_BF16:
+            return items * 2;
         case EDGE_ENC_U4O8:
         case EDGE_ENC_U4:
-        case EDGE_ENC_NF4: return items / 2;
-        default: return items;
+        case EDGE_ENC_NF4:
+            return items / 2;
+        default:
+            return items;
     }
 }
 
@@ -214,11 +218,21 @@ void Executor::work(int thread) {
     const FloatMode mode;
     for (const Stage& stage : stages_) {
         switch (stage.kind) {
-            case Stage::kTokens: run_tokens(stage, batch_->token_count); break;
-            case Stage::kLogitRows: run_tokens(stage, batch_->logit_count); break;
-            case Stage::kLinear: run_linears(stage, batch_->token_count); break;
-            case Stage::kLogits: run_linears(stage, batch_->logit_count); break;
-            case Stage::kAttention: run_attention(*stage.attention, thread); break;
+            case Stage::kTokens:
+                run_tokens(stage, batch_->token_count);
+                break;
+            case Stage::kLogitRows:
+                run_tokens(stage, batch_->logit_count);
+                break;
+            case Stage::kLinear:
+                run_linears(stage, batch_->token_count);
+                break;
+            case Stage::kLogits:
+                run_linears(stage, batch_->logit_count);
+                break;
+            case Stage::kAttention:
+                run_attention(*stage.attention, thread);
+                break;
         }
         pool_.barrier();
     }
@@ -233,7 +247,9 @@ void Executor::run_step(const TokenStep& step, int64_t t) {
     const edge_op& op = *step.op;
     const edge_scratch& s = program_.scratch;
     switch (step.kind) {
-        case TokenStep::kOp: run_op(op, t); break;
+        case TokenStep::kOp:
+            run_op(op, t);
+            break;
         case TokenStep::kAngles:
             fill_angles(op.vec, op.freqs, batch_->positions[t], op.scale, op.out + t * 2 * op.freqs);
             break;
@@ -266,11 +282,19 @@ void Executor::run_op(const edge_op& op, int64_t t) {
     const float* x = op.x + t * op.x_width;
     float* out = op.out + t * op.out_width;
     switch (op.kind) {
-        case EDGE_OP_EMBED: read_row(op.weight, batch_->tokens[t], op.scale, out); break;
+        case EDGE_OP_EMBED:
+            read_row(op.weight, batch_->tokens[t], op.scale, out);
+            break;
         case EDGE_OP_NORM_RMS:
-        case EDGE_OP_NORM_LAYER: kernels_.norm(op, x, out); break;
-        case EDGE_OP_ROPE: kernels_.rope(op, tables_[static_cast<size_t>(op.angles)].out + t * 2 * op.freqs, out); break;
-        case EDGE_OP_ADD: kernels_.add(x, op.y + t * op.x_width, op.scale, out, op.x_width); break;
+        case EDGE_OP_NORM_LAYER:
+            kernels_.norm(op, x, out);
+            break;
+        case EDGE_OP_ROPE:
+            kernels_.rope(op, tables_[static_cast<size_t>(op.angles)].out + t * 2 * op.freqs, out);
+            break;
+        case EDGE_OP_ADD:
+            kernels_.add(x, op.y + t * op.x_width, op.scale, out, op.x_width);
+            break;
         case EDGE_OP_KV_APPEND: {
             const edge_cache& cache = cache_[static_cast<size_t>(op.layer)];
             const int32_t position = batch_->positions[t];
@@ -288,7 +312,9 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             }
             break;
         }
-        default: kernels_.activation(op.kind, x, op.y == nullptr ? nullptr : op.y + t * op.x_width, out, op.x_width);
+        default:
+            kernels_.activation(op.kind, x, op.y == nullptr ? nullptr : op.y + t * op.x_width, out,
+                                op.x_width);
     }
 }
 
@@ -335,12 +361,13 @@ void Executor::run_attention(const edge_op& op, int thread) {
     for (int64_t unit = pool_.take(); unit < units; unit = pool_.take()) {
         const int part = static_cast<int>(unit % parts);
         const int kv_head = static_cast<int>(unit / parts % op.kv_heads);
-        const Block& block = blocks_[static_cast<size_t>(blocks - 1 - unit / parts / op.kv_heads)];  // longest first
+        const Block& block =
+            blocks_[static_cast<size_t>(blocks - 1 - unit / parts / op.kv_heads)];  // longest first
         AttentionArgs args{};
         args.op = &op;
         args.cache = &cache_[static_cast<size_t>(op.layer)];
-        args.page_table =
-            batch_->page_tables + static_cast<int64_t>(batch_->sequence[block.first]) * batch_->pages_per_sequence;
+        args.page_table = batch_->page_tables +
+                          static_cast<int64_t>(batch_->sequence[block.first]) * batch_->pages_per_sequence;
         args.positions = batch_->positions + block.first;
         args.first = block.first;
         args.tokens = block.count;

@@ -1,4 +1,5 @@
-// Small floats in plain integer arithmetic, equal to numpy's conversions and to engine/formats/fp8.py bit for bit.
+// Small floats in plain integer arithmetic, equal to numpy's conversions and to engine/formats/fp8.py bit for
+// bit.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@ inline uint16_t float_to_half(float v) {
     const uint32_t a = bits & 0x7fffffff;
     if (a > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
     if (a >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above
-    if (a < 0x38800000) {                                             // below 2^-14: steps of 2^-24
+    if (a < 0x38800000) {                                              // below 2^-14: steps of 2^-24
         const float steps = float_from_bits(a) * 0x1p24f;              // exact, below 1024
         return static_cast<uint16_t>(sign | static_cast<uint32_t>(__builtin_nearbyintf(steps)));
     }

@@ -25,14 +25,15 @@ inline TokenBlock token_block(int64_t token, int64_t tokens, int64_t largest) {
 }
 
 // One matrix times `tokens` rows. Integer formats read codes, scales and sums; the others x.
-// The codes of a block of tokens lie together as [k / 4][token of the block][4 inputs], its scales and sums as
-// [group][token of the block], so that one pointer with constant offsets reaches all of them.
+// The codes of a block of tokens lie together as [k / 4][token of the block][4 inputs], its scales and sums
+// as [group][token of the block], so that one pointer with constant offsets reaches all of them.
 struct LinearArgs {
     const edge_matrix* weight;
     const float* bias;
-    float* out;           // (tokens, out_stride)
-    const float* x;       // (tokens, x_stride)
-    const int8_t* codes;  // x quantized per group, zero-padded; a block starts at its first token * code_stride
+    float* out;      // (tokens, out_stride)
+    const float* x;  // (tokens, x_stride)
+    const int8_t*
+        codes;  // x quantized per group, zero-padded; a block starts at its first token * code_stride
     const float* scales;  // a block starts at its first token * group_stride
     const int32_t* sums;  // -offset * the sum of the codes of each group
     int64_t out_stride, x_stride, code_stride, group_stride, tokens;
@@ -47,10 +48,10 @@ constexpr int kAttentionTokens = 4;
 struct AttentionArgs {
     const edge_op* op;
     const edge_cache* cache;
-    const int32_t* page_table;  // of the sequence
-    const int32_t* positions;   // of the tokens
-    int64_t first;              // row of the first token in q and out
-    int tokens;                 // 1..kAttentionTokens, positions ascending by one
+    const int32_t* page_table;          // of the sequence
+    const int32_t* positions;           // of the tokens
+    int64_t first;                      // row of the first token in q and out
+    int tokens;                         // 1..kAttentionTokens, positions ascending by one
     int kv_head, head_begin, head_end;  // query heads, all of kv_head's group
     int page_tokens;
     float* scratch;

@@ -7,11 +7,13 @@
 namespace edge {
 namespace EDGE_ISA {
 
-#if defined(EDGE_VEC_AVX512) || defined(EDGE_VEC_NEON)
-constexpr int kTokenBlock = 8;  // tokens that share a load of weights; 32 registers
+#if defined(EDGE_VEC_AVX512)
+constexpr int kRegisters = 32;  // vectors of sixteen lanes
 #else
-constexpr int kTokenBlock = 4;
+constexpr int kRegisters = 8;
 #endif
+// Tokens that share a load of weights.
+constexpr int kTokenBlock = kRegisters == 32 ? 8 : 4;
 
 // Adds the bias and stores the rows of one panel that exist.
 EDGE_INLINE void finish(const LinearArgs& p, int64_t row, int64_t rows, int64_t token, f32x16 y) {

@@ -1,5 +1,5 @@
-// y = W x for float and table weights in packing n16: a row is a lane, so the sum over inputs is one ascending
-// chain of fma in f32 on every path. Activations stay f32.
+// y = W x for float and table weights in packing n16: a row is a lane, so the sum over inputs is one
+// ascending chain of fma in f32 on every path. Activations stay f32.
 #include "linear.h"
 
 namespace edge {
@@ -55,7 +55,8 @@ void block(const LinearArgs& p, int64_t panel, int64_t token) {
     }
     for (int i = 0; i < P; ++i)
         for (int t = 0; t < T; ++t)
-            finish(p, (panel + i) * kPanel, p.weight->rows, token + t, scaled(*p.weight, panel + i, acc[i][t]));
+            finish(p, (panel + i) * kPanel, p.weight->rows, token + t,
+                   scaled(*p.weight, panel + i, acc[i][t]));
 }
 
 // A group's table values are summed first, inputs j and j + 32 in turn, then scaled once.
@@ -105,8 +106,7 @@ void block_nf4(const LinearArgs& p, int64_t panel, int64_t token) {
         }
     }
     for (int i = 0; i < P; ++i)
-        for (int t = 0; t < T; ++t)
-            finish(p, (panel + i) * kPanel, p.weight->rows, token + t, acc[i][t]);
+        for (int t = 0; t < T; ++t) finish(p, (panel + i) * kPanel, p.weight->rows, token + t, acc[i][t]);
 }
 
 template <class Item, int T, int P>
@@ -147,13 +147,20 @@ LinearKernel float_kernel(const edge_matrix& w) {
     const bool grouped = w.scale_per == EDGE_SCALE_GROUP;
     if (grouped != (w.encoding == EDGE_ENC_NF4)) return nullptr;
     switch (w.encoding) {
-        case EDGE_ENC_F32: return linear<F32>;
-        case EDGE_ENC_F16: return linear<F16>;
-        case EDGE_ENC_BF16: return linear<BF16>;
-        case EDGE_ENC_E4M3: return linear<E4M3>;
-        case EDGE_ENC_E5M2: return linear<E5M2>;
-        case EDGE_ENC_NF4: return linear<NF4>;
-        default: return nullptr;
+        case EDGE_ENC_F32:
+            return linear<F32>;
+        case EDGE_ENC_F16:
+            return linear<F16>;
+        case EDGE_ENC_BF16:
+            return linear<BF16>;
+        case EDGE_ENC_E4M3:
+            return linear<E4M3>;
+        case EDGE_ENC_E5M2:
+            return linear<E5M2>;
+        case EDGE_ENC_NF4:
+            return linear<NF4>;
+        default:
+            return nullptr;
     }
 }
 

@@ -6,24 +6,37 @@ namespace edge {
 namespace EDGE_ISA {
 namespace {
 
-// Bytes ahead; hides DRAM latency where the hardware prefetcher stops at pages. More tokens spend longer on a byte,
-// but leave less room for loads to run ahead of the sums.
+// Bytes ahead; hides DRAM latency where the hardware prefetcher stops at pages. More tokens spend longer on a
+// byte, but leave less room for loads to run ahead of the sums.
 template <int T>
-constexpr int kPrefetch = T >= 4 ? 4096 : T == 2 ? 2048 : 1024;
+constexpr int kPrefetch = T >= 4   ? 4096
+                          : T == 2 ? 2048
+                                   : 1024;
+
+// Panels computed together, so that several sums are in flight and one broadcast of inputs serves them all.
+template <int T>
+constexpr int kPanels = kRegisters == 32 && T >= 4 ? 2 : 1;
 
 template <int kGroup>
 struct Nibbles {
     static constexpr int kGroupBytes = kGroup / 2 * kPanel;
 
-    template <int T>
-    EDGE_INLINE void dot(const uint8_t* q, const int8_t* a, i32x16 (&sum)[T]) {
+    // q: the group's codes of the first panel; the next panel's lie `stride` bytes on
+    template <int P, int T>
+    EDGE_INLINE void dot(const uint8_t* q, int64_t stride, const int8_t* a, i32x16 (&sum)[P][T]) {
         for (int b = 0; b < kGroup / 8; ++b) {
-            const u8x64 w = load_nibbles(q + 64 * b);
-            __builtin_prefetch(q + 64 * b + kPrefetch<T>);
-            const u8x64 low = low_nibbles(w), high = high_nibbles(w);
+            u8x64 low[P], high[P];
+            for (int i = 0; i < P; ++i) {
+                const u8x64 w = load_nibbles(q + i * stride + 64 * b);
+                __builtin_prefetch(q + i * stride + 64 * b + kPrefetch<T>);
+                low[i] = low_nibbles(w);
+                high[i] = high_nibbles(w);
+            }
             for (int t = 0; t < T; ++t) {
-                sum[t] = dot_nibbles(sum[t], low, a + 4 * (T * b + t));
-                sum[t] = dot_nibbles(sum[t], high, a + 4 * (T * (b + kGroup / 8) + t));
+                const int8_t* first = a + 4 * (T * b + t);
+                const int8_t* second = a + 4 * (T * (b + kGroup / 8) + t);
+                for (int i = 0; i < P; ++i) sum[i][t] = dot_nibbles(sum[i][t], low[i], first);
+                for (int i = 0; i < P; ++i) sum[i][t] = dot_nibbles(sum[i][t], high[i], second);
             }
         }
     }
@@ -33,86 +46,109 @@ template <int kGroup>
 struct Bytes {
     static constexpr int kGroupBytes = kGroup * kPanel;
 
-    template <int T>
-    EDGE_INLINE void dot(const uint8_t* q, const int8_t* a, i32x16 (&sum)[T]) {
+    template <int P, int T>
+    EDGE_INLINE void dot(const uint8_t* q, int64_t stride, const int8_t* a, i32x16 (&sum)[P][T]) {
         for (int b = 0; b < kGroup / 4; ++b) {
-            const u8x64 w = load_bytes(q + 64 * b);
-            __builtin_prefetch(q + 64 * b + kPrefetch<T>);
-            for (int t = 0; t < T; ++t) sum[t] = dot_bytes(sum[t], w, a + 4 * (T * b + t));
+            u8x64 w[P];
+            for (int i = 0; i < P; ++i) {
+                w[i] = load_bytes(q + i * stride + 64 * b);
+                __builtin_prefetch(q + i * stride + 64 * b + kPrefetch<T>);
+            }
+            for (int t = 0; t < T; ++t)
+                for (int i = 0; i < P; ++i) sum[i][t] = dot_bytes(sum[i][t], w[i], a + 4 * (T * b + t));
         }
     }
 };
 
-// kZero: codes have a zero point per group and row, else an offset that is in the sums; kRow: scales per row,
-// applied once at the end.
-template <class Codes, int kGroup, bool kZero, bool kRow, int T>
-void block(const LinearArgs& p, int64_t begin, int64_t end, int64_t token) {
+// P panels times T tokens. kZero: codes have a zero point per group and row, else an offset that is in the
+// sums; kRow: scales per row, applied once at the end.
+template <class Codes, int kGroup, bool kZero, bool kRow, int P, int T>
+EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
     const int64_t groups = (p.weight->cols + kGroup - 1) / kGroup;
-    const int64_t rows = p.weight->rows;
-    const uint8_t* q = static_cast<const uint8_t*>(p.weight->codes) + begin * groups * Codes::kGroupBytes;
-    const char* scale = static_cast<const char*>(p.weight->scale) + begin * kPanel * (kRow ? 4 : 2 * groups);
-    const uint8_t* zero = p.weight->zero + (kZero ? begin * groups * kPanel : 0);
-    for (int64_t panel = begin; panel < end; ++panel) {
-        f32x16 acc[T];
-        for (int t = 0; t < T; ++t) acc[t] = zero16();
-        const int8_t* a = p.codes + token * p.code_stride;
-        const float* a_scale = p.scales + token * p.group_stride;
-        const int32_t* a_sum = p.sums + token * p.group_stride;
-        for (int64_t g = 0; g < groups; ++g, a += kGroup * T, a_scale += T, a_sum += T) {
-            i32x16 sum[T];
+    const int64_t stride = groups * Codes::kGroupBytes;
+    const uint8_t* q = static_cast<const uint8_t*>(p.weight->codes) + panel * stride;
+    const char* scale = static_cast<const char*>(p.weight->scale) + panel * kPanel * (kRow ? 4 : 2 * groups);
+    const uint8_t* zero = p.weight->zero + (kZero ? panel * groups * kPanel : 0);
+    const int8_t* a = p.codes + token * p.code_stride;
+    const float* a_scale = p.scales + token * p.group_stride;
+    const int32_t* a_sum = p.sums + token * p.group_stride;
+    f32x16 acc[P][T];
+    for (int i = 0; i < P; ++i)
+        for (int t = 0; t < T; ++t) acc[i][t] = zero16();
+    for (int64_t g = 0; g < groups; ++g) {
+        i32x16 sum[P][T];
+        for (int i = 0; i < P; ++i) {
             if constexpr (kZero) {
-                const i32x16 z = load_u8(zero);
-                zero += kPanel;
-                for (int t = 0; t < T; ++t) sum[t] = mul(z, set1(a_sum[t]));
+                const i32x16 z = load_u8(zero + i * groups * kPanel);
+                for (int t = 0; t < T; ++t) sum[i][t] = mul(z, set1(a_sum[t]));
             } else {
-                for (int t = 0; t < T; ++t) sum[t] = set1(a_sum[t]);
+                for (int t = 0; t < T; ++t) sum[i][t] = set1(a_sum[t]);
             }
-            Codes::template dot<T>(q, a, sum);
-            q += Codes::kGroupBytes;
+        }
+        Codes::template dot<P, T>(q, stride, a, sum);
+        for (int i = 0; i < P; ++i) {
             if constexpr (kRow) {
-                for (int t = 0; t < T; ++t) acc[t] = fma(to_f32(sum[t]), set1(a_scale[t]), acc[t]);
+                for (int t = 0; t < T; ++t) acc[i][t] = fma(to_f32(sum[i][t]), set1(a_scale[t]), acc[i][t]);
             } else {
-                const f32x16 s = load_f16(scale);
-                scale += 2 * kPanel;
+                const char* own = scale + i * groups * kPanel * 2;
+                const f32x16 s = load_f16(own);
+                __builtin_prefetch(own + kPrefetch<T> / 16);
                 for (int t = 0; t < T; ++t)
-                    acc[t] = fma(to_f32(sum[t]), mul(set1(a_scale[t]), s), acc[t]);
+                    acc[i][t] = fma(to_f32(sum[i][t]), mul(set1(a_scale[t]), s), acc[i][t]);
             }
         }
-        f32x16 row_scale = zero16();
-        if constexpr (kRow) {
-            row_scale = load(reinterpret_cast<const float*>(scale));
-            scale += 4 * kPanel;
-        }
-        for (int t = 0; t < T; ++t) {
-            const f32x16 y = kRow ? mul(acc[t], row_scale) : acc[t];
-            finish(p, panel * kPanel, rows, token + t, y);
-        }
+        q += Codes::kGroupBytes;
+        zero += kZero ? kPanel : 0;
+        scale += kRow ? 0 : 2 * kPanel;
+        a += kGroup * T;
+        a_scale += T;
+        a_sum += T;
     }
+    for (int i = 0; i < P; ++i) {
+        f32x16 row_scale = zero16();
+        if constexpr (kRow) row_scale = load(reinterpret_cast<const float*>(scale) + i * kPanel);
+        for (int t = 0; t < T; ++t)
+            finish(p, (panel + i) * kPanel, p.weight->rows, token + t,
+                   kRow ? mul(acc[i][t], row_scale) : acc[i][t]);
+    }
+}
+
+template <class Codes, int kGroup, bool kZero, bool kRow, int T>
+void panels(const LinearArgs& p, int64_t begin, int64_t end, int64_t token) {
+    constexpr int P = kPanels<T>;
+    int64_t panel = begin;
+    for (; panel + P <= end; panel += P) block<Codes, kGroup, kZero, kRow, P, T>(p, panel, token);
+    if constexpr (P > 1)
+        for (; panel < end; ++panel) block<Codes, kGroup, kZero, kRow, 1, T>(p, panel, token);
 }
 
 template <class Codes, int kGroup, bool kZero, bool kRow>
 void linear(const LinearArgs& p, int64_t begin, int64_t end) {
     int64_t t = 0;
     for (; t + kTokenBlock <= p.tokens; t += kTokenBlock)
-        block<Codes, kGroup, kZero, kRow, kTokenBlock>(p, begin, end, t);
+        panels<Codes, kGroup, kZero, kRow, kTokenBlock>(p, begin, end, t);
     if (kTokenBlock > 4 && t + 4 <= p.tokens) {
-        block<Codes, kGroup, kZero, kRow, 4>(p, begin, end, t);
+        panels<Codes, kGroup, kZero, kRow, 4>(p, begin, end, t);
         t += 4;
     }
     if (t + 2 <= p.tokens) {
-        block<Codes, kGroup, kZero, kRow, 2>(p, begin, end, t);
+        panels<Codes, kGroup, kZero, kRow, 2>(p, begin, end, t);
         t += 2;
     }
-    if (t < p.tokens) block<Codes, kGroup, kZero, kRow, 1>(p, begin, end, t);
+    if (t < p.tokens) panels<Codes, kGroup, kZero, kRow, 1>(p, begin, end, t);
 }
 
 template <int kGroup>
 LinearKernel grouped(int encoding) {
     switch (encoding) {
-        case EDGE_ENC_U4O8: return linear<Nibbles<kGroup>, kGroup, false, false>;
-        case EDGE_ENC_U4: return linear<Nibbles<kGroup>, kGroup, true, false>;
-        case EDGE_ENC_I8: return linear<Bytes<kGroup>, kGroup, false, false>;
-        default: return nullptr;
+        case EDGE_ENC_U4O8:
+            return linear<Nibbles<kGroup>, kGroup, false, false>;
+        case EDGE_ENC_U4:
+            return linear<Nibbles<kGroup>, kGroup, true, false>;
+        case EDGE_ENC_I8:
+            return linear<Bytes<kGroup>, kGroup, false, false>;
+        default:
+            return nullptr;
     }
 }
 
@@ -120,10 +156,14 @@ LinearKernel grouped(int encoding) {
 
 int32_t code_offset(int encoding) {
     switch (encoding) {
-        case EDGE_ENC_U4O8: return 8;
-        case EDGE_ENC_U4: return 1;  // times the zero point
-        case EDGE_ENC_I8: return kByteOffset;
-        default: return 0;
+        case EDGE_ENC_U4O8:
+            return 8;
+        case EDGE_ENC_U4:
+            return 1;  // times the zero point
+        case EDGE_ENC_I8:
+            return kByteOffset;
+        default:
+            return 0;
     }
 }
 
@@ -133,10 +173,14 @@ LinearKernel int_kernel(const edge_matrix& w) {
         return linear<Bytes<64>, 64, false, true>;
     if (w.scale_per != EDGE_SCALE_GROUP) return nullptr;
     switch (w.group) {
-        case 32: return grouped<32>(w.encoding);
-        case 64: return grouped<64>(w.encoding);
-        case 128: return grouped<128>(w.encoding);
-        default: return nullptr;
+        case 32:
+            return grouped<32>(w.encoding);
+        case 64:
+            return grouped<64>(w.encoding);
+        case 128:
+            return grouped<128>(w.encoding);
+        default:
+            return nullptr;
     }
 }
 

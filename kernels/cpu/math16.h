@@ -6,7 +6,8 @@
 namespace edge {
 namespace EDGE_ISA {
 
-// Cephes expf: 2^n * p(r), |r| <= ln2/2, within 2 ulp; saturates instead of under- or overflowing; exp(0) = 1.
+// Cephes expf: 2^n * p(r), |r| <= ln2/2, within 2 ulp; saturates instead of under- or overflowing; exp(0)
+// = 1.
 EDGE_INLINE f32x16 exp16(f32x16 x) {
     x = min(set1(88.3762589f), max(set1(-87.3365402f), x));  // this order keeps a NaN
     const f32x16 n = round_even(mul(x, set1(1.44269504f)));

@@ -1,5 +1,5 @@
-// A team of threads that runs one job at a time and meets at barriers. Waiting spins briefly, then yields, then
-// sleeps, so that a busy machine is not kept from its other work.
+// A team of threads that runs one job at a time and meets at barriers. Waiting spins briefly, then yields,
+// then sleeps, so that a busy machine is not kept from its other work.
 #pragma once
 
 #include <atomic>

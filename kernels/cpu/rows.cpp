@@ -85,7 +85,8 @@ void norm(const edge_op& op, const float* x, float* out) {
 EDGE_INLINE f32x16 activate(int kind, f32x16 x) {
     const f32x16 one = set1(1.0f);
     switch (kind) {
-        case EDGE_OP_SILU: return div(x, add(one, exp16(sub(zero16(), x))));
+        case EDGE_OP_SILU:
+            return div(x, add(one, exp16(sub(zero16(), x))));
         case EDGE_OP_GELU:
             return mul(mul(set1(0.5f), x), add(one, erf16(mul(x, set1(0.70710678118654752f)))));
         case EDGE_OP_GELU_TANH: {
@@ -93,7 +94,8 @@ EDGE_INLINE f32x16 activate(int kind, f32x16 x) {
             const f32x16 inner = mul(set1(0.79788456080286536f), add(x, mul(set1(0.044715f), cube)));
             return mul(mul(set1(0.5f), x), add(one, tanh16(inner)));
         }
-        default: return max(zero16(), x);
+        default:
+            return max(zero16(), x);
     }
 }
 
@@ -108,10 +110,14 @@ void activation_of(const float* x, const float* up, float* out, int64_t n) {
 
 void activation(int kind, const float* x, const float* up, float* out, int64_t n) {
     switch (kind) {
-        case EDGE_OP_SILU: return activation_of<EDGE_OP_SILU>(x, up, out, n);
-        case EDGE_OP_GELU: return activation_of<EDGE_OP_GELU>(x, up, out, n);
-        case EDGE_OP_GELU_TANH: return activation_of<EDGE_OP_GELU_TANH>(x, up, out, n);
-        default: return activation_of<EDGE_OP_RELU>(x, up, out, n);
+        case EDGE_OP_SILU:
+            return activation_of<EDGE_OP_SILU>(x, up, out, n);
+        case EDGE_OP_GELU:
+            return activation_of<EDGE_OP_GELU>(x, up, out, n);
+        case EDGE_OP_GELU_TANH:
+            return activation_of<EDGE_OP_GELU_TANH>(x, up, out, n);
+        default:
+            return activation_of<EDGE_OP_RELU>(x, up, out, n);
     }
 }
 
@@ -158,7 +164,7 @@ LinearKernel linear(const edge_matrix& weight) {
 void attention(const AttentionArgs& args);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {EDGE_SIMD, linear,     kTokenBlock, code_offset, quantize,     norm,
+    static constexpr Kernels kernels = {EDGE_SIMD,  linear,   kTokenBlock, code_offset, quantize,     norm,
                                         activation, add_rows, rope,        attention,   finish_logits};
     return &kernels;
 }

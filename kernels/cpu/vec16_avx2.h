@@ -101,8 +101,8 @@ EDGE_INLINE f32x16 load_e4m3(const void* p) {
     const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7);
     const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
     const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8);
-    const __m256i half = _mm256_or_si256(_mm256_or_si256(magnitude, sign),
-                                         _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+    const __m256i half =
+        _mm256_or_si256(_mm256_or_si256(magnitude, sign), _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
     return mul(from_half(half), set1(256.0f));
 }
 EDGE_INLINE f32x16 load_e5m2(const void* p) {
@@ -110,7 +110,8 @@ EDGE_INLINE f32x16 load_e5m2(const void* p) {
 }
 EDGE_INLINE __m256 look_up(__m256i index, __m256 first, __m256 second) {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index), upper);
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index),
+                            upper);
 }
 // table[low nibble], table[high nibble] of sixteen bytes
 EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x16* high) {
@@ -145,7 +146,8 @@ EDGE_INLINE __m256i add_pairs(__m256i sum, __m256i products) {
 // sum[row] += codes[row][0..3] . a[0..3], exact: 2 * 15 * 127 stays below 2^15
 EDGE_INLINE i32x16 dot_nibbles(i32x16 sum, u8x64 w, const int8_t* a) {
     const __m256i four = four_inputs(a);
-    return {add_pairs(sum.a, _mm256_maddubs_epi16(w.a, four)), add_pairs(sum.b, _mm256_maddubs_epi16(w.b, four))};
+    return {add_pairs(sum.a, _mm256_maddubs_epi16(w.a, four)),
+            add_pairs(sum.b, _mm256_maddubs_epi16(w.b, four))};
 }
 // The sign moves to the activation: 2 * 128 * 127 stays below 2^15.
 EDGE_INLINE __m256i signed_products(__m256i w, __m256i a) {
@@ -191,7 +193,8 @@ EDGE_INLINE __m128 quarter(f32x16 x) {
 EDGE_INLINE f32x16 sum_each(const f32x16* x) {
     __m128 out[4];
     for (int k = 0; k < 4; ++k) {
-        __m128 r0 = quarter(x[4 * k]), r1 = quarter(x[4 * k + 1]), r2 = quarter(x[4 * k + 2]), r3 = quarter(x[4 * k + 3]);
+        __m128 r0 = quarter(x[4 * k]), r1 = quarter(x[4 * k + 1]), r2 = quarter(x[4 * k + 2]),
+               r3 = quarter(x[4 * k + 3]);
         _MM_TRANSPOSE4_PS(r0, r1, r2, r3);  // r0 holds lane 0 of all four
         out[k] = _mm_add_ps(_mm_add_ps(r0, r2), _mm_add_ps(r1, r3));
     }

@@ -76,8 +76,8 @@ EDGE_INLINE f32x16 load_e4m3(const void* p) {
     const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7);
     const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
     const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8);
-    const __m256i half = _mm256_or_si256(_mm256_or_si256(magnitude, sign),
-                                         _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+    const __m256i half =
+        _mm256_or_si256(_mm256_or_si256(magnitude, sign), _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
     return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f))};
 }
 EDGE_INLINE f32x16 load_e5m2(const void* p) {
@@ -123,8 +123,10 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
     __m512 u[4];
     for (int k = 0; k < 4; ++k) {
         const __m512 a0 = a[4 * k].v, a1 = a[4 * k + 1].v, a2 = a[4 * k + 2].v, a3 = a[4 * k + 3].v;
-        const __m512 t1 = _mm512_add_ps(_mm512_shuffle_f32x4(a0, a1, 0x44), _mm512_shuffle_f32x4(a0, a1, 0xee));
-        const __m512 t2 = _mm512_add_ps(_mm512_shuffle_f32x4(a2, a3, 0x44), _mm512_shuffle_f32x4(a2, a3, 0xee));
+        const __m512 t1 =
+            _mm512_add_ps(_mm512_shuffle_f32x4(a0, a1, 0x44), _mm512_shuffle_f32x4(a0, a1, 0xee));
+        const __m512 t2 =
+            _mm512_add_ps(_mm512_shuffle_f32x4(a2, a3, 0x44), _mm512_shuffle_f32x4(a2, a3, 0xee));
         u[k] = _mm512_add_ps(_mm512_shuffle_f32x4(t1, t2, 0x88), _mm512_shuffle_f32x4(t1, t2, 0xdd));
     }
     const __m512 v1 = _mm512_add_ps(_mm512_shuffle_ps(u[0], u[1], 0x44), _mm512_shuffle_ps(u[0], u[1], 0xee));

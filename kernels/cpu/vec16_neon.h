@@ -109,7 +109,8 @@ EDGE_INLINE uint16x8_t e4m3_to_half(uint16x8_t w) {
 }
 EDGE_INLINE f32x16 load_e4m3(const void* p) {
     const uint8x16_t w = vld1q_u8(static_cast<const uint8_t*>(p));
-    return mul(from_half(e4m3_to_half(vmovl_u8(vget_low_u8(w))), e4m3_to_half(vmovl_high_u8(w))), set1(256.0f));
+    return mul(from_half(e4m3_to_half(vmovl_u8(vget_low_u8(w))), e4m3_to_half(vmovl_high_u8(w))),
+               set1(256.0f));
 }
 EDGE_INLINE f32x16 load_e5m2(const void* p) {
     const uint8x16_t w = vld1q_u8(static_cast<const uint8_t*>(p));
@@ -119,9 +120,10 @@ EDGE_INLINE f32x16 load_e5m2(const void* p) {
 EDGE_INLINE f32x16 look_up(i32x16 index, const float* table) {
     const uint8_t* t = reinterpret_cast<const uint8_t*>(table);
     const uint8x16x4_t bytes = {{vld1q_u8(t), vld1q_u8(t + 16), vld1q_u8(t + 32), vld1q_u8(t + 48)}};
-    EDGE_QUARTERS(f32x16, vreinterpretq_f32_u8(vqtbl4q_u8(
-                              bytes, vreinterpretq_u8_s32(vmlaq_n_s32(vdupq_n_s32(0x03020100), index.v[i],
-                                                                      0x04040404)))));
+    EDGE_QUARTERS(
+        f32x16,
+        vreinterpretq_f32_u8(vqtbl4q_u8(
+            bytes, vreinterpretq_u8_s32(vmlaq_n_s32(vdupq_n_s32(0x03020100), index.v[i], 0x04040404)))));
 }
 // table[low nibble], table[high nibble] of sixteen bytes
 EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x16* high) {

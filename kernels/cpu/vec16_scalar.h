@@ -21,8 +21,8 @@ struct u8x64 {  // 16 rows of 4 inputs
     uint8_t v[64];
 };
 
-#define EDGE_LANES(type, expression)                 \
-    type r;                                          \
+#define EDGE_LANES(type, expression)                  \
+    type r;                                           \
     for (int i = 0; i < 16; ++i) r.v[i] = expression; \
     return r
 
@@ -63,8 +63,8 @@ EDGE_INLINE i32x16 shift_right(i32x16 a) {
 EDGE_INLINE f32x16 to_f32(i32x16 a) { EDGE_LANES(f32x16, static_cast<float>(a.v[i])); }
 // of whole numbers; what does not fit gives the least int32, as on x86
 EDGE_INLINE i32x16 to_i32(f32x16 a) {
-    EDGE_LANES(i32x16, a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? static_cast<int32_t>(a.v[i])
-                                                                       : INT32_MIN);
+    EDGE_LANES(i32x16,
+               a.v[i] > -2147483648.0f && a.v[i] < 2147483648.0f ? static_cast<int32_t>(a.v[i]) : INT32_MIN);
 }
 EDGE_INLINE i32x16 as_i32(f32x16 a) {
     i32x16 r;

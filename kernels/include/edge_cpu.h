@@ -1,4 +1,5 @@
-/* C ABI of the cpu backend: POD records in, one call per forward pass. edge_runtime/backends/cpu.py mirrors them.
+/* C ABI of the cpu backend: POD records in, one call per forward pass. edge_runtime/backends/cpu.py mirrors
+ * them.
  *
  * All memory (weights, KV arena, buffers, scratch) belongs to the caller; the library allocates only its own
  * handle and threads, both in edge_cpu_create.
@@ -39,15 +40,15 @@ enum edge_simd { EDGE_SIMD_AUTO, EDGE_SIMD_SCALAR, EDGE_SIMD_AVX2, EDGE_SIMD_AVX
 
 enum edge_status {
     EDGE_OK = 0,
-    EDGE_NOT_FINITE = 1,    /* NaN or Inf in an activation, key, value or logit */
-    EDGE_OUT_OF_RANGE = 2,  /* a key or value that the KV format cannot hold */
-    EDGE_BAD_TOKEN = 3,     /* index = row of the batch, value = what was found */
+    EDGE_NOT_FINITE = 1,   /* NaN or Inf in an activation, key, value or logit */
+    EDGE_OUT_OF_RANGE = 2, /* a key or value that the KV format cannot hold */
+    EDGE_BAD_TOKEN = 3,    /* index = row of the batch, value = what was found */
     EDGE_BAD_POSITION = 4,
     EDGE_BAD_SEQUENCE = 5,
     EDGE_BAD_PAGE = 6,
     EDGE_BAD_LOGIT_ROW = 7,
-    EDGE_TWICE = 8,         /* a second token at the same position of a sequence */
-    EDGE_BAD_SIZE = 9,      /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
+    EDGE_TWICE = 8,    /* a second token at the same position of a sequence */
+    EDGE_BAD_SIZE = 9, /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
 };
 
 /* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for I8/U4O8/U4, n16 for the others). */
@@ -79,25 +80,25 @@ typedef struct edge_op {
     const float* x;
     const float* y; /* second input: v of kv_append, up of an activation, b of add */
     float* out;
-    const float* vec;   /* norm weight; inv_freq of rope */
+    const float* vec; /* norm weight; inv_freq of rope */
     const float* bias;
     edge_matrix weight;
     int64_t x_width, out_width;
     int32_t group, heads, kv_heads, head_dim;
-    int32_t window, freqs; /* window 0 = none */
+    int32_t window, freqs;     /* window 0 = none */
     float eps, scale, softcap; /* softcap 0 = none */
     int32_t angles;            /* rope: index of the cos/sin table in scratch.angles */
 } edge_op;
 
 /* Regions of engine/memory.py's scratch_regions; all 64-byte aligned. */
 typedef struct edge_scratch {
-    int8_t* codes;     /* (tokens, code_stride) */
-    float* scales;     /* (tokens, group_stride) */
-    int32_t* sums;     /* (tokens, group_stride) */
-    float* attention;  /* (threads, attention_stride) */
-    float* angles;     /* per table: (tokens, 2*freqs): cos then sin */
-    float* rows;       /* (logits, hidden) */
-    float* logits;     /* (logits, vocab) */
+    int8_t* codes;    /* (tokens, code_stride) */
+    float* scales;    /* (tokens, group_stride) */
+    int32_t* sums;    /* (tokens, group_stride) */
+    float* attention; /* (threads, attention_stride) */
+    float* angles;    /* per table: (tokens, 2*freqs): cos then sin */
+    float* rows;      /* (logits, hidden) */
+    float* logits;    /* (logits, vocab) */
     int64_t code_stride, group_stride, attention_stride;
 } edge_scratch;
 

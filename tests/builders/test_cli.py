@@ -126,6 +126,18 @@ def test_quality_is_measured_on_the_text_given(model: Path, tmp_path: Path, caps
     assert (quality["text"], quality["tokens"]) == ("notes.txt", 100)
 
 
+def test_a_broken_quality_limit_exits_3_and_writes_nothing(
+    real_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    options = ["--profile", "cpu", "--weights", "int4_g128", "--eval-tokens", "128", "--json"]
+    command = [*options, "-o", str(tmp_path / "m.edge"), str(real_model)]
+    assert main([*command, "--max-rise", "0.5"]) == 3
+    assert object_of(capsys)["error"]["type"] == "QualityLimit"
+    assert not list(tmp_path.iterdir())
+    assert main([*command, "--max-rise", "50"]) == 0
+    assert (tmp_path / "m.edge").exists()
+
+
 def test_k_and_v_may_have_formats_of_their_own(model: Path, tmp_path: Path, capsys: Captured) -> None:
     for given, want in (("f16", ("f16", "f16")), ("int8,int4", ("int8", "int4"))):
         assert main(["--dry-run", "--profile", "cpu", "--kv", given, "--json", str(model)]) == 0
@@ -166,6 +178,8 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
         (["--profile", "cpu", "--context", "x", "MODEL"], "--context"),
         (["--profile", "cpu", "--context", "4096", "MODEL"], "128"),
         (["--profile", "cpu", "--eval-tokens", "1", "MODEL"], "--eval-tokens is 1"),
+        (["--profile", "cpu", "--max-rise", "-1", "MODEL"], "--max-rise"),
+        (["--profile", "cpu", "--max-rise", "1", "--no-eval", "MODEL"], "--max-rise"),
         (["--profile", "cpu", "--algorithm", "rtm", "MODEL"], "did you mean 'rtn'"),
         (["--profile", "cpu", "/no/such/folder"], "is not a folder"),
         (["--profile", "orin", "--power-mode", "26W", "MODEL"], "power mode"),

@@ -253,3 +253,27 @@ def test_peak_memory_stays_below_two_layers_and_the_embedding(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < limit, f"peak {int(done.stdout) >> 10} KiB, limit {limit >> 10} KiB"
     read_engine(tmp_path / "m.edge", verify=True).close()
+
+
+def test_the_rotary_table_is_the_one_for_the_planned_context() -> None:
+    """Phi-3's longrope has two tables; a context within the original length takes the short one."""
+    from builders.archs import read_program
+    from builders.pipeline import read_architecture
+
+    half = 4
+    scaling = {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [4.0] * half}
+    config = llama_config(
+        model_type="phi3",
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling=scaling,
+        pad_token_id=0,
+    )
+
+    def table(context: int | None) -> list[float]:
+        sources = read_architecture(config, context).sources.values()
+        return next(s.constant for s in sources if s.constant is not None).reshape(-1).tolist()
+
+    assert table(None) == table(4096)  # 4096 is the default
+    assert table(8192) != table(4096)
+    assert read_program(config).program.max_context == 131072

@@ -55,7 +55,7 @@ def test_kv_arena_by_hand() -> None:
 def test_scratch_grows_with_threads_only_by_attention() -> None:
     program = one_layer()
     tiles, queries = 2 * 16 * 64, 2 * 4  # keys and values; heads of a kv head times tokens of a block
-    floats = tiles + queries * (2 * 64 + 16 + 1) + 8  # the last 8 round up to 64 bytes
+    floats = tiles + queries * (2 * 64 + 32 + 1) + 8  # the last 8 round up to 64 bytes
     assert scratch_nbytes(program, STEP, 3) - scratch_nbytes(program, STEP, 2) == floats * 4
 
 

@@ -139,6 +139,7 @@ def main(folder: Path) -> None:
     trim = ctypes.CDLL(None).malloc_trim
     names = ["flipped", "data", "spaces", "quotes", "backslashes", "deep", "text"]
     names += [f"{kind} {nbytes}{end}" for kind in DENSE for nbytes in SIZES for end in ("", " padded")]
+    names = [name for name in names if not name.endswith("20000 padded")]  # what is small needs no padding
     rows = []
     with Specimen(folder) as specimen:
         read_engine(specimen.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -48,9 +49,9 @@ def test_every_truncation_is_refused(specimen: Specimen) -> None:
     """Every length up to the end of the header, and each plane's edges with the byte on either side."""
     specimen.put(specimen.good)
     edges, at = set(), specimen.total
-    for match in re.finditer(rb'"shape":\[(\d+)\]', specimen.rows):
+    for size in specimen.sizes:
         edges |= {at - 1, at, at + 1}
-        at += int(match[1])
+        at += size
     edges |= {at - 1}
     assert at == len(specimen.good)
     lengths = sorted(edges | set(range(specimen.total + 1)), reverse=True)
@@ -135,19 +136,31 @@ def test_the_length_of_the_header_at_its_limits(specimen: Specimen) -> None:
         assert engine is None and ("header of" in message or "digest" in message), message
 
 
+def test_what_stands_before_the_manifest_is_proved_too(specimen: Specimen) -> None:
+    for at in range(8, MANIFEST_AT):
+        if DIGEST_AT <= at < DIGEST_AT + 64:
+            continue
+        raw = bytearray(specimen.good)
+        raw[at] ^= 1
+        plain = raw[8:DIGEST_AT] + b"0" * 64 + raw[DIGEST_AT + 64 : specimen.total]
+        raw[DIGEST_AT : DIGEST_AT + 64] = hashlib.sha256(plain).hexdigest().encode()
+        engine, message = specimen.verdict(bytes(raw))
+        assert engine is None and ("does not begin as one" in message or "does not go on" in message)
+
+
 def test_mutations_are_all_refused_by_the_digests(specimen: Specimen) -> None:
     rng = random.Random(SEED)
     start, reasons = time.monotonic(), Counter[str]()
-    for i in range(MUTATIONS):
+    while (i := reasons.total()) < MUTATIONS:
         end = specimen.total if i % 2 else len(specimen.good)  # half of them in the header
         raw = mutate(rng, specimen.good[:end]) + specimen.good[end:]
-        if raw == specimen.good:
+        if raw == specimen.good:  # equal bytes were swapped
             continue
         engine, message = specimen.verdict(raw)
         assert engine is None, f"seed {SEED}, mutation {i} was accepted"
         reasons[_reason(message)] += 1
     print(f"seed {SEED}: {reasons.total()} refused in {time.monotonic() - start:.1f} s: {dict(reasons)}")
-    assert reasons.total() > MUTATIONS * 0.95  # some swap equal bytes
+    assert len(reasons) > 4  # not all for one and the same reason
 
 
 def test_mutations_under_mended_digests(specimen: Specimen) -> None:
@@ -160,7 +173,7 @@ def test_mutations_under_mended_digests(specimen: Specimen) -> None:
         reasons[_reason(message) if engine is None else "accepted"] += 1
         if engine is not None:
             walk(engine)
-            if reasons["accepted"] % 20 == 0:
+            if reasons["accepted"] % 8 == 0:
                 decode_step(engine)
                 run += 1
     took = time.monotonic() - start
@@ -212,10 +225,10 @@ HOSTILE_TEXT = {
 @pytest.mark.parametrize("name", HOSTILE_TEXT)
 def test_hostile_json_is_refused_quickly(specimen: Specimen, name: str) -> None:
     raw = specimen.forged(HOSTILE_TEXT[name])
-    start = time.monotonic()
+    start = time.process_time()
     engine, message = specimen.verdict(raw)
     assert engine is None and len(message) < 2000
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_names_never_reach_the_quadratic_search_for_the_nearest(specimen: Specimen) -> None:
@@ -225,10 +238,10 @@ def test_names_never_reach_the_quadratic_search_for_the_nearest(specimen: Specim
         assert old in specimen.text
         key, _, rest = old.partition(b":")
         new = b'"' + long + b'":' + rest if rest.startswith(b"{") else key + b':"' + long + b'"'
-        start = time.monotonic()
+        start = time.process_time()
         engine, message = specimen.verdict(specimen.forged(specimen.text.replace(old, new, 1)))
         assert engine is None and len(message) < 2000
-        assert time.monotonic() - start < 1.0
+        assert time.process_time() - start < 1.0
 
 
 def test_a_header_beyond_the_limit_is_not_even_read(specimen: Specimen) -> None:
@@ -254,12 +267,12 @@ def test_memory_of_a_refusal_is_bounded_and_no_code_runs(tmp_path: Path) -> None
 
 def test_optimised_python_agrees(tmp_path: Path) -> None:
     """`python -O` drops asserts: the verdicts on one corpus must be the same, message for message."""
-    command = ("verdict_child.py", str(SEED + 2), "1500")
+    command = ("verdict_child.py", str(SEED + 2), "900")
     plain = json.loads(_child(*command, str(tmp_path)))
     optimised = json.loads(_child(*command, str(tmp_path), flags=("-O",)))
     assert optimised.pop("debug") is False and plain.pop("debug") is True
     assert plain == optimised
-    assert plain["refused"] > 1000 and plain["accepted"] > 10
+    assert plain["refused"] > 600 and plain["accepted"] > 10
 
 
 def _child(script: str, *arguments: str, flags: tuple[str, ...] = ()) -> str:

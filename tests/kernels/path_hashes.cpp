@@ -1,4 +1,5 @@
-// Runs every kernel of every instruction set of this machine on the same numbers and prints a hash of the result:
+// Runs every kernel of every instruction set of this machine on the same numbers and prints a hash of the
+// result:
 // "<path> <kernel> <hash>". Lines of one kernel must be equal on all paths and all processors.
 #include <cstdio>
 #include <cstring>
@@ -50,13 +51,20 @@ struct Case {
 };
 
 const Case kMatrices[] = {
-    {"f32", EDGE_ENC_F32, EDGE_SCALE_NONE, 64, 32},        {"f16", EDGE_ENC_F16, EDGE_SCALE_NONE, 64, 16},
-    {"bf16", EDGE_ENC_BF16, EDGE_SCALE_NONE, 64, 16},      {"e5m2", EDGE_ENC_E5M2, EDGE_SCALE_NONE, 64, 8},
-    {"e4m3_row", EDGE_ENC_E4M3, EDGE_SCALE_ROW, 64, 8},    {"e4m3_tensor", EDGE_ENC_E4M3, EDGE_SCALE_TENSOR, 64, 8},
-    {"nf4", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4},        {"i8_row", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8},
-    {"i8_g32", EDGE_ENC_I8, EDGE_SCALE_GROUP, 32, 8},      {"i8_g128", EDGE_ENC_I8, EDGE_SCALE_GROUP, 128, 8},
-    {"u4o8_g32", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 32, 4},  {"u4o8_g64", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 64, 4},
-    {"u4o8_g128", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 128, 4}, {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4},
+    {"f32", EDGE_ENC_F32, EDGE_SCALE_NONE, 64, 32},
+    {"f16", EDGE_ENC_F16, EDGE_SCALE_NONE, 64, 16},
+    {"bf16", EDGE_ENC_BF16, EDGE_SCALE_NONE, 64, 16},
+    {"e5m2", EDGE_ENC_E5M2, EDGE_SCALE_NONE, 64, 8},
+    {"e4m3_row", EDGE_ENC_E4M3, EDGE_SCALE_ROW, 64, 8},
+    {"e4m3_tensor", EDGE_ENC_E4M3, EDGE_SCALE_TENSOR, 64, 8},
+    {"nf4", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4},
+    {"i8_row", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8},
+    {"i8_g32", EDGE_ENC_I8, EDGE_SCALE_GROUP, 32, 8},
+    {"i8_g128", EDGE_ENC_I8, EDGE_SCALE_GROUP, 128, 8},
+    {"u4o8_g32", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 32, 4},
+    {"u4o8_g64", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 64, 4},
+    {"u4o8_g128", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 128, 4},
+    {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4},
 };
 
 void matrices(const char* path, const edge::Kernels& k) {
@@ -66,7 +74,8 @@ void matrices(const char* path, const edge::Kernels& k) {
         const int64_t groups = (kCols + c.group - 1) / c.group, padded = groups * c.group;
         const int64_t items = kPanels * 16 * padded;
         // f16 and bf16 codes stay below their exponents of Inf, fp8 below NaN
-        const uint8_t mask = c.bits == 16 || c.encoding == EDGE_ENC_E4M3 || c.encoding == EDGE_ENC_E5M2 ? 0xb7 : 0xff;
+        const uint8_t mask =
+            c.bits == 16 || c.encoding == EDGE_ENC_E4M3 || c.encoding == EDGE_ENC_E5M2 ? 0xb7 : 0xff;
         std::vector<uint8_t> codes = bytes(items * c.bits / 8, mask);
         if (c.encoding == EDGE_ENC_F32) {
             const std::vector<float> w = values(items);
@@ -77,7 +86,8 @@ void matrices(const char* path, const edge::Kernels& k) {
         const std::vector<uint8_t> zero = bytes(kPanels * groups * 16, 15);
         edge_matrix w{};
         w.codes = codes.data();
-        w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data()) : row_scales.data();
+        w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data())
+                                                  : row_scales.data();
         w.zero = c.encoding == EDGE_ENC_U4 ? zero.data() : nullptr;
         w.rows = kRows;
         w.cols = kCols;
@@ -175,11 +185,13 @@ void attention(const char* path, const edge::Kernels& k) {
             kv.encoding = encoding;
             kv.group = encoding == EDGE_ENC_U4 ? 32 : head_dim;
             kv.row_scales = (head_dim + kv.group - 1) / kv.group;
-            kv.row_bytes = encoding == EDGE_ENC_F32 ? 4 * head_dim
+            kv.row_bytes = encoding == EDGE_ENC_F32   ? 4 * head_dim
                            : encoding == EDGE_ENC_F16 ? 2 * head_dim
-                           : encoding == EDGE_ENC_U4 ? (head_dim + 1) / 2 : head_dim;
+                           : encoding == EDGE_ENC_U4  ? (head_dim + 1) / 2
+                                                      : head_dim;
             const int64_t count = static_cast<int64_t>(kPages) * kKvHeads * kPageTokens;
-            std::vector<uint8_t> codes(static_cast<size_t>(count * kv.row_bytes)), zero(static_cast<size_t>(count * 4));
+            std::vector<uint8_t> codes(static_cast<size_t>(count * kv.row_bytes)),
+                zero(static_cast<size_t>(count * 4));
             std::vector<float> scale(static_cast<size_t>(count * 4));
             kv.codes = codes.data();
             kv.scale = scale.data();
@@ -192,7 +204,8 @@ void attention(const char* path, const edge::Kernels& k) {
             const int32_t table[] = {3, 0, 5, 1, 2, 4};
             const int32_t positions[] = {kPositions, kPositions + 1, kPositions + 2};
             std::vector<float> q = values(kTokens * kHeads * head_dim), out(q.size());
-            std::vector<float> scratch(static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
+            std::vector<float> scratch(
+                static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
             edge_op op{};
             op.x = q.data();
             op.out = out.data();
@@ -227,8 +240,8 @@ void attention(const char* path, const edge::Kernels& k) {
 int main() {
     const char* names[] = {"auto", "scalar", "avx2", "avx512", "neon"};
     const uint32_t features = edge_cpu_features();
-    const edge::Kernels* tables[] = {nullptr, edge::scalar_kernels(), edge::avx2_kernels(), edge::avx512_kernels(),
-                                     edge::neon_kernels()};
+    const edge::Kernels* tables[] = {nullptr, edge::scalar_kernels(), edge::avx2_kernels(),
+                                     edge::avx512_kernels(), edge::neon_kernels()};
     for (int simd = EDGE_SIMD_SCALAR; simd <= EDGE_SIMD_NEON; ++simd) {
         if (!(features >> simd & 1)) continue;
         matrices(names[simd], *tables[simd]);

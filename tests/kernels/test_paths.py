@@ -1,4 +1,4 @@
-"""Every kernel of every instruction set gives the same bits: this machine's, and ARM's under an emulator."""
+"""Every kernel gives the same bits on ARM, under an emulator, as on x86-64."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ from edge_runtime.engine.formats.c_header import c_header
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("edge_cpu", "executor", "codec", "pool", "absent")
 KERNELS = ("rows", "attention", "linear_int", "linear_float")
-BASE = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno")
-X86 = {
-    "scalar": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    # gcc 12 takes its own intrinsics' undefined operands for uninitialized variables
-    "avx512": (
-        "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
-        "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-    ),
-}  # fmt: skip
-ARM = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)}
+BASE = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno")
+PATHS = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)}
 
 
 def build(compiler: str, folder: Path, paths: dict[str, tuple[str, ...]], *link: str) -> Path:
@@ -59,28 +50,25 @@ def _finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
-def hashes(output: str) -> dict[str, dict[str, str]]:
-    """kernel -> path -> hash"""
-    found: dict[str, dict[str, str]] = {}
-    for line in output.splitlines():
-        path, kernel, value = line.split()
-        found.setdefault(kernel, {})[path] = value
-    return found
+def test_arm_gives_the_bits_of_x86(tmp_path: Path) -> None:
+    """Also proves that the sources compile for ARM without a warning.
 
-
-def test_paths_agree_with_arm_to_the_bit(tmp_path: Path) -> None:
-    """Also proves that the sources compile without a warning for both processors."""
-    tools = ("aarch64-linux-gnu-g++", "qemu-aarch64", "g++")
-    missing = [tool for tool in tools if shutil.which(tool) is None]
+    `path_hashes.txt` was written on x86-64, where the scalar, avx2 and avx512 paths gave these same lines; after a
+    wanted change of numerics build path_hashes.cpp there with the flags of kernels/CMakeLists.txt and keep its
+    scalar lines.
+    """
+    missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (apt-get install g++-aarch64-linux-gnu qemu-user)")
-    if os.uname().machine != "x86_64":
-        pytest.skip("compares x86 with an emulated ARM")
-    arm = build("aarch64-linux-gnu-g++", tmp_path / "arm", ARM, "-static")
-    emulated = subprocess.run(["qemu-aarch64", "-cpu", "max", str(arm)], capture_output=True, text=True, check=True)
-    here = subprocess.run([str(build("g++", tmp_path / "x86", X86))], capture_output=True, text=True, check=True)
-    arm_hashes, x86_hashes = hashes(emulated.stdout), hashes(here.stdout)
-    assert len(arm_hashes) > 80 and arm_hashes.keys() == x86_hashes.keys()
-    for kernel, by_path in arm_hashes.items():
-        assert set(by_path) == {"scalar", "neon"}
-        assert len({*by_path.values(), *x86_hashes[kernel].values()}) == 1, (kernel, by_path, x86_hashes[kernel])
+    driver = build("aarch64-linux-gnu-g++", tmp_path / "arm", PATHS, "-static")
+    done = subprocess.run(
+        ["qemu-aarch64", "-cpu", "max", str(driver)], capture_output=True, text=True, check=True
+    )
+    want = dict(line.split() for line in Path(__file__).with_name("path_hashes.txt").read_text().splitlines())
+    got: dict[str, dict[str, str]] = {path: {} for path in PATHS}
+    for line in done.stdout.splitlines():
+        path, kernel, value = line.split()
+        got[path][kernel] = value
+    assert len(want) > 60
+    for path, values in got.items():
+        assert values == want, path

@@ -1,0 +1,78 @@
+"""Exact-match plan accuracy of an engine: the figure that every format, cache and backend is judged by.
+
+    python examples/planner/score.py planner.edge                    # heldout.jsonl on the engine's own backend
+    python examples/planner/score.py planner.edge --backend reference --limit 100
+
+Needs no torch: it is the session that a robot would use, with as many commands in flight as the engine allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import deque
+from pathlib import Path
+
+from edge_runtime import Sampling, Session, open_engine
+
+HERE = Path(__file__).resolve().parent
+MOST_NEW_TOKENS = 200
+
+
+def read_cases(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """(prompt, expected plan) of each line."""
+    with path.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    return [(record["prompt"], record["expected"]) for record in records[:limit]]
+
+
+def answers(session: Session, prompts: list[str]) -> list[str]:
+    """The greedy answer to each prompt, in order."""
+    texts = [""] * len(prompts)
+    waiting, owner = deque(enumerate(prompts)), {}
+    while waiting or owner:
+        while waiting and len(owner) < session.step_shape.sequences:
+            index, prompt = waiting.popleft()
+            request = session.chat_request(
+                [{"role": "user", "content": prompt}], Sampling(temperature=0.0), max_tokens=MOST_NEW_TOKENS
+            )
+            owner[session.submit(request)] = index
+        for event in session.step():
+            texts[owner[event.request]] += event.text
+            if event.finish_reason is not None:
+                del owner[event.request]
+    return texts
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """True where the answer is JSON equal to the expected plan."""
+    try:
+        return bool(json.loads(answer) == json.loads(expected))
+    except json.JSONDecodeError:
+        return False
+
+
+def score(session: Session, cases: list[tuple[str, str]]) -> float:
+    """Share of cases whose plan is exactly right."""
+    found = answers(session, [prompt for prompt, _ in cases])
+    return sum(is_right(a, expected) for a, (_, expected) in zip(found, cases, strict=True)) / len(cases)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", type=Path)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--heldout", type=Path, default=HERE / "heldout.jsonl")
+    parser.add_argument("--limit", type=int)
+    options = parser.parse_args()
+    cases = read_cases(options.heldout, options.limit)
+    with open_engine(options.engine, backend=options.backend) as session:
+        began = time.monotonic()
+        share = score(session, cases)
+        seconds = time.monotonic() - began
+        print(f"exact match {share:.2%} of {len(cases)} commands on {session.backend} in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
