@@ -103,7 +103,7 @@ def measure(sides: dict[str, Ours | LlamaCpp], rounds: int) -> dict[str, dict[st
 
 
 def read_bandwidth(threads: int) -> float:
-    """GB/s of a plain numpy read loop (sum of int64) over 1 GiB with `threads` threads: the same-run yardstick."""
+    """GB/s of a plain read loop (numpy sum) over 1 GiB with `threads` threads: the same-run yardstick."""
     from concurrent.futures import ThreadPoolExecutor
 
     data = np.ones(2**30 // 8 // threads * threads, np.int64).reshape(threads, -1)
@@ -141,7 +141,8 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     engine, seconds = build(shape, args.work)
     gguf = write_gguf(shape, args.work / f"{shape.name}-q4_0.gguf")
-    sides = {"edge int4_g64": Ours(engine, args.threads), "llama.cpp Q4_0": LlamaCpp(gguf, args.threads, 2048)}
+    ours, peer = Ours(engine, args.threads), LlamaCpp(gguf, args.threads, 2048)
+    sides = {"edge int4_g64": ours, "llama.cpp Q4_0": peer}
     rates = measure(sides, args.rounds)
     first, second = sides
     print(f"{machine()}, {args.threads} threads, median of {args.rounds} interleaved rounds, tokens/s")
@@ -149,7 +150,8 @@ def main() -> int:
     for job, by in rates.items():
         print(f"{job:<12}{by[first]:>16.1f}{by[second]:>16.1f}{by[first] / by[second]:>8.2f}")
     bandwidth = read_bandwidth(args.threads)
-    print(f"plain read loop {bandwidth:.1f} GB/s; decode reads {rates['decode'][first] * engine.stat().st_size / 1e9:.1f} GB/s")
+    reads = rates["decode"][first] * engine.stat().st_size / 1e9
+    print(f"plain read loop {bandwidth:.1f} GB/s; decode reads {reads:.1f} GB/s")
     today = datetime.date.today().isoformat()
     result: dict[str, Any] = {
         "machine": machine(), "threads": args.threads, "rounds": args.rounds, "shape": shape.name,

@@ -1,7 +1,8 @@
 """`make gpu-check`: what a GPU machine can check of this version.
 
-There is no CUDA backend yet, so this says what the probe finds, plans the shipped planner for that GPU, and runs the
-engine with the cpu backend: the part of a GPU deployment that exists. Exit code 1 where there is no NVIDIA GPU.
+There is no CUDA backend yet, so this says what the probe finds, plans the shipped planner for that GPU, and
+runs the engine with the cpu backend: the part of a GPU deployment that exists. Exit code 1 where there is no
+NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ def main() -> int:
     engine = ROOT / "build" / "gpu-check.edge"
     engine.parent.mkdir(exist_ok=True)
     model = ROOT / "examples" / "planner" / "model"
-    build = ["builders.cli", "--profile", "auto", "--weights", "int4_g64", "--force", "-o", str(engine), str(model)]
+    build = ["builders.cli", "--profile", "auto", "--weights", "int4_g64", "-o", str(engine), str(model)]
     run = ["edge_runtime.cli.run", str(engine), "--backend", "cpu", "bring me the red mug from the kitchen"]
     for argv in (build, run):
         done = subprocess.run([sys.executable, "-m", *argv], check=False)
         if done.returncode:
             return done.returncode
-    print("gpu-check: planned for this GPU and ran on its CPU; kernels for the GPU come with the CUDA backend")
+    print("gpu-check: planned for this GPU, ran on its CPU; GPU kernels come with the CUDA backend")
     return 0
 
 

@@ -82,7 +82,7 @@ def tensors(shape: Shape, layer: int | None) -> Iterator[tuple[str, str, Array]]
 
 
 def write_folder(shape: Shape, folder: Path) -> Path:
-    """A standard sharded Hugging Face folder, one shard a layer. Returns the folder; kept when it is there."""
+    """Standard sharded Hugging Face folder, one shard a layer. Returns the folder; kept when it is there."""
     if (folder / "model.safetensors.index.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ class StepBatch:
     """One forward pass over T tokens of S sequences. All arrays int32 and C-contiguous.
 
     tokens (T,): ids. positions (T,): absolute position of each in its sequence.
-    sequence (T,): row of page_tables of each token. page_tables (S, P): page of each page_tokens run, -1 = none.
+    sequence (T,): row of page_tables of each token. page_tables (S, P): page of each run, -1 = none.
     logit_rows (L,): which tokens' logits are wanted, ascending.
     The key/value of token t is stored at its position before any token of the step attends, so a token
     sees every token of its sequence with a position not above its own.

@@ -38,7 +38,7 @@ def padded_cols(program: Program) -> int:
 
 def attention_floats(heads_per_kv: int, head_dim: int) -> int:
     """f32 values one thread needs to attend: two tiles of 16 rows; and query, sum, shares, softmax lanes and
-    maximum of each query of a block of tokens. `edge_cpu_attention_floats` of kernels/cpu is the same (tested).
+    maximum of each query of a block of tokens. `edge_cpu_attention_floats` of kernels/cpu agrees (tested).
     """
     stride = -(-head_dim // TILE) * TILE
     queries = heads_per_kv * ATTENTION_TOKENS

@@ -71,7 +71,7 @@ class KvAppend(Op, frozen=True, kw_only=True, tag="kv_append"):
 
 
 class Attention(Op, frozen=True, kw_only=True, tag="attention"):
-    """Causal attention of q (tokens, heads*head_dim) over cache slot `layer`; grouped-query when heads > kv_heads.
+    """Causal attention of q (tokens, heads*head_dim) over cache slot `layer`; grouped when heads > kv_heads.
 
     score = scale * q.k, softcap c: c*tanh(score/c); `window` w: key j is seen from position i when i - j < w.
     """

@@ -13,7 +13,7 @@ class TensorPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KvPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """KV cache: formats of keys and values by cache name (f16, int8, int4, fp8), tokens a page, pages in all."""
+    """KV cache: formats of keys and values by cache name (f16, int8, …), tokens a page, pages in all."""
 
     k: str
     v: str
@@ -56,7 +56,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Roofline figures for the profile's power mode: decode at half the context, first token of `prompt` tokens."""
+    """Roofline figures for the power mode: decode at half the context, first token of `prompt_tokens`."""
 
     decode_tokens_per_s: float
     first_token_ms: float

@@ -25,7 +25,7 @@ from edge_runtime.errors import BadConfig
 MAX_DIM = 1 << 24
 MAX_OPS = 1 << 16
 
-# matrix: quantized freely; embedding/head: quantized with more care; vector: norms, biases, tables, always f32
+# matrix: quantized freely; embedding/head: with more care; vector: norms, biases, tables, always f32
 Role = Literal["matrix", "embedding", "head", "vector"]
 
 
@@ -103,14 +103,14 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         def vector(name: str | None, n: int) -> None:
             if name is not None:
                 spec = self.tensors[name]
-                need(spec.rows == 1 and spec.cols == n, f"{name!r} is {spec.rows}x{spec.cols}, expected 1x{n}")
+                need(spec.rows == 1 and spec.cols == n, f"{name!r} is {_shape(spec)}, expected 1x{n}")
                 need(spec.role == "vector", f"{name!r} has role {spec.role!r}, expected 'vector'")
 
         def matrix(name: str, rows: int, cols: int) -> None:
             spec = self.tensors[name]
             need(
                 (spec.rows, spec.cols) == (rows, cols),
-                f"{name!r} is {spec.rows}x{spec.cols}, expected {rows}x{cols}",
+                f"{name!r} is {_shape(spec)}, expected {rows}x{cols}",
             )
             need(spec.role != "vector", f"{name!r} has role 'vector', expected a matrix role")
 
@@ -132,7 +132,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 need(op.head_dim > 0 and width(op.x) % op.head_dim == 0, f"{width(op.x)} is not whole heads")
                 n = self.tensors[op.inv_freq].cols
                 vector(op.inv_freq, n)
-                need(2 * n <= op.head_dim, f"{n} frequencies rotate {2 * n} values, head_dim is {op.head_dim}")
+                need(2 * n <= op.head_dim, f"{n} frequencies rotate more than head_dim {op.head_dim}")
             case KvAppend():
                 need(0 <= op.layer < len(self.cache), f"cache slot {op.layer} does not exist")
                 slot = self.cache[op.layer]
@@ -149,7 +149,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     (op.kv_heads, op.head_dim, op.window) == (slot.kv_heads, slot.head_dim, slot.window),
                     "kv_heads, head_dim or window differ from the cache slot's",
                 )
-                need(op.heads > 0 and op.heads % op.kv_heads == 0, f"{op.heads} heads over {op.kv_heads} kv heads")
+                shared = op.heads > 0 and op.heads % op.kv_heads == 0
+                need(shared, f"{op.heads} heads over {op.kv_heads} kv heads")
                 for name in (op.q, op.out):
                     n = op.heads * op.head_dim
                     need(width(name) == n, f"{name!r} is {width(name)} wide, expected {n}")
@@ -163,6 +164,10 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 matrix(op.weight, self.vocab_size, width(op.x))
                 vector(op.bias, self.vocab_size)
                 need(op.softcap is None or op.softcap > 0, f"softcap {op.softcap} must be positive")
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"{spec.rows}x{spec.cols}"
 
 
 def _dim(value: int, what: str) -> None:

@@ -114,7 +114,9 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
         raise BadRequest(f"the prompt is {type(ids).__name__}, expected text or a list of token ids")
     for at, i in enumerate(ids):
         if not _is_int(i) or not 0 <= i < vocab_size:
-            raise BadRequest(f"token {at} of the prompt is {i!r:.60}, expected an id from 0 to {vocab_size - 1}")
+            raise BadRequest(
+                f"token {at} of the prompt is {i!r:.60}, expected an id from 0 to {vocab_size - 1}"
+            )
     return [int(i) for i in ids]
 
 

@@ -82,7 +82,9 @@ class Session:
         self._tables: Array = np.full((step.sequences, width), -1, np.int32)
         self._live: dict[int, sequences.Sequence] = {}
         self._numbers = itertools.count(1)
-        self._gate = threading.RLock()  # reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
+        self._gate = (
+            threading.RLock()
+        )  # reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
         self._turn = threading.Lock()  # held by whoever drives a step
         self._stepped = threading.Condition()
         self._unread: deque[Token] = deque()  # events of requests that came through submit()
@@ -346,7 +348,9 @@ class Session:
         prompt = self._prompt_ids(request)
         for i in request.stop_ids:
             if not 0 <= i < self.tokenizer.vocabulary.size:
-                raise BadRequest(f"stop id {i} is no token, expected 0 to {self.tokenizer.vocabulary.size - 1}")
+                raise BadRequest(
+                    f"stop id {i} is no token, expected 0 to {self.tokenizer.vocabulary.size - 1}"
+                )
         room = min(self.context, self.kv.pages * self.kv.page_tokens)
         if len(prompt) >= room:
             what = "context" if room == self.context else "KV cache"

@@ -26,6 +26,7 @@ Triple = tuple[str, str, str]  # (verb, object or person, place)
 HELDOUT_SEED = 20_251
 HELDOUT_COUNT = 2_400
 RESERVED_PER_256 = 26  # about a tenth of all combinations
+CLAUSES = (0.5, 0.34, 0.16)  # how often a command has one, two and three clauses
 
 FOLLOW_UP_TRIES = 100  # "bring it to me" has no place of its own to vary, so it may never fit
 
@@ -133,8 +134,8 @@ def _follow_up(rng: Random, rule: FollowUp, lead: i.Slots, split: Split, clauses
             return
 
 
-def _draw(rng: Random, split: Split) -> Command:
-    wanted = rng.choices((1, 2, 3), (0.5, 0.34, 0.16))[0]
+def _draw(rng: Random, split: Split, clauses_wanted: tuple[float, float, float]) -> Command:
+    wanted = rng.choices((1, 2, 3), clauses_wanted)[0]
     clauses = _Clauses()
     while len(clauses.said) < wanted:
         intent = rng.choices(INTENTS, [intent.weight for intent in INTENTS])[0]
@@ -163,15 +164,19 @@ def _dress(rng: Random, text: str) -> str:
     return text + end
 
 
-def commands(seed: int, split: Split = "train") -> Iterator[Command]:
+def commands(
+    seed: int, split: Split = "train", clauses: tuple[float, float, float] = CLAUSES
+) -> Iterator[Command]:
     """Commands of one split without end; the same seed gives the same commands.
+
+    `clauses` is how often a command has one, two and three of them.
 
     A training command names and implies no reserved combination. In a held-out command every named
     combination is reserved, and there is at least one.
     """
     rng = Random(f"{split}-{seed}")
     while True:
-        command = _draw(rng, split)
+        command = _draw(rng, split, clauses)
         if split == "train" or command.triples:
             yield command
 

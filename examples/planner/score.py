@@ -1,9 +1,9 @@
 """Exact-match plan accuracy of an engine: the figure that every format, cache and backend is judged by.
 
-    python examples/planner/score.py planner.edge                    # heldout.jsonl on the engine's own backend
+    python examples/planner/score.py planner.edge                  # heldout.jsonl on the engine's backend
     python examples/planner/score.py planner.edge --backend reference --limit 100
 
-Needs no torch: it is the session that a robot would use, with as many commands in flight as the engine allows.
+Needs no torch: it is the session a robot would use, with as many commands in flight as the engine allows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def score(session: Session, cases: list[tuple[str, str]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("engine", type=Path)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--heldout", type=Path, default=HERE / "heldout.jsonl")

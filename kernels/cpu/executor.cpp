@@ -40,6 +40,14 @@ int64_t panels_of(const edge_matrix& w) { return (w.rows + kPanel - 1) / kPanel;
 
 int64_t padded_cols(const edge_matrix& w) { return (w.cols + w.group - 1) / w.group * w.group; }
 
+// Whether `b` reads the same activations as `a`, in the same codes.
+bool shares_input(const edge_op& a, const edge_op& b) {
+    if (b.kind != EDGE_OP_LINEAR || b.x != a.x) return false;
+    if (quantizes(a.weight.encoding) != quantizes(b.weight.encoding)) return false;
+    return !quantizes(a.weight.encoding) ||
+           (a.weight.group == b.weight.group && a.weight.encoding == b.weight.encoding);
+}
+
 int64_t panel_bytes(const edge_matrix& w) {
     const int64_t items = padded_cols(w) * kPanel;
     switch (w.encoding) {
@@ -76,18 +84,30 @@ void Executor::compile() {
     Stage tokens{};
     tokens.kind = Stage::kTokens;
     for (const edge_op& table : tables_) tokens.steps.push_back({TokenStep::kAngles, &table});
+    std::vector<Region> used;  // by the steps of `tokens`
+    const auto flush = [&] {
+        if (!tokens.steps.empty()) stages_.push_back(std::move(tokens));
+        tokens = Stage{};
+        tokens.kind = Stage::kTokens;
+        used.clear();
+    };
     const edge_op* const end = ops_.data() + ops_.size();
     for (const edge_op* op = ops_.data(); op < end; ++op) {
         if (op->kind != EDGE_OP_LINEAR && op->kind != EDGE_OP_ATTENTION && op->kind != EDGE_OP_LOGITS) {
+            const Region out = region(op->out, op->out_width);
+            // A dead buffer's bytes may be written again in another width: first all tokens must be done with
+            // it.
+            if (clashes(out, used)) flush();
             tokens.steps.push_back({TokenStep::kOp, op});
+            used.push_back(region(op->x, op->x_width));
+            used.push_back(region(op->y, op->x_width));
+            used.push_back(out);
             continue;
         }
         const bool logits = op->kind == EDGE_OP_LOGITS;
         const bool quantized = op->kind != EDGE_OP_ATTENTION && quantizes(op->weight.encoding);
         if (quantized && !logits) tokens.steps.push_back({TokenStep::kQuantize, op});
-        if (!tokens.steps.empty()) stages_.push_back(std::move(tokens));
-        tokens = Stage{};
-        tokens.kind = Stage::kTokens;
+        flush();
         if (op->kind == EDGE_OP_ATTENTION) {
             Stage stage{};
             stage.kind = Stage::kAttention;
@@ -102,15 +122,31 @@ void Executor::compile() {
             add_linears(op, op + 1, true);
         } else {  // matrices that read the same codes, or none, run together
             const edge_op* last = op + 1;
-            while (last < end && last->kind == EDGE_OP_LINEAR && last->x == op->x &&
-                   quantizes(last->weight.encoding) == quantized &&
-                   (!quantized ||
-                    (last->weight.group == op->weight.group && last->weight.encoding == op->weight.encoding)))
-                ++last;
+            std::vector<Region> outs = {region(op->out, op->out_width)};
+            for (; last < end && shares_input(*op, *last); ++last) {
+                const Region out = region(last->out, last->out_width);
+                if (touches(out, outs)) break;
+                outs.push_back(out);
+            }
             add_linears(op, last, false);
             op = last - 1;
         }
     }
+}
+
+Executor::Region Executor::region(const float* buffer, int64_t width) const {
+    return {buffer, buffer == nullptr ? nullptr : buffer + program_.max_tokens * width, width};
+}
+
+bool Executor::touches(const Region& a, const std::vector<Region>& others) {
+    return std::any_of(others.begin(), others.end(),
+                       [&](const Region& b) { return a.begin < b.end && b.begin < a.end; });
+}
+
+bool Executor::clashes(const Region& a, const std::vector<Region>& others) {
+    return std::any_of(others.begin(), others.end(), [&](const Region& b) {
+        return a.begin < b.end && b.begin < a.end && (a.begin != b.begin || a.width != b.width);
+    });
 }
 
 void Executor::add_linears(const edge_op* begin, const edge_op* end, bool logits) {

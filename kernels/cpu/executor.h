@@ -42,6 +42,16 @@ class Executor {
         int32_t first, count;
     };
 
+    // The bytes of a buffer for all tokens of the largest step.
+    struct Region {
+        const float *begin, *end;
+        int64_t width;
+    };
+    Region region(const float* buffer, int64_t width) const;
+    static bool touches(const Region& a, const std::vector<Region>& others);
+    // Touches with another token stride or start, so that one token's row lies over another's.
+    static bool clashes(const Region& a, const std::vector<Region>& others);
+
     void compile();
     void add_linears(const edge_op* begin, const edge_op* end, bool logits);
     int check(edge_batch* batch);

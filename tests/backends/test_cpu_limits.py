@@ -280,6 +280,7 @@ def test_planes_of_wrong_size_are_refused() -> None:
 
 def test_records_mirror_the_header() -> None:
     library = cpu.open_library(cpu.library_path())
+    assert not isinstance(library, ctypes.PyDLL)  # which would hold the GIL during a step
     assert library.edge_cpu_records() == cpu_records.RECORDS
     assert ctypes.sizeof(cpu_records.Op) < 1 << 16
     assert SIMD[0] == "scalar"

@@ -277,3 +277,37 @@ def test_the_rotary_table_is_the_one_for_the_planned_context() -> None:
     assert table(None) == table(4096)  # 4096 is the default
     assert table(8192) != table(4096)
     assert read_program(config).program.max_context == 131072
+
+
+_EVENTS: list[tuple[str, str]] | None = None  # what the audit hook saw; None while nobody looks
+
+
+def _audit(event: str, args: tuple[object, ...]) -> None:
+    if _EVENTS is not None and event.split(".")[0] in _WATCHED:
+        _EVENTS.append((event, str(args[0]) if args else ""))
+
+
+_WATCHED = {"exec", "compile", "import", "subprocess", "socket", "pickle", "marshal", "ctypes", "open"}
+
+
+def test_a_build_runs_no_code_and_opens_only_what_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "hostile")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Evil"}}))
+    for name in ("evil.py", "__init__.py", "conftest.py", "usercustomize.py", "pytorch_model.bin"):
+        (folder / name).write_text("raise SystemExit('code of a model folder was run')")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ x.__class__ }}"}')
+    once = options(folder, tmp_path / "m.edge", profile="orin")
+    build(once)  # loads every module that a build needs
+    sys.addaudithook(_audit)
+    monkeypatch.setattr(sys.modules[__name__], "_EVENTS", [])
+    build(once)
+    seen = _EVENTS
+    monkeypatch.undo()
+    # compile and exec are msgspec's, reading its own annotations; none may come from the folder
+    quiet = ("open", "compile", "exec")
+    assert seen and not [e for e in seen if e[0] not in quiet or (e[0] != "open" and "hostile" in e[1])]
+    opened = {Path(path).name for event, path in seen if event == "open" and path.startswith(str(folder))}
+    assert opened == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}

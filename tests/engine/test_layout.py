@@ -59,7 +59,7 @@ def test_buffers_alive_together_do_not_share_bytes() -> None:
 
 
 def test_buffers_never_alive_together_share_bytes() -> None:
-    """`first` is dead once `second` is written from `middle`: two of the three wide buffers fit in one place."""
+    """`first` is dead once `second` is written from `middle`: the three wide buffers need two places."""
     ops = (
         Embed(out="hidden", weight="embedding"),
         Linear(x="hidden", out="first", weight="wide"),

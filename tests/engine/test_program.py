@@ -79,7 +79,10 @@ def test_a_good_program_passes_and_survives_json() -> None:
             "3 heads over 4",
         ),
         (
-            replaced(7, Attention(q="q", out="mixed", layer=0, heads=4, kv_heads=4, head_dim=8, scale=1.0, window=3)),
+            replaced(
+                7,
+                Attention(q="q", out="mixed", layer=0, heads=4, kv_heads=4, head_dim=8, scale=1.0, window=3),
+            ),
             "differ from the cache slot's",
         ),
         (replaced(8, Activation(x="hidden", out="absent", kind="silu")), "'absent', which the program"),
