@@ -36,9 +36,11 @@ def _grouped(x: Array, group: int) -> Array:
 def _signed_scale(x: Array, group: int) -> Array:
     grouped = _grouped(x, group)
     at = np.abs(grouped).argmax(axis=2)[..., None]
-    return (np.take_along_axis(grouped, at, axis=2)[..., 0] / np.float32(-8)).astype(np.float16)
+    scale: Array = (np.take_along_axis(grouped, at, axis=2)[..., 0] / np.float32(-8)).astype(np.float16)
+    return scale
 
 
 def _group_error(x: Array, decoded: Array, group: int) -> Array:
     """Sum of squared errors of each group, f64 (rows, groups)."""
-    return np.square(_grouped(x - decoded, group), dtype=np.float64).sum(axis=2)
+    error: Array = np.square(_grouped(x - decoded, group), dtype=np.float64).sum(axis=2)
+    return error

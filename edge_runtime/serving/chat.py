@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -61,7 +62,7 @@ class ChatTemplate:
         pieces = text.split(mark)
         if len(pieces) % 2 == 0:
             raise BadRequest(
-                "the chat template cuts a message that spells a special token; take that text out of the message"
+                "the chat template cuts a message that spells a special token; take that text out of it"
             )
         ids: list[int] = []
         for i, piece in enumerate(pieces):
@@ -134,10 +135,8 @@ class ChatTemplate:
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # what was still to be written has no reader
                     pipe.close()
-                except OSError:
-                    pass  # what was still to be written has no reader
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -27,9 +27,7 @@ def backend_names() -> list[str]:
 
 def get_backend(name: str) -> Backend:
     """The backend of that name. Raises BadConfig naming the nearest one."""
-    if re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) and importlib.util.find_spec(
-        f"{backends.__name__}.{name}"
-    ):
+    if re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) and _exists(name):
         backend: Backend | None = getattr(_module(name), "BACKEND", None)
         if backend is not None:
             return backend
@@ -42,8 +40,8 @@ def choose_backend(
     """The backend that runs an engine, and sentences a user should read.
 
     auto: the engine's own backend, on a device that matches; a named one is taken as asked for. `machine` is
-    probed when it matters and is not given. Raises DeviceMismatch naming both devices, BackendUnavailable with
-    the reason, BadConfig for an unknown name.
+    probed when it matters and is not given. Raises DeviceMismatch naming both devices, BackendUnavailable
+    with the reason, BadConfig for an unknown name.
     """
     if name != AUTO:
         backend = get_backend(name)
@@ -53,7 +51,7 @@ def choose_backend(
         return backend, [f"planned for {_target(fingerprint)}, opened on the {name} backend as asked for"]
     if fingerprint.backend != "cpu":
         _check_device(fingerprint, machine if machine is not None else probe_machine(measure=False))
-    if importlib.util.find_spec(f"{backends.__name__}.{fingerprint.backend}") is None:
+    if not _exists(fingerprint.backend):
         raise BackendUnavailable(
             f"this build has no {fingerprint.backend} backend, which the engine is planned for; "
             f"try --backend cpu (backends: {', '.join(backend_names())})"
@@ -92,6 +90,10 @@ def _target(fingerprint: Fingerprint) -> str:
 
 def _capability(backend: str, capability: str | None) -> str:
     return backend if capability is None else f"{backend}, compute capability {capability}"
+
+
+def _exists(name: str) -> bool:
+    return importlib.util.find_spec(f"{backends.__name__}.{name}") is not None
 
 
 def _module(name: str) -> object:

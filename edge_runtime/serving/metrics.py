@@ -1,4 +1,4 @@
-"""Figures of a request and of a session. Only the monotonic clock: a step of the wall clock changes nothing."""
+"""Figures of a request and of a session, on the monotonic clock: setting the wall clock changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""open_engine: an engine file becomes a Session, after proof that it is whole, fits and suits this machine."""
+"""open_engine: an engine file becomes a Session, after proof that it is whole, fits and suits the machine."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def open_engine(
     bytes it may take, rather than what the machine has free. max_waiting: requests in line beyond those that
     run. machine: a probed machine, instead of probing this one.
 
-    Raises BadEngineFile, DeviceMismatch, BackendUnavailable, Unsupported, BadConfig; DoesNotFit before anything
-    is allocated.
+    Raises BadEngineFile, DeviceMismatch, BackendUnavailable, Unsupported, BadConfig; DoesNotFit before
+    anything is allocated.
     """
     engine = read_engine(path, verify=verify)
     try:
@@ -135,7 +135,8 @@ def _sizes(part: EnginePart, options: _Options) -> _Sizes:
     context = longest if options.context is None else options.context
     if not 1 < context <= longest:
         raise BadConfig(
-            f"context {context}: the engine is planned for 2 to {longest} tokens; build it with a longer --context"
+            f"context {context}: the engine is planned for 2 to {longest} tokens; "
+            "build it with a longer --context"
         )
     if options.kv is not None:
         names = [name.strip() for name in options.kv.split(",")]

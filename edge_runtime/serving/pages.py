@@ -1,4 +1,4 @@
-"""Which KV page belongs to whom: tables, sharing with reference counts, trim. The pages' bytes are a backend's.
+"""Which KV page belongs to whom: tables, reference counts, trim. The pages' bytes are a backend's.
 
 A table reserves, when it is opened, every page it may ever need; so a running sequence never runs out. Pages
 hold `page_tokens` tokens (Kwon et al. 2023, PagedAttention); only full pages are shared, so none is written
@@ -105,7 +105,7 @@ class PageTable:
         self.tokens = tokens
 
     def fork(self, tokens: int) -> tuple[PageTable, list[tuple[int, int]]] | None:
-        """A table over the same full pages that may grow to `tokens` tokens, and (source, target) page copies.
+        """A table over the same full pages that may grow to `tokens` tokens, and (source, target) copies.
 
         The page that is filled in part is copied rather than shared: copy it before the next step. None when
         there are not enough pages.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge_runtime.errors import BadRequest
-from edge_runtime.serving.sampling import Sampling
+from edge_runtime.serving.sampling import GREEDY, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_STOPS = 64
@@ -19,13 +19,13 @@ DEFAULT_MAX_TOKENS = 256
 class Request:
     """prompt: text (its special-token names stay plain text) or token ids as they are.
 
-    stop: the answer ends before any of these strings; stop_ids: and at any of these tokens, beside the model's
-    own end tokens unless ignore_eos. continues: decode the answer as the prompt's continuation, which keeps
-    the space before its first word. Raises BadRequest naming the field.
+    stop: the answer ends before any of these strings; stop_ids: and at any of these tokens, beside the
+    model's own end tokens unless ignore_eos. continues: decode the answer as the prompt's continuation, which
+    keeps the space before its first word. Raises BadRequest naming the field.
     """
 
     prompt: str | Sequence[int]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
@@ -70,10 +70,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Milliseconds, on the monotonic clock. ttft: from submit to the first token; queue: the waiting part of it.
+    """Milliseconds, on the monotonic clock. ttft: from submit to the first token; queue: the wait in it.
 
-    itl: between one token and the next, percentiles (0 with fewer than two tokens). tokens_per_s: of the tokens
-    after the first. prefill_tokens_per_s: prompt tokens over the time from admission to the first token.
+    itl: between one token and the next, percentiles (0 with fewer than two tokens). tokens_per_s: of the
+    tokens after the first. prefill_tokens_per_s: prompt tokens over the time from admission to the first.
     """
 
     queue_ms: float = 0.0

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator, Philox  # here rather than lazily in the first request
 
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadRequest
@@ -23,8 +24,8 @@ class Sampling:
     """How to choose tokens. The default is greedy: temperature 0, the same text every time.
 
     temperature: 0 is greedy, 1 the model's own distribution.
-    top_k: keep the k likeliest (0 = all). top_p: keep the fewest whose probability reaches it (Holtzman et al.
-    2020). min_p: keep those with at least min_p times the top probability (Nguyen et al. 2024).
+    top_k: keep the k likeliest (0 = all). top_p: keep the fewest whose probability reaches it (Holtzman et
+    al. 2020). min_p: keep those with at least min_p times the top probability (Nguyen et al. 2024).
     repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer
     (Keskar et al. 2019; 1 = off). frequency_penalty, presence_penalty: subtracted per occurrence and once per
     token of the answer (-2 to 2; 0 = off).
@@ -64,7 +65,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A chosen token. logprob and top (token id, log probability; likeliest first) when they were asked for."""
+    """A chosen token. logprob, and top (token id, logprob; likeliest first), when they were asked for."""
 
     token: int
     logprob: float | None = None
@@ -76,7 +77,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
         self.sampling = sampling
-        self._random = np.random.Generator(np.random.Philox(sampling.seed))
+        self._random = Generator(Philox(sampling.seed))
         # (vocab,) each; only where a penalty needs them
         self._seen = np.zeros(vocab_size if sampling.penalizes else 0, bool)
         self._counts = np.zeros(vocab_size if sampling.penalizes else 0, np.int32)
@@ -104,7 +105,7 @@ class Sampler:
 
 
 def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> Array:
-    """Scores f64 (vocab,) after the three penalties; seen: in prompt or answer, counts: times in the answer."""
+    """Scores f64 (vocab,) after the penalties; seen: in prompt or answer, counts: times in the answer."""
     if sampling.repetition_penalty != 1.0:
         p = sampling.repetition_penalty
         scores = np.where(seen, np.where(scores < 0, scores * p, scores / p), scores)
@@ -186,3 +187,6 @@ def _brief(value: object) -> str:
         return repr(value)[:60]
     except ValueError:  # an integer too long to print
         return "a huge number"
+
+
+GREEDY = Sampling()

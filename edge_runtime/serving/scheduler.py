@@ -26,7 +26,7 @@ class Item:
 
 
 class Scheduler:
-    """Waiting line and running set. Admission is in order of arrival and reserves every page a request may need."""
+    """Waiting line and running set. Admission, in order of arrival, reserves all pages a request may need."""
 
     def __init__(self, step: StepShape, pool: PagePool, width: int, max_waiting: int) -> None:
         self._step = step

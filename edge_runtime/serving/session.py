@@ -33,7 +33,7 @@ from edge_runtime.serving.request import (
     Usage,
     check_ids,
 )
-from edge_runtime.serving.sampling import Choice, Sampling
+from edge_runtime.serving.sampling import GREEDY, Choice, Sampling
 from edge_runtime.serving.scheduler import Item, Scheduler
 from edge_runtime.serving.stream import Stream
 from edge_runtime.serving.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ class Session:
         self.metrics = Metrics()
         self._executor = executor
         self._template = chat_template
-        self._plan = plan  # as the builder made it; step and kv are what was asked for at open
+        self.plan = plan  # as the builder made it; step_shape and kv are what was asked for at open
         self._on_close = on_close
         self._pool = PagePool(kv.pages, kv.page_tokens)
         width = -(-step.context // kv.page_tokens)
@@ -91,20 +91,20 @@ class Session:
         self._cancels = False
         self._closed = False
 
-    # --- one request, as most people use it --------------------------------------------------------------------
+    # --- one request, as most people use it ---
 
     def generate(
         self,
         prompt: str | Sequence[int],
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
     ) -> Stream:
-        """Stream the continuation of a prompt (text, or token ids as they are); the last event says why it ended.
+        """Stream the continuation of a prompt, text or token ids as they are; the last event has the reason.
 
-        Closing or dropping the iterator cancels the request. Raises BadRequest (before the first token), QueueFull.
+        Closing or dropping the iterator cancels the request. Raises BadRequest and QueueFull at once.
         """
         request = Request(
             prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
@@ -114,7 +114,7 @@ class Session:
     def complete(
         self,
         prompt: str | Sequence[int],
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
@@ -129,7 +129,7 @@ class Session:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
@@ -144,7 +144,7 @@ class Session:
         )
 
     def chat_request(
-        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling = Sampling(), **options: Any
+        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling = GREEDY, **options: Any
     ) -> Request:
         """The Request that `chat` makes, for `stream` and `submit`; options are Request's."""
         ids = self.chat_prompt(messages)
@@ -163,7 +163,7 @@ class Session:
         """Whether the engine carries a chat template."""
         return self._template is not None
 
-    # --- several requests --------------------------------------------------------------------------------------
+    # --- several requests ---
 
     def submit(self, request: Request) -> int:
         """Put a request in line; its answer comes from `step`. Returns its number.
@@ -189,7 +189,7 @@ class Session:
         return events
 
     def cancel(self, number: int) -> bool:
-        """End a request; within the running step everything it holds is free. False when it had ended already."""
+        """End a request: all it holds is free when the running step ends. False when it had ended already."""
         with self._gate:
             sequence = self._live.get(number)
             if sequence is None:
@@ -204,12 +204,18 @@ class Session:
         """Submit now and return the iterator over its events, which drives the session while it waits."""
         return self._stream(self._submit(request, deque()))
 
-    def answer(self, request: Request) -> Completion:
-        """Submit and wait for the whole answer."""
+    def answer(self, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
+        """Submit and wait for the whole answer; `on_text` gets each piece of text as it comes."""
         sequence = self._submit(request, deque())
-        return self._collect(sequence, self._stream(sequence))
+        seen = []
+        with self._stream(sequence) as events:
+            for event in events:
+                seen.append(event)
+                if on_text is not None and event.text:
+                    on_text(event.text)
+        return _completion(sequence, seen)
 
-    # --- the session itself ------------------------------------------------------------------------------------
+    # --- the session itself ---
 
     @property
     def context(self) -> int:
@@ -234,13 +240,13 @@ class Session:
     def verify(self) -> None:
         """Repeat the engine's known answer. Raises NumericError when this device gives another one.
 
-        On the backend and KV formats that the answer was made with, every token must be the same; elsewhere, as
-        formats round differently, half of them. BadRequest when the engine has none.
+        On the backend and KV formats that the answer was made with, every token must be the same; elsewhere,
+        as formats round differently, half of them. BadRequest when the engine has none.
         """
         known = self.manifest.known_answer
         if known is None:
             raise BadRequest("this engine carries no known answer; build it again to get one")
-        same = known.backend == self.backend and (self._plan.kv.k, self._plan.kv.v) == (self.kv.k, self.kv.v)
+        same = known.backend == self.backend and (self.plan.kv.k, self.plan.kv.v) == (self.kv.k, self.kv.v)
         with self._turn:
             self._check_open()
             agreed = agreement(self._executor, self._pool, self.step_shape, known)
@@ -268,7 +274,7 @@ class Session:
     ) -> None:
         self.close()
 
-    # --- a step ------------------------------------------------------------------------------------------------
+    # --- a step ---
 
     def _step(self) -> None:
         self._sweep()
@@ -342,7 +348,7 @@ class Session:
             logit_rows=last[[item.choose for item in items]].astype(np.int32),
         )
 
-    # --- requests on their way ---------------------------------------------------------------------------------
+    # --- requests on their way ---
 
     def _submit(self, request: Request, events: deque[Token] | None) -> sequences.Sequence:
         prompt = self._prompt_ids(request)
@@ -355,8 +361,8 @@ class Session:
         if len(prompt) >= room:
             what = "context" if room == self.context else "KV cache"
             raise BadRequest(
-                f"the prompt has {len(prompt)} tokens, the {what} holds {room} and the answer needs at least one; "
-                "shorten the prompt or build the engine with a longer --context"
+                f"the prompt has {len(prompt)} tokens, the {what} holds {room} and the answer needs one "
+                "at least; shorten the prompt, or build the engine with a longer --context"
             )
         limit = min(request.max_tokens, room - len(prompt))
         sequence = sequences.Sequence(next(self._numbers), request, prompt, limit, self.tokenizer)
@@ -408,22 +414,6 @@ class Session:
             finally:
                 self._turn.release()
 
-    def _collect(self, sequence: sequences.Sequence, events: Stream) -> Completion:
-        seen = list(events)
-        last = seen[-1]
-        assert last.finish_reason is not None  # the iterator ends with it
-        chosen = [event for event in seen if event.token is not None]
-        return Completion(
-            text="".join(event.text for event in seen),
-            tokens=tuple(sequence.answer),
-            finish_reason=last.finish_reason,
-            timing=sequence.watch.timing(sequence.prompt_tokens),
-            usage=Usage(sequence.prompt_tokens, len(sequence.answer)),
-            logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
-            top_logprobs=tuple(event.top for event in chosen if event.top),
-            error=last.error,
-        )
-
     def _stream(self, sequence: sequences.Sequence) -> Stream:
         events = sequence.events
         assert events is not None  # stream() and answer() gave it one
@@ -460,3 +450,19 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise BadRequest("this session is closed; open the engine again")
+
+
+def _completion(sequence: sequences.Sequence, seen: list[Token]) -> Completion:
+    last = seen[-1]
+    assert last.finish_reason is not None  # a stream ends with it
+    chosen = [event for event in seen if event.token is not None]
+    return Completion(
+        text="".join(event.text for event in seen),
+        tokens=tuple(sequence.answer),
+        finish_reason=last.finish_reason,
+        timing=sequence.watch.timing(sequence.prompt_tokens),
+        usage=Usage(sequence.prompt_tokens, len(sequence.answer)),
+        logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
+        top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
+        error=last.error,
+    )

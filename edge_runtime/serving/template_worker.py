@@ -27,7 +27,7 @@ def main() -> None:
     # RLIMIT_AS counts reserved address space too: RLIMIT_DATA counts what can be written
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    environment = minijinja.Environment(
+    environment: Any = minijinja.Environment(
         fuel=FUEL, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda name: False
     )
     environment.add_function("raise_exception", _raise)

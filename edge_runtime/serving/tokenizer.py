@@ -1,4 +1,4 @@
-"""Text to token ids and back. The tokenizer is the engine's tokenizer.json, run by the `tokenizers` library."""
+"""Text to token ids and back: the engine's tokenizer.json, run by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of a growing list of ids, piece by piece: never half a character, and the pieces joined are exactly
-    the whole list decoded at once.
+    """Text of a growing list of ids, piece by piece: never half a character, and the pieces joined are
+    exactly the whole list decoded at once.
 
     context: the prompt that the ids continue, so that a first word keeps its leading space. None: on its own.
     """

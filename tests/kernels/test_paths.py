@@ -53,9 +53,9 @@ def _finish(process: subprocess.Popen[str]) -> None:
 def test_arm_gives_the_bits_of_x86(tmp_path: Path) -> None:
     """Also proves that the sources compile for ARM without a warning.
 
-    `path_hashes.txt` was written on x86-64, where the scalar, avx2 and avx512 paths gave these same lines; after a
-    wanted change of numerics build path_hashes.cpp there with the flags of kernels/CMakeLists.txt and keep its
-    scalar lines.
+    `path_hashes.txt` was written on x86-64, where the scalar, avx2 and avx512 paths gave these same lines. After
+    a wanted change of numerics build path_hashes.cpp there with the flags of kernels/CMakeLists.txt and keep
+    its scalar lines.
     """
     missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None]
     if missing:
@@ -69,6 +69,6 @@ def test_arm_gives_the_bits_of_x86(tmp_path: Path) -> None:
     for line in done.stdout.splitlines():
         path, kernel, value = line.split()
         got[path][kernel] = value
-    assert len(want) > 60
+    assert len(want) >= 60
     for path, values in got.items():
         assert values == want, path
