@@ -1,1 +1,1 @@
-"""From a checkpoint to one engine file: sources, architectures, planner, quantizers, evaluation, edge-build."""
+"""From a checkpoint to one engine file: sources, architectures, planner, quantizers, evaluation, packing."""

@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     add(
         "--head-weights",
         metavar="FORMAT",
-        help="embedding and head [as --weights; int8_row when that is below 8 bits]",
+        help="embedding and head [as --weights if float or int8, else int8_row]",
     )
     add(
         "--kv",

@@ -93,8 +93,8 @@ def read_text(
 
 
 def compare_models(reference: Weights, engine: Weights, kv: KvPlan, text: EvaluationText) -> Comparison:
-    """Perplexity, KL and agreement of `engine` (with its KV formats) against `reference` (f16 cache)."""
-    exact = msgspec.structs.replace(kv, k="f16", v="f16")
+    """Perplexity, KL and agreement of `engine` (with its KV formats) against `reference` (f32 cache)."""
+    exact = msgspec.structs.replace(kv, k="f32", v="f32")
     x_f = hidden_states(reference, exact, text)
     x_q = hidden_states(engine, kv, text)
     targets = np.concatenate([w[1:] for w in text.windows])

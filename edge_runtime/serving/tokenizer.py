@@ -32,10 +32,9 @@ class Tokenizer:
             raise BadEngineFile(f"the engine's tokenizer.json cannot be used: {error}") from None
         self.vocabulary = vocabulary
         self._lock = threading.Lock()  # encode_special_tokens is a switch of the library's object
-        special = {i for i, token in added.items() if token.special}
-        special |= {i for i in (vocabulary.bos, vocabulary.pad, *vocabulary.eos) if i is not None}
+        self._silent = frozenset(i for i, token in added.items() if token.special)
+        special = self._silent | {i for i in (vocabulary.bos, vocabulary.pad, *vocabulary.eos) if i is not None}
         unknown = getattr(self._library.model, "unk_token", None)
-        self._special = frozenset(special)
         # The unknown token is special too, and yet what ordinary text may become.
         self._control = frozenset(i for i in special if unknown is None or self.piece(i) != unknown)
         self._bytes = frozenset(i for i in range(size) if _BYTE.fullmatch(self.piece(i)))
@@ -66,8 +65,9 @@ class Tokenizer:
         """The token as the vocabulary spells it, "" for an id without one."""
         return self._library.id_to_token(token) or ""
 
-    def is_special(self, token: int) -> bool:
-        return token in self._special
+    def is_silent(self, token: int) -> bool:
+        """Whether `decode` leaves it out: a special token, or an id that the tokenizer does not know."""
+        return token in self._silent or not self.piece(token)
 
     def is_byte(self, token: int) -> bool:
         """Whether it is one raw byte, such as ``<0xE2>``: its text depends on its neighbours."""
@@ -101,6 +101,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Text that is certain now; "" while a character is incomplete."""
+        if self._tokenizer.is_silent(token):
+            return ""
         self._ids.append(token)
         if self._tokenizer.is_byte(token):  # a later byte could still change how this run is read
             return ""
@@ -141,8 +143,8 @@ def _clean_tail(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The last few ids whose text stands for itself: no raw bytes, no special tokens, no half characters."""
     tail: list[int] = []
     for token in reversed(ids[-_CONTEXT_TOKENS:]):
-        if tokenizer.is_byte(token) or tokenizer.is_special(token):
+        if tokenizer.is_byte(token) or tokenizer.is_silent(token):
             break
         tail.insert(0, token)
     text = tokenizer.decode(tail)
-    return tail if text and not text.endswith(_REPLACEMENT) and not text.startswith(_REPLACEMENT) else []
+    return [] if text.startswith(_REPLACEMENT) or text.endswith(_REPLACEMENT) else tail

@@ -6,51 +6,18 @@ given to the wrong sequence, a wrong position or a lost token changes the answer
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from speaking_engine import SPECIAL, TEMPLATE, tokenizer_json, vocabulary
+from toy_engine import toy_manifest
 
 from edge_runtime.backends.protocol import StepBatch
-from edge_runtime.engine.manifest import Vocabulary
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepShape
 from edge_runtime.errors import NumericError
 from edge_runtime.serving import tokenizer as serving
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.session import Session
-
-TEXT = ("Once upon a time there was a robot. It went to the kitchen, grüßte and fetched a red mug. " * 4).split(".")
-SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>")
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@functools.cache
-def tokenizer_json() -> bytes:
-    """A byte-level BPE tokenizer with special tokens and a start token, as Llama 3 has one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer.to_str().encode()
-
-
-def vocabulary() -> Vocabulary:
-    size = Tokenizer.from_buffer(tokenizer_json()).get_vocab_size()
-    return Vocabulary(bos=1, eos=(2,), pad=0, size=size)
-
 
 def make_tokenizer() -> serving.Tokenizer:
     return serving.Tokenizer(tokenizer_json(), vocabulary())
@@ -152,8 +119,6 @@ def make_session(
         memory=memory,
         predicted=Prediction(decode_tokens_per_s=1.0, first_token_ms=1.0, prompt_tokens=1),
     )
-    from tests.toy_engine import toy_manifest
-
     executor = HistoryExecutor(kv, step, names.size)
     executor.script = script
     session = Session(
