@@ -45,9 +45,9 @@ def make_parser() -> Parser:
     add = plan.add_argument
     add(
         "--weights",
-        default=planner.AUTO,
+        default=planner.DEFAULT_WEIGHTS,
         metavar="FORMAT",
-        help=f"auto, {', '.join(FORMATS)} [auto: best that fits]",
+        help=f"{', '.join(FORMATS)}, or auto: the best that fits [{planner.DEFAULT_WEIGHTS}]",
     )
     add(
         "--head-weights",

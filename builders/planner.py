@@ -22,6 +22,8 @@ from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, DoesNotFit, Unsupported, nearest
 
 AUTO = "auto"
+# What edge-build takes when nothing is said: decoding on a robot is bound by the bytes of its weights.
+DEFAULT_WEIGHTS = "int4_g64"
 # Best quality first; `auto` takes the first that fits and that the device's precisions allow.
 QUALITY_ORDER = ("f16", "int8_row", "int4_g32", "int4_g64", "int4_g128")
 KV_ORDER = ("f16", "int8", "int4")

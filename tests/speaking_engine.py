@@ -13,7 +13,9 @@ from toy_engine import toy_manifest, toy_plan, toy_planes, toy_program
 from edge_runtime.engine.manifest import Fingerprint, KnownAnswer, Manifest, PartEntry, Vocabulary
 from edge_runtime.engine.writer import EngineWriter
 
-TEXT = ("Once upon a time there was a robot. It went to the kitchen, grüßte and fetched a red mug. " * 4).split(".")
+TEXT = (
+    "Once upon a time there was a robot. It went to the kitchen, grüßte and fetched a red mug. " * 4
+).split(".")
 SPECIAL = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"

@@ -20,6 +20,7 @@ from edge_runtime.serving.tokenizer import Tokenizer, check_text
 MAX_MESSAGES = 1024
 RENDER_SECONDS = 2.0
 START_SECONDS = 30.0  # a busy robot starts an interpreter slowly
+_EDGE = "\ufdd0"  # a noncharacter: no text that is interchanged holds it
 _ROLE = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _WORKER = Path(__file__).with_name("template_worker.py")
 
@@ -41,9 +42,11 @@ class ChatTemplate:
         Special tokens come from the template alone: a message that spells one is kept as plain text. Raises
         BadRequest when the template refuses the messages, Unsupported when minijinja is not installed.
         """
-        mark = f"\ufdd0{secrets.token_hex(8)}\ufdd0"  # of this call alone, so that no message can hold it
+        mark = f"{_EDGE}{secrets.token_hex(8)}{_EDGE}"  # of this call alone, so that no message can hold it
         guarded = [
-            {**m, "content": mark + m["content"] + mark} if tokenizer.has_control(m["content"]) else m
+            {**m, "content": mark + m["content"] + mark}
+            if _EDGE in m["content"] or tokenizer.has_control(m["content"])
+            else m
             for m in messages
         ]
         names = tokenizer.vocabulary
@@ -60,7 +63,7 @@ class ChatTemplate:
             }
         )
         pieces = text.split(mark)
-        if len(pieces) % 2 == 0:
+        if len(pieces) % 2 == 0 or any(_EDGE in piece for piece in pieces[::2]):
             raise BadRequest(
                 "the chat template cuts a message that spells a special token; take that text out of it"
             )

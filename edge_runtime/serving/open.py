@@ -117,6 +117,7 @@ def _open(engine: Engine, backend_name: str, options: _Options, machine: Machine
         step=sizes.step,
         kv=sizes.kv,
         memory=memory,
+        mapped_bytes=memory.weights - sum(repacked.values()),
         backend=backend.name,
         notices=notices,
         max_waiting=options.max_waiting,

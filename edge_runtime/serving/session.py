@@ -59,6 +59,7 @@ class Session:
         step: StepShape,
         kv: KvPlan,
         memory: MemoryPlan,
+        mapped_bytes: int,
         backend: str,
         notices: Sequence[str] = (),
         max_waiting: int = 64,
@@ -72,6 +73,7 @@ class Session:
         self.backend = backend
         self.notices = tuple(notices)
         self.metrics = Metrics()
+        self._mapped_bytes = mapped_bytes  # of weights, as they lie in the file
         self._executor = executor
         self._template = chat_template
         self.plan = plan  # as the builder made it; step_shape and kv are what was asked for at open
@@ -225,7 +227,7 @@ class Session:
     @property
     def memory_used(self) -> int:
         """Bytes of weights, mapped or repacked, and of everything the executor holds."""
-        return self.memory.weights + self._executor.memory_bytes
+        return self._mapped_bytes + self._executor.memory_bytes
 
     @property
     def in_flight(self) -> int:

@@ -33,7 +33,9 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self._lock = threading.Lock()  # encode_special_tokens is a switch of the library's object
         self._silent = frozenset(i for i, token in added.items() if token.special)
-        special = self._silent | {i for i in (vocabulary.bos, vocabulary.pad, *vocabulary.eos) if i is not None}
+        special = self._silent | {
+            i for i in (vocabulary.bos, vocabulary.pad, *vocabulary.eos) if i is not None
+        }
         unknown = getattr(self._library.model, "unk_token", None)
         # The unknown token is special too, and yet what ordinary text may become.
         self._control = frozenset(i for i in special if unknown is None or self.piece(i) != unknown)

@@ -6,35 +6,10 @@
 
 #include "codec.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace edge {
 namespace {
 
 constexpr int64_t kChunkBytes = 128 << 10;  // weights of one unit of work: stay in L2 while token blocks pass
-
-// Denormals as IEEE says, whatever the host program set for its thread: results must not depend on it.
-class FloatMode {
-  public:
-#if defined(__x86_64__)
-    FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-    ~FloatMode() { _mm_setcsr(saved_); }
-
-  private:
-    unsigned saved_;
-#elif defined(__aarch64__)
-    FloatMode() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved_));
-        asm volatile("msr fpcr, %0" ::"r"(static_cast<uint64_t>(0)));
-    }
-    ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-
-  private:
-    uint64_t saved_;
-#endif
-};
 
 int64_t panels_of(const edge_matrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
@@ -74,13 +49,19 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
       tables_(program.tables, program.tables + program.table_count),
       cache_(program.cache, program.cache + program.cache_count),
       blocks_(static_cast<size_t>(program.max_tokens)),
-      last_position_(static_cast<size_t>(program.max_sequences)),
-      pool_(program.threads, [this](int thread) { work(thread); }) {
+      last_position_(static_cast<size_t>(program.max_sequences)) {
     blocks_.clear();
     compile();
+    pool_ = std::make_unique<Pool>(program.threads, static_cast<uint32_t>(stages_.size()), *this);
 }
 
 void Executor::compile() {
+    for (const edge_op& op : ops_) {
+        if (op.kind != EDGE_OP_ATTENTION) continue;
+        if (static_cast<int64_t>(program_.max_tokens) * op.heads > Pool::kMaxUnits)
+            throw std::invalid_argument("too many tokens in a step");
+        widest_window_ = std::max(widest_window_, op.window > 0 ? op.window : program_.context);
+    }
     Stage tokens{};
     tokens.kind = Stage::kTokens;
     for (const edge_op& table : tables_) tokens.steps.push_back({TokenStep::kAngles, &table});
@@ -157,10 +138,10 @@ void Executor::add_linears(const edge_op* begin, const edge_op* end, bool logits
         if (kernel == nullptr) throw std::invalid_argument("no kernel for a weight's format");
         const int64_t panels = panels_of(op->weight);
         int64_t chunk = kChunkBytes / std::max<int64_t>(1, panel_bytes(op->weight));
-        if (pool_.threads() > 1) chunk = std::min(chunk, panels / (4 * pool_.threads()));
+        if (program_.threads > 1) chunk = std::min(chunk, panels / (4 * program_.threads));
         chunk = std::max<int64_t>(1, chunk);
         stage.linears.push_back({op, kernel, panels, chunk, stage.units});
-        stage.units += (panels + chunk - 1) / chunk;
+        stage.units += static_cast<uint32_t>((panels + chunk - 1) / chunk);
     }
     stages_.push_back(std::move(stage));
 }
@@ -171,7 +152,10 @@ int Executor::forward(edge_batch* batch) {
     find_blocks(*batch);
     batch_ = batch;
     status_.store(EDGE_OK);
-    pool_.run();
+    tokens_.store(batch->token_count);
+    logit_rows_.store(batch->logit_count);
+    block_count_.store(static_cast<int32_t>(blocks_.size()));
+    pool_->run();
     batch_ = nullptr;
     return status_.load();
 }
@@ -216,13 +200,8 @@ int Executor::check_token(const edge_batch& batch, int32_t t, int32_t* value) {
     }
     int32_t& last = last_position_[static_cast<size_t>(sequence)];
     last = std::max(last, position);
-    // Every page from the earliest that a cache slot's window reaches
-    int32_t first = page;
-    for (const edge_op& op : ops_) {
-        if (op.kind != EDGE_OP_ATTENTION) continue;
-        const int32_t start = op.window > 0 ? std::max(0, position - op.window + 1) : 0;
-        first = std::min(first, start / program_.page_tokens);
-    }
+    // Every page from the earliest that the widest window reaches
+    const int32_t first = std::max(0, position - widest_window_ + 1) / program_.page_tokens;
     const int32_t* table = batch.page_tables + static_cast<int64_t>(sequence) * batch.pages_per_sequence;
     for (int32_t i = first; i <= page; ++i) {
         *value = table[i];
@@ -250,33 +229,41 @@ void Executor::fail(int status) {
     status_.compare_exchange_strong(none, status);
 }
 
-void Executor::work(int thread) {
-    const FloatMode mode;
-    for (const Stage& stage : stages_) {
-        switch (stage.kind) {
-            case Stage::kTokens:
-                run_tokens(stage, batch_->token_count);
-                break;
-            case Stage::kLogitRows:
-                run_tokens(stage, batch_->logit_count);
-                break;
-            case Stage::kLinear:
-                run_linears(stage, batch_->token_count);
-                break;
-            case Stage::kLogits:
-                run_linears(stage, batch_->logit_count);
-                break;
-            case Stage::kAttention:
-                run_attention(*stage.attention, thread);
-                break;
+uint32_t Executor::units(uint32_t stage) const {
+    const Stage& s = stages_[stage];
+    switch (s.kind) {
+        case Stage::kTokens:
+            return static_cast<uint32_t>(tokens_.load(std::memory_order_relaxed));
+        case Stage::kLogitRows:
+            return static_cast<uint32_t>(logit_rows_.load(std::memory_order_relaxed));
+        case Stage::kLogits:
+            return logit_rows_.load(std::memory_order_relaxed) == 0 ? 0 : s.units;
+        case Stage::kLinear:
+            return s.units;
+        default: {
+            const int32_t blocks = block_count_.load(std::memory_order_relaxed);
+            return static_cast<uint32_t>(blocks * s.attention->kv_heads * head_parts(*s.attention, blocks));
         }
-        pool_.barrier();
     }
 }
 
-void Executor::run_tokens(const Stage& stage, int64_t count) {
-    for (int64_t t = pool_.take(); t < count; t = pool_.take())
-        for (const TokenStep& step : stage.steps) run_step(step, t);
+void Executor::run(int thread, uint32_t stage, uint32_t unit) {
+    const Stage& s = stages_[stage];
+    switch (s.kind) {
+        case Stage::kTokens:
+        case Stage::kLogitRows:
+            for (const TokenStep& step : s.steps) run_step(step, unit);
+            break;
+        case Stage::kLinear:
+            run_linear(s, unit, batch_->token_count);
+            break;
+        case Stage::kLogits:
+            run_linear(s, unit, batch_->logit_count);
+            break;
+        case Stage::kAttention:
+            run_attention(*s.attention, thread, unit);
+            break;
+    }
 }
 
 void Executor::run_step(const TokenStep& step, int64_t t) {
@@ -354,66 +341,62 @@ void Executor::run_op(const edge_op& op, int64_t t) {
     }
 }
 
-void Executor::run_linears(const Stage& stage, int64_t tokens) {
+void Executor::run_linear(const Stage& stage, uint32_t unit, int64_t tokens) {
     const edge_scratch& s = program_.scratch;
     size_t at = 0;
-    for (int64_t unit = pool_.take(); unit < stage.units; unit = pool_.take()) {
-        while (at + 1 < stage.linears.size() && unit >= stage.linears[at + 1].first_unit) ++at;
-        const LinearUnit& linear = stage.linears[at];
-        const edge_op& op = *linear.op;
-        const bool logits = stage.kind == Stage::kLogits;
-        LinearArgs args{};
-        args.weight = &op.weight;
-        args.bias = op.bias;
-        args.out = op.out;
-        args.x = logits ? s.rows : op.x;
-        args.codes = s.codes;
-        args.scales = s.scales;
-        args.sums = s.sums;
-        args.out_stride = op.out_width;
-        args.x_stride = op.x_width;
-        args.code_stride = s.code_stride;
-        args.group_stride = s.group_stride;
-        args.tokens = tokens;
-        const int64_t begin = (unit - linear.first_unit) * linear.chunk;
-        const int64_t end = std::min(begin + linear.chunk, linear.panels);
-        linear.kernel(args, begin, end);
-        if (!logits) continue;
-        const int64_t row = begin * kPanel, rows = std::min(end * kPanel, op.weight.rows) - row;
-        for (int64_t t = 0; t < tokens; ++t)
-            if (!kernels_.finish_logits(op.out + t * op.out_width + row, rows, op.scale, op.softcap))
-                fail(EDGE_NOT_FINITE);
-    }
+    while (at + 1 < stage.linears.size() && unit >= stage.linears[at + 1].first_unit) ++at;
+    const LinearUnit& linear = stage.linears[at];
+    const edge_op& op = *linear.op;
+    const bool logits = stage.kind == Stage::kLogits;
+    LinearArgs args{};
+    args.weight = &op.weight;
+    args.bias = op.bias;
+    args.out = op.out;
+    args.x = logits ? s.rows : op.x;
+    args.codes = s.codes;
+    args.scales = s.scales;
+    args.sums = s.sums;
+    args.out_stride = op.out_width;
+    args.x_stride = op.x_width;
+    args.code_stride = s.code_stride;
+    args.group_stride = s.group_stride;
+    args.tokens = tokens;
+    const int64_t begin = (unit - linear.first_unit) * linear.chunk;
+    const int64_t end = std::min(begin + linear.chunk, linear.panels);
+    linear.kernel(args, begin, end);
+    if (!logits) return;
+    const int64_t row = begin * kPanel, rows = std::min(end * kPanel, op.weight.rows) - row;
+    for (int64_t t = 0; t < tokens; ++t)
+        if (!kernels_.finish_logits(op.out + t * op.out_width + row, rows, op.scale, op.softcap))
+            fail(EDGE_NOT_FINITE);
 }
 
-void Executor::run_attention(const edge_op& op, int thread) {
-    const int share = op.heads / op.kv_heads;
-    const auto blocks = static_cast<int64_t>(blocks_.size());
-    // With fewer items than threads the query heads of a kv head are shared out as well.
-    int parts = 1;
-    if (blocks * op.kv_heads < pool_.threads())
-        parts = static_cast<int>(std::min<int64_t>(share, pool_.threads() / (blocks * op.kv_heads)));
-    const int64_t units = blocks * op.kv_heads * parts;
-    for (int64_t unit = pool_.take(); unit < units; unit = pool_.take()) {
-        const int part = static_cast<int>(unit % parts);
-        const int kv_head = static_cast<int>(unit / parts % op.kv_heads);
-        const Block& block =
-            blocks_[static_cast<size_t>(blocks - 1 - unit / parts / op.kv_heads)];  // longest first
-        AttentionArgs args{};
-        args.op = &op;
-        args.cache = &cache_[static_cast<size_t>(op.layer)];
-        args.page_table = batch_->page_tables +
-                          static_cast<int64_t>(batch_->sequence[block.first]) * batch_->pages_per_sequence;
-        args.positions = batch_->positions + block.first;
-        args.first = block.first;
-        args.tokens = block.count;
-        args.kv_head = kv_head;
-        args.head_begin = kv_head * share + share * part / parts;
-        args.head_end = kv_head * share + share * (part + 1) / parts;
-        args.page_tokens = program_.page_tokens;
-        args.scratch = program_.scratch.attention + thread * program_.scratch.attention_stride;
-        kernels_.attention(args);
-    }
+// With fewer items than threads the query heads of a kv head are shared out as well.
+int32_t Executor::head_parts(const edge_op& op, int32_t blocks) const {
+    const int32_t items = blocks * op.kv_heads;
+    if (items == 0 || items >= program_.threads) return 1;
+    return std::min(op.heads / op.kv_heads, program_.threads / items);
+}
+
+void Executor::run_attention(const edge_op& op, int thread, uint32_t unit) {
+    const int32_t share = op.heads / op.kv_heads, blocks = static_cast<int32_t>(blocks_.size());
+    const int32_t parts = head_parts(op, blocks);
+    const int32_t item = static_cast<int32_t>(unit) / parts, part = static_cast<int32_t>(unit) % parts;
+    const Block& block = blocks_[static_cast<size_t>(blocks - 1 - item / op.kv_heads)];  // longest first
+    AttentionArgs args{};
+    args.op = &op;
+    args.cache = &cache_[static_cast<size_t>(op.layer)];
+    args.page_table = batch_->page_tables +
+                      static_cast<int64_t>(batch_->sequence[block.first]) * batch_->pages_per_sequence;
+    args.positions = batch_->positions + block.first;
+    args.first = block.first;
+    args.tokens = block.count;
+    args.kv_head = item % op.kv_heads;
+    args.head_begin = args.kv_head * share + share * part / parts;
+    args.head_end = args.kv_head * share + share * (part + 1) / parts;
+    args.page_tokens = program_.page_tokens;
+    args.scratch = program_.scratch.attention + thread * program_.scratch.attention_stride;
+    kernels_.attention(args);
 }
 
 }  // namespace edge

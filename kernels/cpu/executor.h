@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <vector>
 
 #include "edge_cpu.h"
@@ -20,18 +21,18 @@ struct LinearUnit {
     const edge_op* op;
     LinearKernel kernel;
     int64_t panels, chunk;  // panels in all, panels of one unit of work
-    int64_t first_unit;     // of the stage
+    uint32_t first_unit;    // of the stage
 };
 
 struct Stage {
     enum Kind { kTokens, kLinear, kAttention, kLogitRows, kLogits } kind;
     std::vector<TokenStep> steps;
     std::vector<LinearUnit> linears;
-    int64_t units = 0;
+    uint32_t units = 0;
     const edge_op* attention = nullptr;
 };
 
-class Executor {
+class Executor final : public Work {
   public:
     // Throws std::invalid_argument when a weight's format has no kernel.
     Executor(const edge_program& program, const Kernels& kernels);
@@ -58,12 +59,13 @@ class Executor {
     int check_token(const edge_batch& batch, int32_t t, int32_t* value);
     void find_blocks(const edge_batch& batch);
 
-    void work(int thread);
-    void run_tokens(const Stage& stage, int64_t count);
+    uint32_t units(uint32_t stage) const override;
+    void run(int thread, uint32_t stage, uint32_t unit) override;
     void run_step(const TokenStep& step, int64_t token);
     void run_op(const edge_op& op, int64_t token);
-    void run_linears(const Stage& stage, int64_t tokens);
-    void run_attention(const edge_op& op, int thread);
+    void run_linear(const Stage& stage, uint32_t unit, int64_t tokens);
+    int32_t head_parts(const edge_op& op, int32_t blocks) const;
+    void run_attention(const edge_op& op, int thread, uint32_t unit);
     void fail(int status);
 
     const edge_program program_;
@@ -73,10 +75,13 @@ class Executor {
     std::vector<edge_cache> cache_;
     std::vector<Stage> stages_;
     std::vector<Block> blocks_;
+    int32_t widest_window_ = 1;           // keys that some attention sees
     std::vector<int32_t> last_position_;  // of each sequence in the batch being checked
     const edge_batch* batch_ = nullptr;
     std::atomic<int> status_{EDGE_OK};
-    Pool pool_;
+    // Sizes of the batch; a thread that comes late may read them after its run has ended.
+    std::atomic<int32_t> tokens_{0}, logit_rows_{0}, block_count_{0};
+    std::unique_ptr<Pool> pool_;  // last: its threads use all of the above
 };
 
 }  // namespace edge

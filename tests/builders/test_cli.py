@@ -115,7 +115,9 @@ def test_build_reports_to_people(model: Path, tmp_path: Path, capsys: Captured) 
     captured = capsys.readouterr()
     for word in ("bits per weight", "perplexity", "KL to f32", "lowest SQNR", "tokens/s", "quantize"):
         assert word in captured.out
-    assert "f16" in captured.out  # auto: the best format that fits
+    assert "matrix int4_g64" in captured.out  # what is built when nothing is said
+    assert main(["--profile", "cpu", "--weights", "auto", "-o", str(tmp_path / "m.edge"), str(model)]) == 0
+    assert "matrix f16" in capsys.readouterr().out  # the best format that fits
 
 
 def test_quality_is_measured_on_the_text_given(model: Path, tmp_path: Path, capsys: Captured) -> None:

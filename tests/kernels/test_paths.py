@@ -53,9 +53,9 @@ def _finish(process: subprocess.Popen[str]) -> None:
 def test_arm_gives_the_bits_of_x86(tmp_path: Path) -> None:
     """Also proves that the sources compile for ARM without a warning.
 
-    `path_hashes.txt` was written on x86-64, where the scalar, avx2 and avx512 paths gave these same lines. After
-    a wanted change of numerics build path_hashes.cpp there with the flags of kernels/CMakeLists.txt and keep
-    its scalar lines.
+    `path_hashes.txt` was written on x86-64, where the scalar, avx2 and avx512 paths gave the same lines;
+    after a wanted change of numerics build path_hashes.cpp there as kernels/CMakeLists.txt does and keep the
+    scalar lines.
     """
     missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(tool) is None]
     if missing:

@@ -19,6 +19,7 @@ from edge_runtime.serving import tokenizer as serving
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.session import Session
 
+
 def make_tokenizer() -> serving.Tokenizer:
     return serving.Tokenizer(tokenizer_json(), vocabulary())
 
@@ -109,7 +110,9 @@ def make_session(
     step = StepShape(
         context=context, sequences=sequences, tokens=tokens, logits=sequences if logits is None else logits
     )
-    memory = MemoryPlan(weights=0, kv=0, buffers=0, draft=0, device_code=0, context=0, reserve=0, total=1 << 30)
+    memory = MemoryPlan(
+        weights=0, kv=0, buffers=0, draft=0, device_code=0, context=0, reserve=0, total=1 << 30
+    )
     plan = Plan(
         profile="cpu",
         power_mode="default",
@@ -130,6 +133,7 @@ def make_session(
         step=step,
         kv=kv,
         memory=memory,
+        mapped_bytes=0,
         backend="fake",
         max_waiting=max_waiting,
     )

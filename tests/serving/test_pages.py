@@ -20,7 +20,9 @@ def check(pool: PagePool, tables: list[PageTable]) -> None:
         assert len(set(pages)) == len(pages)
         for page in pages:
             held[page] = held.get(page, 0) + 1
-    assert {p: pool.references(p) for p in range(pool.pages)} == {p: held.get(p, 0) for p in range(pool.pages)}
+    assert {p: pool.references(p) for p in range(pool.pages)} == {
+        p: held.get(p, 0) for p in range(pool.pages)
+    }
     assert pool.used == len(held)
     assert 0 <= pool.available <= pool.pages - pool.used
 

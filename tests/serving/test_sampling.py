@@ -7,7 +7,15 @@ import pytest
 
 from edge_runtime.errors import BadRequest
 from edge_runtime.serving import sampling as module
-from edge_runtime.serving.sampling import Sampler, Sampling, draw, log_softmax, penalize, probabilities, top_indices
+from edge_runtime.serving.sampling import (
+    Sampler,
+    Sampling,
+    draw,
+    log_softmax,
+    penalize,
+    probabilities,
+    top_indices,
+)
 
 VOCAB = 200
 
@@ -100,7 +108,9 @@ def test_seed_gives_these_tokens_on_every_machine() -> None:
     # Golden: recomputed here from numpy's documented Philox stream, by the inverse of the uniform distribution
     u = np.random.Generator(np.random.Philox(42)).random(8)
     sampler = Sampler(Sampling(temperature=1.0, seed=42), [], 1000)
-    assert [sampler.choose(np.zeros(1000, np.float32)).token for _ in range(8)] == (u * 1000).astype(int).tolist()
+    assert [sampler.choose(np.zeros(1000, np.float32)).token for _ in range(8)] == (u * 1000).astype(
+        int
+    ).tolist()
 
 
 def test_greedy_ties_go_to_the_lowest_id() -> None:

@@ -48,7 +48,11 @@ def test_any_prefill_chunking_gives_the_same_answer(tokens: int) -> None:
         prompt = ids(1, 40)
         done = session.complete(prompt, max_tokens=12)
         assert list(done.tokens) == continuation(prompt, 12, VOCAB)
-        assert (done.finish_reason, done.usage.prompt_tokens, done.usage.completion_tokens) == ("length", 40, 12)
+        assert (done.finish_reason, done.usage.prompt_tokens, done.usage.completion_tokens) == (
+            "length",
+            40,
+            12,
+        )
         assert len(executor.batches) == -(-40 // tokens) + 11
         assert_idle(session)
 
@@ -321,7 +325,9 @@ def test_seeded_sampling_does_not_depend_on_company() -> None:
     session, _ = make_session()
     with session:
         alone = session.complete(ids(1, 5), sampling, max_tokens=15).tokens
-        streams = [session.generate(ids(i, 5), Sampling(temperature=2.0, seed=i), max_tokens=15) for i in (2, 3)]
+        streams = [
+            session.generate(ids(i, 5), Sampling(temperature=2.0, seed=i), max_tokens=15) for i in (2, 3)
+        ]
         together = session.complete(ids(1, 5), sampling, max_tokens=15).tokens
         assert alone == together
         for s in streams:
@@ -382,7 +388,11 @@ def test_verify_repeats_the_known_answer_exactly() -> None:
     answer = continuation(prompt, 10, VOCAB)
 
     def known(backend: str, tokens: list[int] | None) -> None:
-        entry = None if tokens is None else KnownAnswer(prompt=tuple(prompt), answer=tuple(tokens), backend=backend)
+        entry = (
+            None
+            if tokens is None
+            else KnownAnswer(prompt=tuple(prompt), answer=tuple(tokens), backend=backend)
+        )
         session.manifest = msgspec.structs.replace(session.manifest, known_answer=entry)
 
     with session:

@@ -33,9 +33,7 @@ def sentencepiece(metaspace: bool) -> Tokenizer:
         library.pre_tokenizer = pre_tokenizers.Metaspace()
         library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     else:
-        library.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         library.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
