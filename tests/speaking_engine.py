@@ -55,7 +55,7 @@ def write_speaking(
     fingerprint: Fingerprint | None = None,
     known_answer: KnownAnswer | None = None,
 ) -> Manifest:
-    """Write the engine; returns its manifest. Its plan is for the cpu profile unless a fingerprint is given."""
+    """Write the engine; returns its manifest. It is for the cpu profile unless a fingerprint is given."""
     names = vocabulary()
     program = toy_program(vocab=names.size, context=context)
     plan = toy_plan(program, "int8_g32")

@@ -87,6 +87,8 @@ class Sampler:
     def choose(self, logits: Array) -> Choice:
         """Pick from logits f32 (vocab,) and remember the pick."""
         s = self.sampling
+        if s.temperature == 0.0 and not s.penalizes and s.logprobs is None:
+            return Choice(int(logits.argmax()))
         scores = logits.astype(np.float64)
         if s.penalizes:
             scores = penalize(scores, s, self._seen, self._counts)

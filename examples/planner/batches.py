@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from random import Random
 
 import torch
-from grammar import commands
+from grammar import Command, commands
 from tokenizers import Tokenizer
 from tokens import BOS, PAD, turn
 
@@ -15,6 +17,7 @@ ROW, LONG_ROW = 256, 1024
 CYCLE = 8  # of eight steps, six hold single exchanges, one short and one long conversations
 # More long commands than in the held-out file: to bind each name to its own clause is the hard part.
 CLAUSES = (0.2, 0.4, 0.4)
+EASY_KEPT = 0.35
 NOT_LEARNED = -100  # what cross_entropy ignores
 
 
@@ -27,6 +30,22 @@ class Batch:
     examples: int
 
 
+def confusable(command: Command) -> bool:
+    """True where the command names two people, two numbered places or two vehicles: easily mixed up."""
+    people = {step.get(key) for step in command.plan for key in ("person", "to")} - {None, "user"}
+    numbered = {place for step in command.plan if (place := str(step.get("place", "")))[-1:].isdigit()}
+    vehicles = {step["place"] for step in command.plan if step["skill"] in ("load", "unload")}
+    return max(len(people), len(numbered), len(vehicles)) > 1
+
+
+def lessons(seed: int) -> Iterator[Command]:
+    """Training commands, the confusable ones more often than the grammar says them."""
+    rng = Random(seed)
+    for command in commands(seed, clauses=CLAUSES):
+        if confusable(command) or rng.random() < EASY_KEPT:
+            yield command
+
+
 def make_batch(tokenizer: Tokenizer, seed: int, step: int) -> Batch:
     """The batch of one step. The step alone decides it, so a run taken up again sees what it would have seen.
 
@@ -36,7 +55,7 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int) -> Batch:
     kind = step % CYCLE
     length = LONG_ROW if kind == CYCLE - 1 else ROW
     separate = kind < CYCLE - 2
-    source = commands(seed * 1_000_000 + step, clauses=CLAUSES)
+    source = lessons(seed * 1_000_000 + step)
     ids = torch.full((TOKENS_A_STEP // length, length), PAD)
     positions = torch.zeros_like(ids)
     learned = torch.zeros_like(ids, dtype=torch.bool)

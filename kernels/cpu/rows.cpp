@@ -38,7 +38,8 @@ bool quantize(const QuantizeArgs& p) {
         i32x16 sum = set1(0);
         const f32x16 divisor = set1(scale > 0.0f ? scale : __builtin_inff());
         for (int i = 0; i < parts; ++i) {
-            const f32x16 y = max(set1(-127.0f), min(set1(127.0f), round_even(div(v[i], divisor))));
+            // this order drops a NaN, so that the codes are in range whatever was found
+            const f32x16 y = max(min(round_even(div(v[i], divisor)), set1(127.0f)), set1(-127.0f));
             const i32x16 code = to_i32(y);
             sum = add(sum, code);
             store_codes(p, at + 16 * i, code);

@@ -41,7 +41,7 @@ def continuation(prompt: Sequence[int], count: int, vocab: int) -> list[int]:
 
 
 class HistoryExecutor:
-    """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` overrides the answer."""
+    """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer."""
 
     def __init__(self, kv: KvPlan, step: StepShape, vocab: int) -> None:
         self.kv, self.step, self.vocab = kv, step, vocab

@@ -39,9 +39,10 @@ TEMPLATES = {
     ),
     "namespace": (
         "{%- set ns = namespace(n=0, last='') -%}\n"
-        "{%- for m in messages[::-1] -%}{%- set ns.n = ns.n + 1 -%}{%- set ns.last = m.content -%}{%- endfor -%}\n"
+        "{%- for m in messages[::-1] -%}{%- set ns.n = ns.n + 1 -%}"
+        "{%- set ns.last = m.content -%}{%- endfor -%}\n"
         "{{ ns.n }}:{{ ns.last }}:{{ messages[0] | tojson }}{% if tools %}tools{% endif %}"
-        "{%- if messages[-1].content.startswith('a') and not messages[0].content.strip() == '' %} A{% endif %}\n"
+        "{%- if messages[-1].content.startswith('a') and messages[0].content.strip() != '' %} A{% endif %}\n"
     ),
     "loop": (
         "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.role }}"
@@ -112,8 +113,8 @@ def test_a_template_that_cuts_guarded_text_is_refused() -> None:
 
 HOSTILE = {
     "endless": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "doubling": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
-    "lists": "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "doubling": "{% set ns=namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s~ns.s %}{% endfor %}",
+    "lists": "{% set ns=namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "indent": "{{ 'a\nb' | indent(2000000000) }}",
     "repeat": "{{ 'x' * 4000000000 }}",
     "long output": "{{ 'x' * 2000000 }}",
@@ -152,7 +153,7 @@ def test_hostile_templates_are_refused_and_leave_the_session_working(
 
 def test_a_refusal_carries_the_templates_words() -> None:
     session, _ = make_session(template=TEMPLATES["mistral"])
-    with session, pytest.raises(BadRequest, match="refuses the messages: .*roles must alternate"):
+    with session, pytest.raises(BadRequest, match=r"refuses the messages: .*roles must alternate"):
         session.chat([{"role": "assistant", "content": "hi"}])
 
 

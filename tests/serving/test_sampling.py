@@ -105,7 +105,7 @@ def test_same_seed_same_tokens_other_seed_others() -> None:
 
 
 def test_seed_gives_these_tokens_on_every_machine() -> None:
-    # Golden: recomputed here from numpy's documented Philox stream, by the inverse of the uniform distribution
+    # Golden: recomputed here from numpy's documented Philox stream, by inverting the uniform distribution
     u = np.random.Generator(np.random.Philox(42)).random(8)
     sampler = Sampler(Sampling(temperature=1.0, seed=42), [], 1000)
     assert [sampler.choose(np.zeros(1000, np.float32)).token for _ in range(8)] == (u * 1000).astype(
