@@ -88,7 +88,7 @@ def make_parser() -> Parser:
     add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
     add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
     add(
-        "--max-rise",
+        "--max-ppl-increase",
         type=float,
         metavar="PERCENT",
         help="write nothing if perplexity rises more (exit code 3)",
@@ -128,8 +128,8 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
-    if args.max_rise is not None and (args.no_eval or not args.max_rise >= 0):
-        raise BadConfig(f"--max-rise {args.max_rise:g} needs 0 or more, and no --no-eval")
+    if args.max_ppl_increase is not None and (args.no_eval or not args.max_ppl_increase >= 0):
+        raise BadConfig(f"--max-ppl-increase {args.max_ppl_increase:g} needs 0 or more, and no --no-eval")
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
     model = Path(args.model)
@@ -144,7 +144,7 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         text=args.eval,
         text_tokens=args.eval_tokens,
         measure=not args.no_eval,
-        max_rise=args.max_rise,
+        max_ppl_increase=args.max_ppl_increase,
         force=args.force,
         keep_json=args.keep_json,
         recipe=_recipe(args),

@@ -51,7 +51,7 @@ class Options:
     text: Path | None = None
     text_tokens: int = 512
     measure: bool = True
-    max_rise: float | None = None  # percent of perplexity above f32 that the user allows
+    max_ppl_increase: float | None = None  # percent of perplexity above f32 that the user allows
     force: bool = False
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
@@ -114,8 +114,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             with _timed(seconds, "verify"):
                 quality, answer = verify(checkpoint, plan, profile, options, writer, sqnr, watcher)
             _keep(options, "verify", {"quality": quality, "known_answer": answer})
-            if quality is not None and options.max_rise is not None:
-                check_rise(quality, options.max_rise)
+            if quality is not None and options.max_ppl_increase is not None:
+                check_rise(quality, options.max_ppl_increase)
             with _timed(seconds, "pack"):
                 watcher.phase("pack", 1)
                 manifest = pack.finish(

@@ -45,6 +45,7 @@ def write_model(model: LlamaForCausalLM, folder: Path) -> None:
     }
     part = folder / "model.safetensors.part"
     save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors writes it for its owner alone
     os.replace(part, folder / "model.safetensors")
     shape = model.config.to_dict()
     shape |= {"architectures": ["LlamaForCausalLM"], "dtype": "float16", "torch_dtype": "float16"}

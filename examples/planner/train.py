@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 CHECKPOINTS = HERE.parents[1] / "build" / "planner"
 
 PEAK = {"model": 3e-3, "draft": 4e-3}
-DEFAULT_MINUTES = {"model": 45.0, "draft": 8.0}
+DEFAULT_MINUTES = {"model": 77.0, "draft": 3.0}
 WARM_UP_STEPS = 100
 FLOOR = 0.01  # of the peak learning rate, at the end
 EVALUATE_EVERY = 400
@@ -192,7 +192,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("model", "draft"), help="train one of the two")
-    parser.add_argument("--minutes", type=float, help="training time of each model (default: 45, draft 8)")
+    parser.add_argument("--minutes", type=float, help="training time of each model (default: 77, draft 3)")
     parser.add_argument("--steps", type=int, help="a number of steps instead of a time; repeats exactly")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)

@@ -133,10 +133,10 @@ def test_a_broken_quality_limit_exits_3_and_writes_nothing(
 ) -> None:
     options = ["--profile", "cpu", "--weights", "int4_g128", "--eval-tokens", "128", "--json"]
     command = [*options, "-o", str(tmp_path / "m.edge"), str(real_model)]
-    assert main([*command, "--max-rise", "0.5"]) == 3
+    assert main([*command, "--max-ppl-increase", "0.5"]) == 3
     assert object_of(capsys)["error"]["type"] == "QualityLimit"
     assert not list(tmp_path.iterdir())
-    assert main([*command, "--max-rise", "50"]) == 0
+    assert main([*command, "--max-ppl-increase", "50"]) == 0
     assert (tmp_path / "m.edge").exists()
 
 
@@ -180,8 +180,8 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
         (["--profile", "cpu", "--context", "x", "MODEL"], "--context"),
         (["--profile", "cpu", "--context", "4096", "MODEL"], "128"),
         (["--profile", "cpu", "--eval-tokens", "1", "MODEL"], "--eval-tokens is 1"),
-        (["--profile", "cpu", "--max-rise", "-1", "MODEL"], "--max-rise"),
-        (["--profile", "cpu", "--max-rise", "1", "--no-eval", "MODEL"], "--max-rise"),
+        (["--profile", "cpu", "--max-ppl-increase", "-1", "MODEL"], "--max-ppl-increase"),
+        (["--profile", "cpu", "--max-ppl-increase", "1", "--no-eval", "MODEL"], "--max-ppl-increase"),
         (["--profile", "cpu", "--algorithm", "rtm", "MODEL"], "did you mean 'rtn'"),
         (["--profile", "cpu", "/no/such/folder"], "is not a folder"),
         (["--profile", "orin", "--power-mode", "26W", "MODEL"], "power mode"),

@@ -50,6 +50,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
+@pytest.mark.timeout(900)  # 15 s of compiler and emulator on a quiet core
 def test_arm_gives_the_bits_of_x86(tmp_path: Path) -> None:
     """Also proves that the sources compile for ARM without a warning.
 
