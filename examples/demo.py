@@ -10,6 +10,7 @@ from pathlib import Path
 from edge_runtime import Sampling, open_engine
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 COMMANDS = (
     "bring me the red mug from the kitchen",
     "go to the pantry then find a sponge and put it on the kitchen table",
@@ -17,13 +18,24 @@ COMMANDS = (
 )
 
 
-def build(target: Path) -> None:
-    argv = ["--profile", "auto", "--weights", "int4_g64", "--kv", "int8", "-o", str(target), "--force"]
-    model = HERE / "planner" / "model"
-    print(f"$ edge-build {' '.join(argv)} {model.relative_to(HERE.parent)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "builders.cli", *argv, str(model)], check=False)
+def run(*options: str) -> None:
+    """edge-build, shown as it would be typed."""
+    print(f"$ edge-build {' '.join(options)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "builders.cli", *options], cwd=ROOT, check=False)
     if done.returncode != 0:
         sys.exit(done.returncode)
+    print(flush=True)
+
+
+def build(target: Path) -> None:
+    """The plan first, then the engine, measured on plans: the only language that this model speaks."""
+    plans = target.with_name("planner-plans.txt")
+    with (HERE / "planner" / "heldout.jsonl").open(encoding="utf-8") as lines:
+        plans.write_text("\n".join(json.loads(next(lines))["expected"] for _ in range(40)), encoding="utf-8")
+    what = ["--profile", "auto", "--weights", "int4_g64", "--kv", "int8"]
+    model = "examples/planner/model"
+    run("--dry-run", *what, model)
+    run(*what, "--eval", str(plans.relative_to(ROOT)), "-o", str(target.relative_to(ROOT)), model)
 
 
 def ask(target: Path) -> bool:
@@ -48,7 +60,7 @@ def ask(target: Path) -> bool:
 
 
 def main() -> int:
-    target = HERE.parent / "build" / "planner-demo.edge"
+    target = ROOT / "build" / "planner-demo.edge"
     target.parent.mkdir(exist_ok=True)
     build(target)
     return 0 if ask(target) else 1
