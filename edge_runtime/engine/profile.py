@@ -215,13 +215,14 @@ def _files(directory: Path | None) -> dict[str, Path]:
 
 
 def _directories() -> Iterator[Path]:
-    """`_profiles` of an installed wheel, or `profiles` at the root of a source checkout."""
-    for package in map(Path, edge_runtime.__path__):
-        installed, checkout = package / "_profiles", package.parent / "profiles"
-        if installed.is_dir():
-            yield installed
-        elif (checkout / "cpu.yaml").is_file():  # else some other project's folder beside site-packages
-            yield checkout
+    """`profiles` at the root of a source checkout, else `_profiles` of an installed wheel.
+
+    An editable install has both; the checkout's are the ones that somebody edits.
+    """
+    packages = [Path(p) for p in edge_runtime.__path__]
+    checkouts = [p.parent / "profiles" for p in packages]
+    checkouts = [c for c in checkouts if (c / "cpu.yaml").is_file()]  # else some other project's folder
+    yield from checkouts or (p / "_profiles" for p in packages if (p / "_profiles").is_dir())
 
 
 def _read_shipped(path: Path) -> Profile:

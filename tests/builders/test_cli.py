@@ -56,7 +56,7 @@ def test_dry_run_prints_the_table_from_a_config_alone(config: Path, capsys: Capt
     for word in ("weights", "KV cache", "buffers", "device code", "context", "reserve", "have", "tokens/s"):
         assert word in out
     assert "first token of a 512-token prompt" in out and "fits: yes" in out
-    assert "8030" in out and "int4_g32" in out
+    assert "8030" in out and "int4_g64" in out
 
 
 def test_a_folder_and_its_config_give_the_same_plan(config: Path, capsys: Captured) -> None:

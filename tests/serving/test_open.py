@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -158,13 +159,14 @@ def test_an_unknown_part_is_named(engine: Path) -> None:
 
 
 def test_files_are_not_kept_open(engine: Path) -> None:
+    gc.collect()  # what earlier tests left behind is not this test's
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with open_engine(engine, backend="reference") as session, pytest.raises(BadRequest):
             session.complete("")
         with pytest.raises(BadConfig):
             open_engine(engine, backend="reference", kv="no")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 BLOCKED = ("torch", "onnx", "transformers", "rclpy", "rich", "minijinja", "scipy", "matplotlib", "builders")
