@@ -112,14 +112,16 @@ def read_bandwidth(threads: int) -> float:
     return float(data.nbytes / best / 1e9)
 
 
-def build(shape: Shape, work: Path) -> tuple[Path, float]:
+def build(shape: Shape, work: Path) -> tuple[Path, float | None]:
+    """The engine, and the seconds that building it took; None when an earlier run had built it."""
     engine = work / f"{shape.name}-int4_g64.edge"
     folder = write_folder(shape, work / shape.name)
+    if engine.is_file():
+        return engine, None
     began = time.perf_counter()
-    if not engine.is_file():
-        argv = ["--profile", "cpu", "--weights", "int4_g64", "--kv", "f16", "--context", "2048"]
-        argv += ["--step-tokens", "512", "--no-eval", "-o", str(engine), str(folder)]
-        subprocess.run([sys.executable, "-m", "builders.cli", *argv], check=True)
+    argv = ["--profile", "cpu", "--weights", "int4_g64", "--kv", "f16", "--context", "2048"]
+    argv += ["--step-tokens", "512", "--no-eval", "-o", str(engine), str(folder)]
+    subprocess.run([sys.executable, "-m", "builders.cli", *argv], check=True)
     return engine, time.perf_counter() - began
 
 

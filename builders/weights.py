@@ -18,6 +18,8 @@ from edge_runtime.engine.plan import TensorPlan
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadCheckpoint
 
+# Tables that are computed from the config, and a head that is tied to the embedding
+_NEVER_USED = (".rotary_emb.inv_freq", "lm_head.weight")
 _BLOCK_ITEMS = 1 << 20  # f32 values of one block of rows
 
 
@@ -73,7 +75,15 @@ class CheckpointWeights:
         return np.concatenate([self.block(name, int(i), int(i) + 1) for i in unique])[places]
 
     def _check(self) -> None:
-        """Every tensor exists with the shape that the config promises, before any work is done."""
+        """Every tensor exists with the shape that the config promises, and none is left over."""
+        used = {made.key for made in self._sources.values() if made.constant is None}
+        surplus = [k for k in self._source.shapes() if k not in used and not k.endswith(_NEVER_USED)]
+        if surplus:
+            raise BadCheckpoint(
+                f"the checkpoint holds {len(surplus)} tensors that its config does not speak of, such as "
+                f"{', '.join(map(repr, surplus[:3]))}; without them the model may mean something else: "
+                "is this the right config.json, and a plain model without adapters?"
+            )
         for name, made in self._sources.items():
             if made.constant is not None:
                 continue

@@ -76,6 +76,9 @@ class StateSource:
     def __init__(self, model: Any) -> None:
         self.state = model.state_dict()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(value.shape) for key, value in self.state.items()}
+
     def entry(self, key: str) -> Any:
         return SimpleNamespace(shape=tuple(self.state[key].shape))
 

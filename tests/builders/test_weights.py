@@ -75,6 +75,21 @@ def test_blocks_equal_the_whole_tensors(model_type: str, tmp_path: Path) -> None
     assert (model_type == "gemma2") == any(offset for _, offset in kinds)
 
 
+def test_a_tensor_that_the_config_does_not_speak_of_is_refused(tmp_path: Path) -> None:
+    """A bias left in the file would be left out of the model without a word."""
+    architecture, tensors = write_checkpoint(tmp_path / "m", CONFIGS["phi3"])
+    spare = {
+        "model.layers.0.self_attn.o_proj.bias": np.ones(8, np.float32),
+        "model.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    save_file({**tensors, **spare}, tmp_path / "m" / "model.safetensors")
+    with (
+        open_source(tmp_path / "m") as source,
+        pytest.raises(BadCheckpoint, match=r"holds 1 tensors.*o_proj\.bias"),
+    ):
+        CheckpointWeights(architecture, source)
+
+
 def test_a_fused_tensor_that_is_too_short_is_refused(tmp_path: Path) -> None:
     architecture, tensors = write_checkpoint(tmp_path / "m", CONFIGS["phi3"])
     key = next(k for k in tensors if "qkv_proj" in k)
