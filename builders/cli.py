@@ -14,7 +14,7 @@ from builders.quantize import algorithms
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
-from edge_runtime.engine.kv import KV_FORMATS
+from edge_runtime.engine.kv import KV_FORMATS, kv_pair
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BadConfig, DoesNotFit
 
@@ -157,12 +157,12 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _request(args: argparse.Namespace) -> planner.Request:
-    k, _, v = args.kv.partition(",")
+    k, v = kv_pair(args.kv)
     return planner.Request(
         weights=args.weights,
         head_weights=args.head_weights,
         kv_k=k,
-        kv_v=v or k,
+        kv_v=v,
         context=args.context,
         sequences=args.sequences,
         kv_tokens=args.kv_tokens,

@@ -54,6 +54,16 @@ def kv_format(name: str) -> Format:
     return get_format(KV_FORMATS[name])
 
 
+def kv_pair(text: str) -> tuple[str, str]:
+    """Cache names of K and V from "int8" (both) or "f16,int8". Raises BadConfig."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) not in (1, 2):
+        raise BadConfig(f"KV formats {text!r:.60}: expected one, or K,V such as f16,int8")
+    for name in names:
+        kv_format(name)
+    return names[0], names[-1]
+
+
 def cache_arrays(program: Program, kv: KvPlan) -> list[CacheArray]:
     """Every array of the arena, in arena order (layer, k then v, plane order)."""
     if kv.page_tokens not in PAGE_TOKENS:

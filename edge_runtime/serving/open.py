@@ -9,7 +9,7 @@ import msgspec
 
 from edge_runtime.backends.protocol import Backend, Part
 from edge_runtime.engine.file import Engine, EnginePart, read_engine
-from edge_runtime.engine.kv import kv_format
+from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.memory import check_fits, memory_plan
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
@@ -140,12 +140,8 @@ def _sizes(part: EnginePart, options: _Options) -> _Sizes:
             "build it with a longer --context"
         )
     if options.kv is not None:
-        names = [name.strip() for name in options.kv.split(",")]
-        if len(names) not in (1, 2):
-            raise BadConfig(f"KV formats {options.kv!r:.60}: expected one, or K,V such as f16,int8")
-        for name in names:
-            kv_format(name)
-        kv = msgspec.structs.replace(kv, k=names[0], v=names[-1])
+        k, v = kv_pair(options.kv)
+        kv = msgspec.structs.replace(kv, k=k, v=v)
     pages = min(kv.pages, step.sequences * -(-context // kv.page_tokens))
     return _Sizes(
         kv=msgspec.structs.replace(kv, pages=pages),

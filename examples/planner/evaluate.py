@@ -7,13 +7,12 @@ python examples/planner/evaluate.py --agreement draft     # and how often draft/
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
+from cases import Example, is_right, read_cases
 from tokenizers import Tokenizer
 from tokens import ASSISTANT, BOS, EOS, PAD, USER
 from transformers import LlamaForCausalLM
@@ -21,14 +20,6 @@ from transformers import LlamaForCausalLM
 HERE = Path(__file__).resolve().parent
 MOST_NEW_TOKENS = 160
 BATCH = 128
-
-Example = tuple[str, str]  # (prompt, expected plan)
-
-
-def read_heldout(path: Path, limit: int | None = None) -> list[Example]:
-    with path.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in islice(lines, limit)]
-    return [(record["prompt"], record["expected"]) for record in records]
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -55,14 +46,6 @@ def decode(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str]
     return answers
 
 
-def matches(answer: str, expected: str) -> bool:
-    """True where the answer is JSON equal to the expected plan."""
-    try:
-        return bool(json.loads(answer) == json.loads(expected))
-    except json.JSONDecodeError:
-        return False
-
-
 def misses(
     model: LlamaForCausalLM, tokenizer: Tokenizer, examples: Sequence[Example]
 ) -> Iterator[tuple[str, str, str]]:
@@ -70,7 +53,7 @@ def misses(
     answers = decode(model, tokenizer, [prompt for prompt, _ in examples])
     for (prompt, expected), ids in zip(examples, answers, strict=True):
         answer = tokenizer.decode(ids)
-        if not matches(answer, expected):
+        if not is_right(answer, expected):
             yield prompt, expected, answer
 
 
@@ -116,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, tokenizer = load(options.model)
-    examples = read_heldout(options.heldout, options.limit)
+    examples = read_cases(options.heldout, options.limit)
     began = time.monotonic()
     wrong = list(misses(model, tokenizer, examples))
     seconds = time.monotonic() - began

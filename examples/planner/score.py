@@ -9,22 +9,16 @@ Needs no torch: it is the session a robot would use, with as many commands in fl
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import deque
 from pathlib import Path
+
+from cases import Example, is_right, read_cases
 
 from edge_runtime import Sampling, Session, open_engine
 
 HERE = Path(__file__).resolve().parent
 MOST_NEW_TOKENS = 200
-
-
-def read_cases(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """(prompt, expected plan) of each line."""
-    with path.open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    return [(record["prompt"], record["expected"]) for record in records[:limit]]
 
 
 def answers(session: Session, prompts: list[str]) -> list[str]:
@@ -45,15 +39,7 @@ def answers(session: Session, prompts: list[str]) -> list[str]:
     return texts
 
 
-def is_right(answer: str, expected: str) -> bool:
-    """True where the answer is JSON equal to the expected plan."""
-    try:
-        return bool(json.loads(answer) == json.loads(expected))
-    except json.JSONDecodeError:
-        return False
-
-
-def score(session: Session, cases: list[tuple[str, str]]) -> float:
+def score(session: Session, cases: list[Example]) -> float:
     """Share of cases whose plan is exactly right."""
     found = answers(session, [prompt for prompt, _ in cases])
     return sum(is_right(a, expected) for a, (_, expected) in zip(found, cases, strict=True)) / len(cases)

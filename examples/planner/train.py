@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from batches import NOT_LEARNED, Batch, make_batch
-from evaluate import Example, accuracy
+from cases import Example
+from evaluate import accuracy
 from grammar import HELDOUT_SEED, commands, write_heldout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -16,6 +16,7 @@ sys.path.insert(0, str(PLANNER))  # the example's scripts import one another by 
 
 import score  # noqa: E402
 import skills  # noqa: E402
+from cases import read_cases  # noqa: E402
 
 
 def build(out: Path, weights: str, kv: str) -> Path:
@@ -40,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases() -> list[tuple[str, str]]:
-    found = score.read_cases(PLANNER / "heldout.jsonl")
+    found = read_cases(PLANNER / "heldout.jsonl")
     assert len(found) >= 2000
     return found
 
