@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import KvPlan, StepShape
@@ -38,13 +39,23 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One forward pass over T tokens of S sequences. All arrays int32 and C-contiguous.
+    """One forward pass over T tokens of S sequences. Integer arrays are int32 and C-contiguous.
 
     tokens (T,): ids. positions (T,): absolute position of each in its sequence.
     sequence (T,): row of page_tables of each token. page_tables (S, P): page of each run, -1 = none.
     logit_rows (L,): which tokens' logits are wanted, ascending.
     The key/value of token t is stored at its position before any token of the step attends, so a token
     sees every token of its sequence with a position not above its own.
+
+    The rest has defaults for steps that need none of it:
+    parents (T,), places (T,): a tree of tokens, several of which may share a position. Token t's key/value is
+    stored at place `places[t]` of its sequence; it sees itself, its ancestors (parents[t] is the row of the
+    token one position before it, -1 = that token is in the cache already) and, before its topmost ancestor's
+    position p, every place below p. Keys are met in the order of positions, so that a path's numbers are
+    those of the same tokens run as a plain sequence. Given both or neither.
+    slots (S,): a number in [0, step.sequences) that a sequence keeps for life; None = its row.
+    adapters (S,): number of the adapter (of `add_adapter`) that the sequence uses, -1 = none.
+    inputs f32 (T, width): rows for the program's `input` op; tokens are then not looked up.
     """
 
     tokens: Array
@@ -52,6 +63,11 @@ class StepBatch:
     sequence: Array
     page_tables: Array
     logit_rows: Array
+    parents: Array | None = None
+    places: Array | None = None
+    slots: Array | None = None
+    adapters: Array | None = None
+    inputs: Array | None = None
 
 
 class Executor(Protocol):
@@ -61,13 +77,53 @@ class Executor(Protocol):
         """Logits f32 (L, vocab), a view that the next call overwrites. Raises NumericError on NaN/Inf."""
         ...
 
+    @property
+    def hidden(self) -> Array:
+        """Inputs of the logits op f32 (L, width) of the last `forward`, a view that the next overwrites."""
+        ...
+
     def copy_page(self, source: int, target: int) -> None:
         """Copy one KV page in every layer (copy-on-write sharing)."""
         ...
 
+    def move(self, pages: Array, sources: Array, targets: Array) -> None:
+        """Copy keys and values from places to places of the sequence with the page-table row `pages`.
+
+        After a tree was verified: its accepted path moves to its positions. Both ascend, sources[i] >=
+        targets[i].
+        """
+        ...
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one KV page in all layers."""
+        ...
+
+    def read_page(self, page: int) -> Array:
+        """The bytes of one KV page in all layers, u8 (page_nbytes,), a copy."""
+        ...
+
+    def write_page(self, page: int, data: Array) -> None:
+        """What `read_page` gave, of this or another session with the same program, KV formats and backend.
+
+        Raises BadRequest on a wrong size.
+        """
+        ...
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Load a low-rank adapter; returns its number.
+
+        Raises BadRequest on a tensor that is no linear's weight, or a wrong shape.
+        """
+        ...
+
+    def drop_adapter(self, number: int) -> None:
+        """Free an adapter; its number may be given again. Raises BadRequest for one that is not loaded."""
+        ...
+
     @property
     def memory_bytes(self) -> int:
-        """Bytes held beyond the mapped weights: KV arena, buffers, scratch, repacked weights."""
+        """Bytes held beyond the mapped weights: KV arena, buffers, scratch, repacked weights, adapters."""
         ...
 
     def close(self) -> None: ...

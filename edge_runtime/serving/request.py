@@ -9,7 +9,7 @@ from typing import Literal
 from edge_runtime.errors import BadRequest
 from edge_runtime.serving.sampling import GREEDY, Sampling
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "deadline", "cancelled", "error"]
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 DEFAULT_MAX_TOKENS = 256
