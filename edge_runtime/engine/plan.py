@@ -20,6 +20,11 @@ class KvPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     page_tokens: int
     pages: int
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether keys have scales per channel and page (KIVI), so that a page counts as a whole."""
+        return self.k.endswith("c")
+
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The largest step a session may ask for; every buffer is sized by it once.

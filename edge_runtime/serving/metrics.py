@@ -22,6 +22,7 @@ class Stopwatch:
     admitted: float | None = None
     tokens: list[float] = field(default_factory=list)
     ended: float | None = None
+    due: float | None = None  # the deadline
 
     def __post_init__(self) -> None:
         self.submitted = self.clock()
@@ -37,12 +38,20 @@ class Stopwatch:
     def end(self) -> None:
         self.ended = self.clock()
 
+    @property
+    def missed(self) -> bool:
+        """Whether the end came after the deadline."""
+        return self.due is not None and self.ended is not None and self.ended > self.due
+
     def timing(self, prompt_tokens: int) -> Timing:
+        """prompt_tokens: those that were run, not found in the cache."""
         start = self.submitted
         admitted = self.admitted if self.admitted is not None else self.clock()
         ended = self.ended if self.ended is not None else self.clock()
         if not self.tokens:
-            return Timing(queue_ms=1e3 * (admitted - start), total_ms=1e3 * (ended - start))
+            return Timing(
+                queue_ms=1e3 * (admitted - start), total_ms=1e3 * (ended - start), missed=self.missed
+            )
         first, last = self.tokens[0], self.tokens[-1]
         gaps = [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
         return Timing(
@@ -54,6 +63,7 @@ class Stopwatch:
             itl_p99_ms=1e3 * percentile(gaps, 99),
             tokens_per_s=len(gaps) / (last - first) if last > first else 0.0,
             prefill_tokens_per_s=prompt_tokens / (first - admitted) if first > admitted else 0.0,
+            missed=self.missed,
         )
 
 
@@ -64,30 +74,57 @@ class Metrics:
         self.steps = 0
         self.tokens = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.refused = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.missed = 0  # requests whose end came after their deadline
         self.finished: Counter[str] = Counter()
         self._gaps: deque[float] = deque(maxlen=_KEPT)
         self._first: deque[float] = deque(maxlen=_KEPT)
+        self._queue: deque[float] = deque(maxlen=_KEPT)
 
-    def token(self, gap: float | None) -> None:
+    def token(self, watch: Stopwatch) -> None:
+        """A request got a token now."""
         self.tokens += 1
+        gap = watch.token()
         if gap is not None:
             self._gaps.append(gap)
+            return
+        self._first.append(watch.tokens[0] - watch.submitted)
+        if watch.admitted is not None:
+            self._queue.append(watch.admitted - watch.submitted)
 
-    def first_token(self, seconds: float) -> None:
-        self._first.append(seconds)
+    def speculated(self, drafted: int, accepted: int) -> None:
+        self.drafted += drafted
+        self.accepted += accepted
+
+    def end(self, watch: Stopwatch, reason: str, cached_tokens: int) -> None:
+        """A request ended now."""
+        watch.end()
+        self.finished[reason] += 1
+        self.cached_tokens += cached_tokens
+        self.missed += watch.missed
 
     def snapshot(self) -> dict[str, float | int | dict[str, int]]:
         """Plain figures: counts, and milliseconds where the name ends in _ms."""
-        gaps, first = list(self._gaps), list(self._first)
+        gaps, first, queue = list(self._gaps), list(self._first), list(self._queue)
         return {
             "steps": self.steps,
             "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "refused": self.refused,
             "finished": dict(self.finished),
+            "missed": self.missed,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else 0.0,
+            "queue_p50_ms": 1e3 * percentile(queue, 50),
+            "queue_p95_ms": 1e3 * percentile(queue, 95),
             "ttft_p50_ms": 1e3 * percentile(first, 50),
             "ttft_p95_ms": 1e3 * percentile(first, 95),
+            "ttft_p99_ms": 1e3 * percentile(first, 99),
             "itl_p50_ms": 1e3 * percentile(gaps, 50),
             "itl_p95_ms": 1e3 * percentile(gaps, 95),
             "itl_p99_ms": 1e3 * percentile(gaps, 99),

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.random import Generator, Philox  # here rather than lazily in the first request
 
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadRequest
+from edge_runtime.errors import BadRequest, NumericError
+from edge_runtime.serving.grammar import Constraint
 
 MAX_LOGPROBS = 20
 _CANDIDATES = 1024  # top-p nearly always ends among these; sorting a whole vocabulary takes milliseconds
@@ -73,37 +74,99 @@ class Choice:
 
 
 class Sampler:
-    """The state of one request: its random stream and which tokens it has seen."""
+    """The state of one request: its random stream, which tokens it has seen, and its grammar's state."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: list[int], vocab_size: int, constraint: Constraint | None = None
+    ) -> None:
         self.sampling = sampling
+        self.constraint = constraint
         self._random = Generator(Philox(sampling.seed))
+        self._guessing: Generator | None = None  # a stream of its own: guesses must not shift the answer's
         # (vocab,) each; only where a penalty needs them
         self._seen = np.zeros(vocab_size if sampling.penalizes else 0, bool)
         self._counts = np.zeros(vocab_size if sampling.penalizes else 0, np.int32)
         if sampling.penalizes:
             self._seen[prompt] = True
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self.constraint is not None and self.constraint.is_done
+
     def choose(self, logits: Array) -> Choice:
-        """Pick from logits f32 (vocab,) and remember the pick."""
+        """Pick from logits f32 (vocab,) and remember the pick. Raises NumericError on NaN or Inf in them."""
         s = self.sampling
-        if s.temperature == 0.0 and not s.penalizes and s.logprobs is None:
-            return Choice(int(logits.argmax()))
-        scores = logits.astype(np.float64)
-        if s.penalizes:
-            scores = penalize(scores, s, self._seen, self._counts)
+        check_finite(logits)
         if s.temperature == 0.0:
-            token = int(scores.argmax())
-        else:
-            token = draw(probabilities(scores, s), float(self._random.random()))
-        if s.penalizes:
+            return self._take(logits, self._greedy(logits, self.constraint))
+        p = probabilities(self._scores(logits, self.constraint), s)
+        return self._take(logits, draw(p, float(self._random.random())))
+
+    def verify(self, logits: Array, guess: int, odds: Array) -> Choice:
+        """As `choose`, for a guess drawn from `odds` f64 (vocab,): the exact rejection rule."""
+        s = self.sampling
+        if s.temperature == 0.0:
+            return self.choose(logits)
+        check_finite(logits)
+        p = probabilities(self._scores(logits, self.constraint), s)
+        if float(self._random.random()) * odds[guess] < p[guess]:
+            return self._take(logits, guess)
+        left = np.maximum(p - odds, 0.0)
+        if not left.any():  # p and odds are one distribution up to rounding
+            left = p
+        return self._take(logits, draw(left, float(self._random.random())))
+
+    def guess(self, logits: Array, constraint: Constraint | None) -> tuple[int, Array | None]:
+        """A draft model's token after logits f32 (vocab,), and the odds it was drawn from (None: greedy).
+
+        constraint: the grammar's state after the guesses before. Nothing is remembered.
+        """
+        s = self.sampling
+        if s.temperature == 0.0:
+            return self._greedy(logits, constraint), None
+        if self._guessing is None:
+            self._guessing = Generator(Philox(None if s.seed is None else [s.seed, 1]))
+        odds = probabilities(self._scores(logits, constraint), s)
+        return draw(odds, float(self._guessing.random())), odds
+
+    def _greedy(self, logits: Array, constraint: Constraint | None) -> int:
+        if constraint is None and not self.sampling.penalizes:
+            return int(logits.argmax())
+        return int(self._scores(logits, constraint).argmax())
+
+    def _scores(self, logits: Array, constraint: Constraint | None) -> Array:
+        """f64 (vocab,): logits after penalties, -inf where the grammar forbids."""
+        scores = logits.astype(np.float64)
+        if self.sampling.penalizes:
+            scores = penalize(scores, self.sampling, self._seen, self._counts)
+        return scores if constraint is None else masked(scores, constraint.mask())
+
+    def _take(self, logits: Array, token: int) -> Choice:
+        if self.sampling.penalizes:
             self._seen[token] = True
             self._counts[token] += 1
-        if s.logprobs is None:
+        if self.constraint is not None:
+            self.constraint.advance(token)
+        if self.sampling.logprobs is None:
             return Choice(token)
         logs = log_softmax(logits)
-        top = top_indices(logs, s.logprobs)
+        top = top_indices(logs, self.sampling.logprobs)
         return Choice(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in top))
+
+
+def check_finite(logits: Array) -> None:
+    """Raises NumericError when logits hold NaN or Inf: nothing may be chosen from them."""
+    if not np.isfinite(logits).all():
+        raise NumericError("the logits hold NaN or Inf; no token was emitted")
+
+
+def masked(scores: Array, mask: Array) -> Array:
+    """Scores f64 (vocab,), -inf where `mask` (vocab,) is False. Raises NumericError when nothing is left."""
+    if not mask.any():
+        raise NumericError("the grammar allows no token here; no token was emitted")
+    out: Array = np.where(mask, scores, -np.inf)
+    return out
 
 
 def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> Array:

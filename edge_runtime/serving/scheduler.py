@@ -1,40 +1,81 @@
 """Which sequences run in a step: continuous batching with chunked prefill (Agrawal et al. 2023, Sarathi).
 
-Every running sequence that decodes gets its token first; what is left of the step goes to prompts, oldest
-first. A step never exceeds the plan's StepShape, for which all buffers were sized.
+Every running sequence that decodes gets its token first; what is left of the step goes to prompts. Higher
+priority comes first, then less slack (what a deadline leaves beyond the predicted time), then age. A step
+never exceeds the plan's StepShape, for which all buffers were sized.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_runtime.engine.plan import StepShape
 from edge_runtime.errors import QueueFull
-from edge_runtime.serving.pages import PagePool
+from edge_runtime.serving.metrics import Clock
+from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.pages import PagePool, PageTable
+from edge_runtime.serving.prefix import Match, PrefixTree
 from edge_runtime.serving.sequence import Sequence
+from edge_runtime.serving.verification import Proposal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
-    """Tokens [start, start + count) of a sequence; `choose`: its next token is chosen after them."""
+    """Tokens [start, start + count) of a sequence; `choose`: its next token is chosen after them.
+
+    proposal: guesses at the tokens after that one, run and verified in the same step.
+    """
 
     sequence: Sequence
     start: int
     count: int
     choose: bool
+    proposal: Proposal | None = None
+
+    @property
+    def guesses(self) -> int:
+        return 0 if self.proposal is None else len(self.proposal.tokens)
+
+    @property
+    def rows(self) -> int:
+        """Tokens that it brings into the step."""
+        return self.count + self.guesses
 
 
 class Scheduler:
-    """Waiting line and running set. Admission, in order of arrival, reserves all pages a request may need."""
+    """Waiting line and running set. Admission reserves all pages a request may need, so that a running one
+    never runs out; a waiting request of higher priority may push running ones back into the line, which then
+    begin again from what is still in the cache.
 
-    def __init__(self, step: StepShape, pool: PagePool, width: int, max_waiting: int) -> None:
+    copy_page(source, target): copies a page's bytes at once.
+    """
+
+    def __init__(
+        self,
+        step: StepShape,
+        pool: PagePool,
+        tree: PrefixTree,
+        pace: Pace,
+        *,
+        width: int,
+        max_waiting: int,
+        copy_page: Callable[[int, int], None],
+        clock: Clock,
+    ) -> None:
         self._step = step
         self._pool = pool
+        self._tree = tree
+        self._pace = pace
         self._width = width  # entries of a page table's row
         self._max_waiting = max_waiting
-        self.waiting: deque[Sequence] = deque()
+        self._copy_page = copy_page
+        self._clock = clock
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.preempted = 0
+        self._slots = list(range(step.sequences - 1, -1, -1))
         self._steps = 0
 
     def submit(self, sequence: Sequence) -> None:
@@ -45,39 +86,131 @@ class Scheduler:
 
     def schedule(self) -> list[Item]:
         """The next step's work, [] when there is none. Room in the page tables is made here."""
-        self._admit()
+        now = self._clock()
+        self._admit(now)
         self._steps += 1
-        items = self._choose()
+        items = self._choose(now)
         for item in items:
             item.sequence.last_step = self._steps
-            assert item.sequence.pages is not None  # given at admission
-            item.sequence.pages.extend(item.start + item.count - item.sequence.pages.tokens)
+            table = item.sequence.pages
+            assert table is not None  # given at admission
+            table.extend(item.start + item.count - table.tokens)
         return items
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence wherever it is; all its pages are free after this."""
+        """Forget a sequence wherever it is; all it holds is free after this."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        self._take_back(sequence)
+
+    def too_late(self) -> list[Sequence]:
+        """Those that must end now: their next token would come after their deadline."""
+        now = self._clock()
+        return [
+            s
+            for s in (*self.running, *self.waiting)
+            if s.due is not None and now + self._next_token(s) >= s.due
+        ]
+
+    def _next_token(self, s: Sequence) -> float:
+        """Predicted seconds to the next token, once its turn has come."""
+        if s.pending <= 1:
+            return self._pace.predict(1)
+        whole, rest = divmod(s.pending, self._step.tokens)
+        time = whole * self._pace.predict(self._step.tokens)
+        return time + (self._pace.predict(rest) if rest else 0.0)
+
+    def _urgency(self, s: Sequence, now: float) -> tuple[int, float]:
+        """Lower goes first."""
+        return -s.request.priority, math.inf if s.due is None else s.due - now - self._next_token(s)
+
+    # --- admission ---
+
+    def _admit(self, now: float) -> None:
+        if len(self.waiting) > 1:
+            self.waiting.sort(key=lambda s: (*self._urgency(s, now), s.id))
+        while self.waiting:
+            sequence = self.waiting[0]
+            if not self._enter(sequence) and not (self._make_way(sequence) and self._enter(sequence)):
+                return  # its turn comes when a running one ends; nobody overtakes it
+            self.waiting.pop(0)
+            if sequence.watch.admitted is None:
+                sequence.watch.admit()
+            self.running.append(sequence)
+
+    def _enter(self, sequence: Sequence) -> bool:
+        """Give it a slot and pages, those of its known beginning included."""
+        if not self._slots:
+            return False
+        known = self._tree.match(sequence.request.adapter, sequence.tokens, len(sequence.tokens) - 1)
+        table = self._pool.open(sequence.reach, self._width, known.pages)
+        if table is None:
+            return False
+        sequence.pages = table
+        sequence.slot = self._slots.pop()
+        sequence.nodes = list(known.nodes)
+        self._adopt_part(table, known)
+        sequence.computed = table.tokens
+        drafted = next((i for i, n in enumerate(known.nodes) if not n.drafted), len(known.nodes))
+        sequence.draft_computed = drafted * self._pool.page_tokens
+        if not sequence.answer:
+            sequence.cached = sequence.computed
+        return True
+
+    def _adopt_part(self, table: PageTable, known: Match) -> None:
+        """Copy on write: the page that the prompt leaves in its middle becomes a page of its own."""
+        source = known.copy
+        if source is None or known.part == 0:
+            return
+        if self._pool.references(source.page) == 0 and self._pool.available == 0:
+            return  # every idle page is promised to somebody, this one too
+        at = len(known.nodes)
+        self._pool.share(source.page)  # taking a page must not lose the one to copy
+        table.extend(known.part)
+        self._copy_page(source.page, int(table.row[at]))
+        self._pool.drop(source.page)
+
+    def _make_way(self, sequence: Sequence) -> bool:
+        """Push running sequences of lower priority back into the line, if that makes enough room."""
+        lower = [s for s in self.running if s.request.priority < sequence.request.priority]
+        if not lower:
+            return False
+        need = self._pool.pages_for(sequence.reach)
+        gain = sum(self._pool.pages_for(s.reach) for s in lower)  # at most: pages may be shared
+        if need > self._pool.available + gain or need > self._width:
+            return False
+        lower.sort(key=lambda s: (s.request.priority, -s.id))
+        for victim in lower:
+            self.running.remove(victim)
+            self._take_back(victim)
+            victim.computed = victim.draft_computed = 0
+            victim.hidden = None
+            self.waiting.insert(1, victim)
+            self.preempted += 1
+            if self._slots and need <= self._pool.available:
+                break
+        return True
+
+    def _take_back(self, sequence: Sequence) -> None:
         if sequence.pages is not None:
             sequence.pages.close()
             sequence.pages = None
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
+            sequence.nodes = []
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._step.sequences:
-            pages = self._pool.open(self.waiting[0].reach, self._width)
-            if pages is None:
-                return  # its turn comes when a running one ends; nobody overtakes it
-            sequence = self.waiting.popleft()
-            sequence.pages = pages
-            sequence.watch.admit()
-            self.running.append(sequence)
+    # --- a step's work ---
 
-    def _choose(self) -> list[Item]:
-        decoding = [s for s in self.running if s.pending == 1]
-        prompts = [s for s in self.running if s.pending > 1]
-        decoding.sort(key=lambda s: (s.last_step, s.id))  # the step may be too small for all: take turns
+    def _choose(self, now: float) -> list[Item]:
+        running = self.running
+        decoding = [s for s in running if s.pending == 1]
+        prompts = [s for s in running if s.pending > 1]
+        if len(decoding) > 1:  # the step may be too small for all: equals take turns
+            decoding.sort(key=lambda s: (*self._urgency(s, now), s.last_step, s.id))
+        if len(prompts) > 1:
+            prompts.sort(key=lambda s: (*self._urgency(s, now), s.id))
         tokens, rows = self._step.tokens, self._step.logits
         if decoding and prompts:
             if tokens > 1:  # a prompt always moves on: neither kind can starve the other

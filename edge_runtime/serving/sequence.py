@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from time import perf_counter
 
-from edge_runtime.serving.metrics import Stopwatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.serving.gate import Record
+from edge_runtime.serving.grammar import Constraint
+from edge_runtime.serving.metrics import Clock, Stopwatch
+from edge_runtime.serving.ngrams import NgramIndex
 from edge_runtime.serving.pages import PageTable
+from edge_runtime.serving.prefix import Node
 from edge_runtime.serving.request import FinishReason, Request, Token
 from edge_runtime.serving.sampling import Choice, Sampler
 from edge_runtime.serving.stopping import StopText
@@ -13,10 +19,21 @@ from edge_runtime.serving.tokenizer import Detokenizer, Tokenizer
 
 
 class Sequence:
-    """`tokens` is prompt and answer; the first `computed` of them are in the KV cache."""
+    """`tokens` is prompt and answer; the first `computed` of them are in the KV cache, the first
+    `draft_computed` in the draft model's.
+    """
 
     def __init__(
-        self, number: int, request: Request, prompt: list[int], limit: int, tokenizer: Tokenizer
+        self,
+        number: int,
+        request: Request,
+        prompt: list[int],
+        limit: int,
+        tokenizer: Tokenizer,
+        *,
+        constraint: Constraint | None = None,
+        adapter: int = -1,
+        clock: Clock = perf_counter,
     ) -> None:
         self.id = number
         self.request = request
@@ -24,18 +41,34 @@ class Sequence:
         self.limit = limit  # tokens of the answer at most
         self.tokens = list(prompt)
         self.computed = 0
+        self.draft_computed = 0
+        self.cached = 0  # tokens of the prompt that were found in the cache
         self.last_step = 0
         self.pages: PageTable | None = None
+        self.nodes: list[Node] = []  # of its leading full pages
+        self.slot = -1  # in [0, step.sequences) while it runs
+        self.adapter = adapter
         self.cancelled = False
         self.finish_reason: FinishReason | None = None
-        self.watch = Stopwatch()
-        self.sampler = Sampler(request.sampling, prompt, tokenizer.vocabulary.size)
+        self.watch = Stopwatch(clock)
+        if request.deadline is not None:
+            self.watch.due = self.watch.submitted + request.deadline
+        self.sampler = Sampler(request.sampling, prompt, tokenizer.vocabulary.size, constraint)
+        self.record = Record()  # of speculation
+        self.hidden: Array | None = None  # the row that the last token was chosen from, for Medusa heads
+        self.ngrams: NgramIndex | None = None  # of look-up, and where it found the end of `tokens`
+        self.found: int | None = None
         self.events: deque[Token] | None = None  # where a waiting generate() reads; None when step() is read
         self._ends = frozenset(request.stop_ids) | (
             frozenset() if request.ignore_eos else frozenset(tokenizer.vocabulary.eos)
         )
         self._text = Detokenizer(tokenizer, prompt if request.continues else None)
         self._stop = StopText(request.stop)
+
+    @property
+    def due(self) -> float | None:
+        """When its deadline is, on its clock."""
+        return self.watch.due
 
     @property
     def pending(self) -> int:
@@ -48,8 +81,17 @@ class Sequence:
         return self.prompt_tokens + self.limit - 1
 
     @property
+    def left(self) -> int:
+        """Tokens that the answer may still have."""
+        return self.prompt_tokens + self.limit - len(self.tokens)
+
+    @property
     def answer(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
+
+    def is_end(self, token: int) -> bool:
+        """Whether the answer ends with this token."""
+        return token in self._ends
 
     def commit(self, choice: Choice) -> Token:
         """Take a chosen token; the event says whether the request ends with it."""
@@ -60,7 +102,9 @@ class Sequence:
             reason = "stop"
         else:
             text = self._stop.add(self._text.add(choice.token))
-            if not self._stop.found and len(self.tokens) - self.prompt_tokens == self.limit:
+            if not self._stop.found and self.sampler.is_done:
+                reason = "stop"
+            elif not self._stop.found and self.left == 0:
                 reason = "length"
         if reason is not None:
             text += self._stop.add(self._text.finish())

@@ -9,32 +9,27 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from edge_runtime.backends.protocol import Executor, StepBatch
-from edge_runtime.engine.formats import Array
+from edge_runtime.backends.protocol import Executor
 from edge_runtime.engine.manifest import Manifest
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, StepShape
-from edge_runtime.errors import BadRequest, EdgeError, NumericError, QueueFull
+from edge_runtime.errors import BadRequest, QueueFull, nearest
 from edge_runtime.serving import sequence as sequences
 from edge_runtime.serving.chat import ChatTemplate, check_messages
+from edge_runtime.serving.grammar import Constraint, GrammarCompiler
 from edge_runtime.serving.known_answer import agreement, check_agreement
-from edge_runtime.serving.metrics import Metrics
+from edge_runtime.serving.loop import Loop
+from edge_runtime.serving.metrics import Clock, Metrics
+from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.pages import PagePool
-from edge_runtime.serving.request import (
-    DEFAULT_MAX_TOKENS,
-    Completion,
-    FinishReason,
-    Request,
-    Token,
-    Usage,
-    check_ids,
-)
-from edge_runtime.serving.sampling import GREEDY, Choice, Sampling
-from edge_runtime.serving.scheduler import Item, Scheduler
+from edge_runtime.serving.prefix import PrefixTree
+from edge_runtime.serving.request import Completion, Request, Token, Usage, check_ids
+from edge_runtime.serving.sampling import GREEDY, Sampling
+from edge_runtime.serving.scheduler import Scheduler
+from edge_runtime.serving.speculative import Proposer, Speculation
 from edge_runtime.serving.stream import Stream
 from edge_runtime.serving.tokenizer import Tokenizer
 
@@ -61,8 +56,12 @@ class Session:
         memory: MemoryPlan,
         mapped_bytes: int,
         backend: str,
+        proposer: Proposer | None = None,
+        gated: bool = True,
+        grammars: GrammarCompiler | None = None,
         notices: Sequence[str] = (),
         max_waiting: int = 64,
+        clock: Clock = perf_counter,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
@@ -73,20 +72,46 @@ class Session:
         self.backend = backend
         self.notices = tuple(notices)
         self.metrics = Metrics()
+        self.plan = plan  # as the builder made it; step_shape and kv are what was asked for at open
         self._mapped_bytes = mapped_bytes  # of weights, as they lie in the file
         self._executor = executor
         self._template = chat_template
-        self.plan = plan  # as the builder made it; step_shape and kv are what was asked for at open
+        self._grammars = grammars
+        self._clock = clock
         self._on_close = on_close
         self._pool = PagePool(kv.pages, kv.page_tokens)
+        self._tree = PrefixTree(self._pool, parts=not kv.per_channel)
         width = -(-step.context // kv.page_tokens)
-        self._scheduler = Scheduler(step, self._pool, width, max_waiting)
-        self._tables: Array = np.full((step.sequences, width), -1, np.int32)
+        pace = Pace(1.0 / plan.predicted.decode_tokens_per_s if plan.predicted.decode_tokens_per_s else 0.0)
+        self._speculation = Speculation(proposer, pace, gated=gated, clock=clock)
+        self._scheduler = Scheduler(
+            step,
+            self._pool,
+            self._tree,
+            pace,
+            width=width,
+            max_waiting=max_waiting,
+            copy_page=self._copy_page,
+            clock=clock,
+        )
+        self._loop = Loop(
+            executor,
+            self._scheduler,
+            self._speculation,
+            self._tree,
+            pace,
+            self.metrics,
+            step=step,
+            page_tokens=kv.page_tokens,
+            width=width,
+            clock=clock,
+            emit=self._emit,
+        )
+        self._adapters: dict[str, int] = {}
         self._live: dict[int, sequences.Sequence] = {}
         self._numbers = itertools.count(1)
-        self._gate = (
-            threading.RLock()
-        )  # reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
+        # Reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
+        self._gate = threading.RLock()
         self._turn = threading.Lock()  # held by whoever drives a step
         self._stepped = threading.Condition()
         self._unread: deque[Token] = deque()  # events of requests that came through submit()
@@ -95,62 +120,35 @@ class Session:
 
     # --- one request, as most people use it ---
 
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling = GREEDY,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-    ) -> Stream:
+    def generate(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY, **options: Any) -> Stream:
         """Stream the continuation of a prompt, text or token ids as they are; the last event has the reason.
 
-        Closing or dropping the iterator cancels the request. Raises BadRequest and QueueFull at once.
+        options: fields of Request, such as max_tokens, stop, deadline, grammar. Closing or dropping the
+        iterator cancels the request. Raises BadRequest and QueueFull at once.
         """
-        request = Request(
-            prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
-        )
-        return self.stream(request)
+        return self.stream(Request.of(prompt, sampling, options))
 
     def complete(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling = GREEDY,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        self, prompt: str | Sequence[int], sampling: Sampling = GREEDY, **options: Any
     ) -> Completion:
-        """The whole continuation of a prompt. Raises as `generate` does."""
-        request = Request(
-            prompt=prompt, sampling=sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids
-        )
-        return self.answer(request)
+        """The whole continuation of a prompt; options and errors as of `generate`."""
+        return self.answer(Request.of(prompt, sampling, options))
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        sampling: Sampling = GREEDY,
-        *,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
+        self, messages: Sequence[Mapping[str, Any]], sampling: Sampling = GREEDY, **options: Any
     ) -> Completion:
-        """The assistant's answer to messages ``{"role": ..., "content": ...}``.
+        """The assistant's answer to messages ``{"role": ..., "content": ...}``; options are Request's.
 
         Raises BadRequest when the engine has no chat template or the messages do not suit it.
         """
-        return self.answer(
-            self.chat_request(messages, sampling, max_tokens=max_tokens, stop=stop, stop_ids=stop_ids)
-        )
+        return self.answer(self.chat_request(messages, sampling, **options))
 
     def chat_request(
         self, messages: Sequence[Mapping[str, Any]], sampling: Sampling = GREEDY, **options: Any
     ) -> Request:
         """The Request that `chat` makes, for `stream` and `submit`; options are Request's."""
         ids = self.chat_prompt(messages)
-        return Request(prompt=ids, sampling=sampling, continues=False, **options)
+        return Request.of(ids, sampling, {"continues": False, **options})
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of messages as the engine's chat template lays them out, ready for the answer."""
@@ -183,7 +181,7 @@ class Session:
         self._turn.acquire()
         try:
             self._check_open()
-            self._step()
+            self._run()
             events = list(self._unread)
             self._unread.clear()
         finally:
@@ -226,8 +224,8 @@ class Session:
 
     @property
     def memory_used(self) -> int:
-        """Bytes of weights, mapped or repacked, and of everything the executor holds."""
-        return self._mapped_bytes + self._executor.memory_bytes
+        """Bytes of weights, mapped or repacked, and of everything the executors hold."""
+        return self._mapped_bytes + self._executor.memory_bytes + self._speculation.memory_bytes
 
     @property
     def in_flight(self) -> int:
@@ -238,6 +236,16 @@ class Session:
     def pages_used(self) -> int:
         """KV pages that requests hold."""
         return self._pool.used
+
+    @property
+    def pages_kept(self) -> int:
+        """KV pages that nobody holds, kept for prompts that begin alike; free to whoever needs them."""
+        return self._pool.kept
+
+    @property
+    def speculate(self) -> str:
+        """How tokens are guessed ahead: off, draft, lookup or medusa."""
+        return self._speculation.name
 
     def verify(self) -> None:
         """Repeat the engine's known answer. Raises NumericError when this device gives another one.
@@ -265,6 +273,7 @@ class Session:
                     sequence.cancelled = True
                 self._cancels = True
             self._sweep()
+            self._speculation.close()
             self._executor.close()
             self._on_close()
 
@@ -275,80 +284,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # --- a step ---
-
-    def _step(self) -> None:
-        self._sweep()
-        items = self._scheduler.schedule()
-        if items:
-            rows = self._execute(items)
-            choices = self._sample(items, rows)
-            self._commit(items, choices)
-
-    def _execute(self, items: list[Item]) -> list[Array | str | None]:
-        """Logits (vocab,) of each item that chooses, None of the others, or why its numbers are not valid."""
-        try:
-            logits = self._executor.forward(self._batch(items))
-        except NumericError as error:
-            if len(items) == 1:
-                return [str(error)]
-            # One sequence spoiled the step. Appending the same keys and values again changes nothing, so each
-            # runs alone, and only those that fail alone are at fault.
-            alone = (self._execute([item])[0] for item in items)
-            return [row.copy() if isinstance(row, np.ndarray) else row for row in alone]
-        except Exception as error:
-            self._fail_all(items, error)
-            raise
-        rows = iter(logits)
-        return [next(rows) if item.choose else None for item in items]
-
-    def _sample(self, items: list[Item], rows: list[Array | str | None]) -> list[Choice | str | None]:
-        """A choice for each row of logits; whatever is no row stays as it is."""
-        choices: list[Choice | str | None] = []
-        for item, row in zip(items, rows, strict=True):
-            if not isinstance(row, np.ndarray):
-                choices.append(row)
-            elif not np.isfinite(row).all():
-                choices.append("the logits hold NaN or Inf; no token was emitted")
-            else:
-                choices.append(item.sequence.sampler.choose(row))
-        return choices
-
-    def _commit(self, items: list[Item], choices: list[Choice | str | None]) -> None:
-        """Make the step's outcome part of each sequence; ended ones leave and free their pages."""
-        self.metrics.steps += 1
-        for item, choice in zip(items, choices, strict=True):
-            sequence = item.sequence
-            sequence.computed += item.count
-            if isinstance(choice, str):
-                self._end(sequence, "error", choice)
-            elif choice is not None:
-                event = sequence.commit(choice)
-                gap = sequence.watch.token()
-                self.metrics.token(gap)
-                if gap is None:
-                    self.metrics.first_token(sequence.watch.tokens[0] - sequence.watch.submitted)
-                self._emit(sequence, event)
-
-    def _batch(self, items: list[Item]) -> StepBatch:
-        """The items as plain arrays; rows of logits are in the order of the items that choose."""
-        counts = [item.count for item in items]
-        last = np.cumsum(counts) - 1
-        for row, item in zip(self._tables, items, strict=False):
-            assert item.sequence.pages is not None  # the scheduler made room
-            row[:] = item.sequence.pages.row
-        return StepBatch(
-            tokens=np.concatenate(
-                [item.sequence.tokens[item.start : item.start + item.count] for item in items]
-            ).astype(np.int32),
-            positions=np.concatenate(
-                [np.arange(item.start, item.start + item.count, dtype=np.int32) for item in items]
-            ),
-            sequence=np.repeat(np.arange(len(items), dtype=np.int32), counts),
-            page_tables=self._tables[: len(items)],
-            logit_rows=last[[item.choose for item in items]].astype(np.int32),
-        )
 
     # --- requests on their way ---
 
@@ -367,7 +302,16 @@ class Session:
                 "at least; shorten the prompt, or build the engine with a longer --context"
             )
         limit = min(request.max_tokens, room - len(prompt))
-        sequence = sequences.Sequence(next(self._numbers), request, prompt, limit, self.tokenizer)
+        sequence = sequences.Sequence(
+            next(self._numbers),
+            request,
+            prompt,
+            limit,
+            self.tokenizer,
+            constraint=self._constraint(request),
+            adapter=self._adapter(request),
+            clock=self._clock,
+        )
         sequence.events = events
         with self._gate:
             self._check_open()
@@ -379,6 +323,22 @@ class Session:
             self._live[sequence.id] = sequence
             self.metrics.prompt_tokens += len(prompt)
         return sequence
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        if request.grammar is None:
+            return None
+        if self._grammars is None:
+            raise BadRequest("this session has no tokenizer for grammars; open the engine with open_engine")
+        return self._grammars.compile(request.grammar)
+
+    def _adapter(self, request: Request) -> int:
+        if request.adapter is None:
+            return -1
+        if request.adapter not in self._adapters:
+            raise BadRequest(
+                f"no adapter {request.adapter!r:.60} is loaded; {nearest(request.adapter, self._adapters)}"
+            )
+        return self._adapters[request.adapter]
 
     def _prompt_ids(self, request: Request) -> list[int]:
         if isinstance(request.prompt, str):
@@ -397,7 +357,7 @@ class Session:
             try:
                 if not events:  # the driver before us may have filled it
                     self._check_open()
-                    self._step()
+                    self._run()
             finally:
                 self._end_turn()
         else:
@@ -429,25 +389,23 @@ class Session:
             self._cancels = False
             cancelled = [s for s in self._live.values() if s.cancelled]
         for sequence in cancelled:
-            self._end(sequence, "cancelled")
-
-    def _end(self, sequence: sequences.Sequence, reason: FinishReason, error: str | None = None) -> None:
-        self._emit(sequence, sequence.end(reason, error))
+            self._loop.end(sequence, "cancelled")
 
     def _emit(self, sequence: sequences.Sequence, event: Token) -> None:
         if event.finish_reason is not None:
-            sequence.watch.end()
             with self._gate:
                 self._scheduler.remove(sequence)
                 self._live.pop(sequence.id, None)
-            self.metrics.finished[event.finish_reason] += 1
+            self.metrics.end(sequence.watch, event.finish_reason, sequence.cached)
         (self._unread if sequence.events is None else sequence.events).append(event)
 
-    def _fail_all(self, items: list[Item], error: Exception) -> None:
-        """The backend itself failed: every sequence of the step ends, so that nothing stays behind."""
-        why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
-        for item in items:
-            self._end(item.sequence, "error", why)
+    def _run(self) -> None:
+        self._sweep()
+        self._loop.step()
+
+    def _copy_page(self, source: int, target: int) -> None:
+        self._executor.copy_page(source, target)
+        self._speculation.copy_page(source, target)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -462,8 +420,14 @@ def _completion(sequence: sequences.Sequence, seen: list[Token]) -> Completion:
         text="".join(event.text for event in seen),
         tokens=tuple(sequence.answer),
         finish_reason=last.finish_reason,
-        timing=sequence.watch.timing(sequence.prompt_tokens),
-        usage=Usage(sequence.prompt_tokens, len(sequence.answer)),
+        timing=sequence.watch.timing(sequence.prompt_tokens - sequence.cached),
+        usage=Usage(
+            sequence.prompt_tokens,
+            len(sequence.answer),
+            sequence.cached,
+            sequence.record.drafted,
+            sequence.record.accepted,
+        ),
         logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
         top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
         error=last.error,

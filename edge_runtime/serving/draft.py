@@ -1,0 +1,152 @@
+"""Guesses of a draft model: a smaller model with the same vocabulary, over the same page tables.
+
+Its KV pages have the same numbers as the target's, so that sharing, trimming and copying a page mean the same
+for both. What it has not seen of a sequence is run when the sequence is to be guessed for, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from edge_runtime.backends.protocol import Executor, StepBatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.plan import StepShape
+from edge_runtime.serving.gate import expected
+from edge_runtime.serving.grammar import Constraint
+from edge_runtime.serving.metrics import Clock
+from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.sequence import Sequence
+from edge_runtime.serving.verification import Proposal
+
+
+@dataclass(slots=True)
+class _State:
+    """A sequence that is guessed for: what the draft model must read next, and its guesses so far."""
+
+    sequence: Sequence
+    length: int
+    feed: list[int]
+    constraint: Constraint | None
+    tokens: list[int] = field(default_factory=list)
+    odds: list[Array] = field(default_factory=list)
+
+
+class DraftModel:
+    """step: the sizes that `executor` was loaded with."""
+
+    name = "draft"
+
+    def __init__(
+        self,
+        executor: Executor,
+        step: StepShape,
+        page_tokens: int,
+        longest: int,
+        clock: Clock = perf_counter,
+    ) -> None:
+        self.lengths = tuple(range(1, longest + 1))
+        self.pace = Pace()
+        self._executor = executor
+        self._step = step
+        self._page_tokens = page_tokens
+        self._clock = clock
+
+    def ready(self, sequence: Sequence) -> int:
+        return self.lengths[-1]
+
+    def tokens(self, sequence: Sequence, length: int, usual: float) -> float:
+        return expected(sequence.record.chance(usual), length)
+
+    def cost(self, sequences: Seq[Sequence], length: int) -> tuple[float, float]:
+        behind = sum(len(s.tokens) - s.draft_computed for s in sequences)
+        usual = 2 * len(sequences)  # the last token, and the last guess, which it never read
+        each = self.pace.predict(min(behind, usual)) + (length - 1) * self.pace.predict(len(sequences))
+        return each, self._reading(behind - usual) if behind > usual else 0.0
+
+    def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
+        states = [
+            _State(s, n, s.tokens[s.draft_computed :], s.sampler.constraint and s.sampler.constraint.fork())
+            for s, n in asks
+        ]
+        while feeding := [state for state in states if state.feed]:
+            self._forward(feeding)
+        return [Proposal(state.tokens, None, state.odds or None) for state in states]
+
+    def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
+        if sequence.draft_computed > sequence.computed:
+            sequence.draft_computed = sequence.computed
+        if sequence.nodes and not sequence.nodes[-1].drafted:
+            for node in sequence.nodes[: sequence.draft_computed // self._page_tokens]:
+                node.drafted = True
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._executor.memory_bytes
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._executor.copy_page(source, target)
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _reading(self, tokens: int) -> float:
+        """Predicted seconds to read so many tokens."""
+        whole, rest = divmod(tokens, self._step.tokens)
+        return whole * self.pace.predict(self._step.tokens) + (self.pace.predict(rest) if rest else 0.0)
+
+    def _forward(self, states: list[_State]) -> None:
+        """One step of the draft model over as much of what is to be read as it takes."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        done: list[_State] = []
+        last: list[int] = []
+        tables: list[Array] = []
+        for state in states[: self._step.sequences]:
+            s = state.sequence
+            count = min(len(state.feed), self._step.tokens - len(tokens))
+            if count <= 0:
+                break
+            assert s.pages is not None  # it runs
+            tokens += state.feed[:count]
+            positions += range(s.draft_computed, s.draft_computed + count)
+            rows += [len(tables)] * count
+            tables.append(s.pages.row)
+            s.draft_computed += count
+            del state.feed[:count]
+            if not state.feed and len(done) < self._step.logits:
+                done.append(state)
+                last.append(len(tokens) - 1)
+        begin = self._clock()
+        logits = self._executor.forward(
+            StepBatch(
+                tokens=np.array(tokens, np.int32),
+                positions=np.array(positions, np.int32),
+                sequence=np.array(rows, np.int32),
+                page_tables=np.stack(tables),
+                logit_rows=np.array(last, np.int32),
+                slots=np.array([state.sequence.slot for state in states[: len(tables)]], np.int32),
+            )
+        )
+        self.pace.note(len(tokens), self._clock() - begin)
+        for state, row in zip(done, logits, strict=True):
+            _guess(state, row)
+
+
+def _guess(state: _State, logits: Array) -> None:
+    """Take the next guess after logits (vocab,), and go on from it unless the answer would end there."""
+    token, odds = state.sequence.sampler.guess(logits, state.constraint)
+    state.tokens.append(token)
+    if odds is not None:
+        state.odds.append(odds)
+    if len(state.tokens) == state.length or state.sequence.is_end(token):
+        return
+    if state.constraint is not None:
+        state.constraint.advance(token)
+        if state.constraint.is_done:
+            return
+    state.feed = [token]

@@ -1,0 +1,266 @@
+"""The step of a session: schedule -> guess -> execute -> choose -> commit. One thread at a time runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_runtime.backends.protocol import Executor, StepBatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.plan import StepShape
+from edge_runtime.errors import EdgeError, NumericError
+from edge_runtime.serving.metrics import Clock, Metrics
+from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.prefix import PrefixTree
+from edge_runtime.serving.request import FinishReason, Token
+from edge_runtime.serving.sampling import Choice
+from edge_runtime.serving.scheduler import Item, Scheduler
+from edge_runtime.serving.sequence import Sequence
+from edge_runtime.serving.speculative import Speculation
+from edge_runtime.serving.verification import walk
+
+Rows = Array | str | None  # logits (1 + guesses, vocab) of an item, why they are not valid, or none wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brings a sequence: its new tokens, and the guesses that all but the last confirm.
+
+    error: why nothing more can be chosen.
+    """
+
+    choices: Seq[Choice] = ()
+    path: Seq[int] = ()
+    error: str | None = None
+
+
+class Loop:
+    """emit(sequence, event): called for every event of a step, in order; the last of a sequence has its
+    finish_reason, and all that the sequence held is free by then.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler,
+        speculation: Speculation,
+        tree: PrefixTree,
+        pace: Pace,
+        metrics: Metrics,
+        *,
+        step: StepShape,
+        page_tokens: int,
+        width: int,
+        clock: Clock,
+        emit: Callable[[Sequence, Token], None],
+    ) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._speculation = speculation
+        self._tree = tree
+        self._pace = pace
+        self._metrics = metrics
+        self._step = step
+        self._page_tokens = page_tokens
+        self._tables: Array = np.full((step.sequences, width), -1, np.int32)
+        self._clock = clock
+        self._emit = emit
+        self._keep_hidden = speculation.name == "medusa"
+        self._took = 0.0  # seconds of the last forward pass
+
+    def step(self) -> None:
+        """Run one step for all that can run. Raises what the backend raises beyond NumericError; every
+        sequence of the step has then ended.
+        """
+        for sequence in self._scheduler.too_late():
+            self.end(sequence, "deadline")
+        items = self._scheduler.schedule()
+        if items:
+            self._guess(items)
+            rows = self._execute(items)
+            outcomes = [self._choose(item, r) for item, r in zip(items, rows, strict=True)]
+            self._commit(items, outcomes)
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence from outside; what it holds is free."""
+        self._emit(sequence, sequence.end(reason, error))
+
+    def _guess(self, items: list[Item]) -> None:
+        tokens = self._step.tokens - sum(item.count for item in items)
+        rows = self._step.logits - sum(item.choose for item in items)
+        self._speculation.propose(items, tokens, rows)
+
+    def _execute(self, items: list[Item]) -> list[Rows]:
+        begin = self._clock()
+        try:
+            logits = self._executor.forward(self._batch(items))
+        except NumericError as error:
+            return self._execute_apart(items, str(error))
+        except Exception as error:
+            self._fail_all(items, error)
+            raise
+        self._took = self._clock() - begin
+        self._pace.note(sum(item.rows for item in items), self._took)
+        hidden = self._executor.hidden if self._keep_hidden else None
+        found: list[Rows] = []
+        at = 0
+        for item in items:
+            count = 1 + item.guesses if item.choose else 0
+            found.append(logits[at : at + count] if count else None)
+            if hidden is not None and count:
+                item.sequence.hidden = hidden[at : at + count]  # `_choose` keeps the row it ends at
+            at += count
+        return found
+
+    def _execute_apart(self, items: list[Item], error: str) -> list[Rows]:
+        """One sequence spoiled the step. Appending the same keys and values again changes nothing, so each
+        runs alone, and only those that fail alone, and without guesses, are at fault.
+        """
+        self._took = 0.0
+        if len(items) == 1:
+            if items[0].proposal is None:
+                return [error]
+            items[0].proposal = None
+            return self._execute(items)
+        found: list[Rows] = []
+        for item in items:
+            row = self._execute([item])[0]
+            if item.sequence.hidden is not None:
+                item.sequence.hidden = item.sequence.hidden.copy()
+            found.append(row.copy() if isinstance(row, np.ndarray) else row)
+        return found
+
+    def _choose(self, item: Item, rows: Rows) -> Outcome:
+        """Walk the rows as far as guesses stand, the answer goes on and their numbers are finite."""
+        if not isinstance(rows, np.ndarray):
+            return Outcome(error=rows)
+        s = item.sequence
+        choices: list[Choice] = []
+        path: list[int] = []
+        try:
+            for choice, following in walk(rows, item.proposal, s.sampler):
+                choices.append(choice)
+                if following is None or s.is_end(choice.token) or s.sampler.is_done or len(choices) == s.left:
+                    break
+                path.append(following)
+        except EdgeError as error:  # numbers that are not finite, or a grammar that allows nothing
+            return Outcome(choices, path[: max(0, len(choices) - 1)], str(error))
+        if s.hidden is not None:
+            s.hidden = s.hidden[path[-1] + 1 if path else 0].copy()
+        return Outcome(choices, path)
+
+    def _commit(self, items: list[Item], outcomes: list[Outcome]) -> None:
+        """Make the step's outcome part of each sequence; ended ones leave and free what they hold."""
+        self._metrics.steps += 1
+        ends: list[tuple[Sequence, list[Token], str | None]] = []
+        accepted: list[int] = []
+        for item, outcome in zip(items, outcomes, strict=True):
+            s = item.sequence
+            events: list[Token] = []
+            for choice in outcome.choices:
+                events.append(s.commit(choice))
+                if events[-1].finish_reason is not None:
+                    break
+            stood = max(0, len(events) - 1)
+            accepted.append(stood)
+            self._settle(item, outcome, stood)
+            ends.append((s, events, outcome.error))
+        self._speculation.observe(items, accepted, self._took)
+        for (s, events, error), item, stood in zip(ends, items, accepted, strict=True):
+            self._metrics.speculated(item.guesses, stood)
+            for event in events:
+                self._metrics.token(s.watch)
+                self._emit(s, event)
+            if error is not None and s.finish_reason is None:
+                self.end(s, "error", error)
+
+    def _settle(self, item: Item, outcome: Outcome, stood: int) -> None:
+        """The cache holds what stands and no more; full pages of it are known from now on."""
+        s, table = item.sequence, item.sequence.pages
+        assert table is not None  # it ran
+        if outcome.error is None or outcome.choices:
+            s.computed += item.count + stood
+        if item.proposal is not None:
+            if item.proposal.parents is not None and stood:
+                self._gather(item, list(outcome.path[:stood]))
+            table.trim(s.computed)
+        size = self._page_tokens
+        while outcome.error is None and (len(s.nodes) + 1) * size <= s.computed:
+            at, own = len(s.nodes) * size, int(table.row[len(s.nodes)])
+            node = self._tree.add(s.request.adapter, s.nodes, tuple(s.tokens[at : at + size]), table)
+            s.nodes.append(node)
+            if node.page != own and not node.drafted:  # another sequence's page lacks the draft model's part
+                s.draft_computed = min(s.draft_computed, at)
+
+    def _gather(self, item: Item, path: list[int]) -> None:
+        """Bring an accepted path of a tree to its positions in the cache."""
+        first = item.start + item.count
+        sources = np.array([first + i for i in path], np.int32)
+        targets = np.arange(first, first + len(path), dtype=np.int32)
+        apart = sources != targets
+        if apart.any():
+            assert item.sequence.pages is not None
+            self._executor.move(item.sequence.pages.row, sources[apart], targets[apart])
+
+    def _batch(self, items: list[Item]) -> StepBatch:
+        """The items as plain arrays; rows of logits are in the order of the items that choose."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequence: list[int] = []
+        wanted: list[int] = []
+        for i, item in enumerate(items):
+            s, start, end = item.sequence, item.start, item.start + item.count
+            assert s.pages is not None  # the scheduler made room
+            self._tables[i] = s.pages.row
+            tokens += s.tokens[start:end]
+            positions += range(start, end)
+            if item.choose:
+                wanted += range(len(tokens) - 1, len(tokens) + item.guesses)
+            if item.proposal is not None:
+                tokens += item.proposal.tokens
+                positions += [end + depth for depth in item.proposal.depths()]
+            sequence += [i] * item.rows
+        trees = any(item.proposal is not None and item.proposal.parents is not None for item in items)
+        places, parents = _trees(items) if trees else (None, None)
+        return StepBatch(
+            tokens=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            sequence=np.array(sequence, np.int32),
+            page_tables=self._tables[: len(items)],
+            logit_rows=np.array(wanted, np.int32),
+            parents=parents,
+            places=places,
+            slots=np.array([item.sequence.slot for item in items], np.int32),
+            adapters=_adapters(items),
+        )
+
+    def _fail_all(self, items: list[Item], error: Exception) -> None:
+        """The backend itself failed: every sequence of the step ends, so that nothing stays behind."""
+        why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
+        for item in items:
+            self.end(item.sequence, "error", why)
+
+
+def _trees(items: list[Item]) -> tuple[Array, Array]:
+    """Places and parents, (tokens,) each, of a step in which some guesses are trees."""
+    places: list[int] = []
+    parents: list[int] = []
+    for item in items:
+        row = len(places)  # of the item's first token
+        places += range(item.start, item.start + item.rows)
+        parents += [-1, *range(row, row + item.count - 1)]
+        if item.proposal is not None:
+            last = row + item.count - 1
+            above = item.proposal.parents
+            for i in range(item.guesses):
+                parent = i - 1 if above is None else above[i]
+                parents.append(last + 1 + parent)
+    return np.array(places, np.int32), np.array(parents, np.int32)
+
+
+def _adapters(items: list[Item]) -> Array | None:
+    numbers = [item.sequence.adapter for item in items]
+    return np.array(numbers, np.int32) if any(n >= 0 for n in numbers) else None

@@ -1,0 +1,122 @@
+"""Guesses of extra heads on the target's last hidden row, verified as a tree (Cai et al. 2024, Medusa).
+
+Head k guesses the k-th token after the last one. The tree holds the likeliest paths through the heads' top
+tokens, by the product of their probabilities, as many nodes as are asked for.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence as Seq
+from time import perf_counter
+
+import numpy as np
+
+from edge_runtime.backends.protocol import Executor, StepBatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.serving.metrics import Clock
+from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.sampling import log_softmax, masked, top_indices
+from edge_runtime.serving.sequence import Sequence
+from edge_runtime.serving.verification import Proposal
+
+NODES = (2, 4, 8, 12, 16, 24)  # of a tree
+_WIDEST = 8  # tokens of a head that may become nodes
+_FADE = 0.9
+
+
+class MedusaHeads:
+    """One executor for each head, in order, each a Program from a hidden row to logits.
+
+    trees: False asks for the likeliest path alone, for KV caches that hold no trees.
+    """
+
+    name = "medusa"
+
+    def __init__(
+        self, executors: Seq[Executor], *, most: int, trees: bool = True, clock: Clock = perf_counter
+    ) -> None:
+        chain = tuple(range(1, len(executors) + 1))
+        self.lengths = tuple(n for n in NODES if n <= most) or (1,) if trees else chain
+        self.pace = Pace()
+        self._executors = list(executors)
+        self._trees = trees
+        self._clock = clock
+        self._hoped = 1.0  # tokens that trees of late were to bring, and brought: fading sums
+        self._brought = 1.0
+        self._mass: dict[int, float] = {}  # nodes -> sum of their probabilities, of late
+
+    def ready(self, sequence: Sequence) -> int:
+        return 0 if sequence.hidden is None else self.lengths[-1]
+
+    def tokens(self, sequence: Sequence, length: int, usual: float) -> float:
+        mass = self._mass.get(length, 0.5 * len(self._executors) * length / (length + 2.0))
+        return 1.0 + mass * self._brought / self._hoped
+
+    def cost(self, sequences: Seq[Sequence], length: int) -> tuple[float, float]:
+        return self.pace.predict(len(sequences)), 0.0
+
+    def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
+        begin = self._clock()
+        rows = np.stack([s.hidden for s, _ in asks if s.hidden is not None])  # (S, width); all have one
+        count = len(asks)
+        logits = []  # of each head (S, vocab)
+        for executor in self._executors:
+            logits.append(
+                executor.forward(
+                    StepBatch(
+                        tokens=np.zeros(count, np.int32),
+                        positions=np.zeros(count, np.int32),
+                        sequence=np.arange(count, dtype=np.int32),
+                        page_tables=np.zeros((count, 1), np.int32),
+                        logit_rows=np.arange(count, dtype=np.int32),
+                        inputs=rows,
+                    )
+                )
+            )
+        self.pace.note(count, self._clock() - begin)
+        return [self._tree(s, n, [head[i] for head in logits]) for i, (s, n) in enumerate(asks)]
+
+    def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
+        if proposal is not None:
+            self._hoped = _FADE * self._hoped + proposal.hoped
+            self._brought = _FADE * self._brought + accepted
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(executor.memory_bytes for executor in self._executors)
+
+    def copy_page(self, source: int, target: int) -> None:
+        pass  # heads have no cache
+
+    def close(self) -> None:
+        for executor in self._executors:
+            executor.close()
+
+    def _tree(self, sequence: Sequence, nodes: int, heads: list[Array]) -> Proposal:
+        """The likeliest `nodes` nodes: best first, over each head's own distribution."""
+        tops: list[list[tuple[float, int]]] = []
+        for depth, logits in enumerate(heads):
+            logs = log_softmax(logits)
+            if depth == 0 and sequence.sampler.constraint is not None:
+                logs = masked(logs, sequence.sampler.constraint.mask())
+            widest = _WIDEST if self._trees else 1
+            best = top_indices(logs, widest)
+            tops.append([(float(logs[i]), int(i)) for i in best if np.isfinite(logs[i])])
+        heap = [(-tops[0][0][0], -1, 0, 0)]  # (-log of the path's probability, parent, depth, rank)
+        tokens: list[int] = []
+        parents: list[int] = []
+        mass = 0.0
+        while heap and len(tokens) < nodes:
+            cost, parent, depth, rank = heapq.heappop(heap)
+            log, token = tops[depth][rank]
+            tokens.append(token)
+            parents.append(parent)
+            mass += float(np.exp(-cost))
+            if rank + 1 < len(tops[depth]):
+                heapq.heappush(heap, (cost + log - tops[depth][rank + 1][0], parent, depth, rank + 1))
+            if depth + 1 < len(tops):
+                heapq.heappush(heap, (cost - tops[depth + 1][0][0], len(tokens) - 1, depth + 1, 0))
+        old = self._mass.get(nodes)
+        self._mass[nodes] = mass if old is None else _FADE * old + (1 - _FADE) * mass
+        return Proposal(tokens, parents if self._trees else None, hoped=mass)

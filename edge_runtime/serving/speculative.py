@@ -1,0 +1,175 @@
+"""Speculation as a policy over a trimmable cache: who guesses, how far ahead, and whether it pays.
+
+Nothing else of a session knows how guesses are made. A step without guesses is plain decoding; a step with
+them runs the same executor over a few more rows (see `verification` for what stands of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from time import perf_counter
+from typing import Protocol
+
+from edge_runtime.errors import NumericError
+from edge_runtime.serving.gate import PROBE, Gate, Offer
+from edge_runtime.serving.metrics import Clock
+from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.scheduler import Item
+from edge_runtime.serving.sequence import Sequence
+from edge_runtime.serving.verification import Proposal
+
+_REWARD = 48  # tokens over which the cost of bringing a draft model up to date is spread, at most
+
+
+class Proposer(Protocol):
+    """A way to guess. `lengths`: the numbers of guesses that it may be asked for, ascending."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    def ready(self, sequence: Sequence) -> int:
+        """How many guesses it can make for a sequence now; 0 = none."""
+        ...
+
+    def tokens(self, sequence: Sequence, length: int, usual: float) -> float:
+        """Tokens that a step with so many guesses brings on average; `usual` chance of a guess to stand."""
+        ...
+
+    def cost(self, sequences: Seq[Sequence], length: int) -> tuple[float, float]:
+        """Seconds to guess: each time, and once more to get ready."""
+        ...
+
+    def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
+        """Guesses for each sequence, at most as many as asked for. Raises NumericError."""
+        ...
+
+    def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
+        """The sequence's tokens are settled after a step: so many of the proposal's stand."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    def copy_page(self, source: int, target: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Speculation:
+    """Puts guesses into a step's items. Off when there is no proposer."""
+
+    def __init__(
+        self, proposer: Proposer | None, pace: Pace, *, gated: bool = True, clock: Clock = perf_counter
+    ) -> None:
+        """gated: False guesses as far ahead as it can at every step, for measurements and tests."""
+        self.proposer = proposer
+        self.gate = Gate()
+        self.failures = 0
+        self._pace = pace
+        self._gated = gated
+        self._clock = clock
+        self._spent = 0.0  # seconds of guessing in the running step
+
+    @property
+    def name(self) -> str:
+        return "off" if self.proposer is None else self.proposer.name
+
+    def propose(self, items: list[Item], tokens_left: int, rows_left: int) -> None:
+        """Give items proposals, within what is left of the step; their tables make room for them."""
+        self._spent = 0.0
+        proposer = self.proposer
+        if proposer is None or (self._gated and self.gate.resting()):
+            return
+        wanted = []
+        for item in items:
+            s = item.sequence
+            if item.choose and item.count == 1 and s.request.speculate and s.answer:
+                most = min(_room(s), proposer.ready(s))
+                if most > 0:
+                    wanted.append((item, most))
+        if not wanted:
+            return
+        length = self._length(proposer, wanted, items, min(tokens_left, rows_left))
+        if length > 0:
+            self._ask(proposer, [(item, min(length, most)) for item, most in wanted])
+
+    def observe(self, items: list[Item], accepted: list[int], seconds: float) -> None:
+        """What became of the step's guesses, and what its forward pass took (seconds)."""
+        if self.proposer is None:
+            return
+        decoding = [(item, n) for item, n in zip(items, accepted, strict=True) if item.choose]
+        if any(item.guesses for item, _ in decoding):
+            plain = self._pace.predict(sum(item.count for item in items))
+            results = [(item.sequence.record, item.guesses, n) for item, n in decoding]
+            self.gate.note(results, seconds + self._spent, plain)
+        elif len(decoding) == len(items):
+            self.gate.note_plain(seconds)
+        for item, n in zip(items, accepted, strict=True):
+            self.proposer.settle(item.sequence, item.proposal, n)
+
+    @property
+    def memory_bytes(self) -> int:
+        return 0 if self.proposer is None else self.proposer.memory_bytes
+
+    def copy_page(self, source: int, target: int) -> None:
+        if self.proposer is not None:
+            self.proposer.copy_page(source, target)
+
+    def close(self) -> None:
+        if self.proposer is not None:
+            self.proposer.close()
+
+    def _length(
+        self, proposer: Proposer, wanted: list[tuple[Item, int]], items: list[Item], budget: int
+    ) -> int:
+        """Guesses for each sequence that wants some."""
+        count = len(wanted)
+        most = min(max(most for _, most in wanted), budget // count)
+        lengths = [n for n in proposer.lengths if n <= most]
+        if not lengths:
+            return 0
+        if not self._gated:
+            return lengths[-1]
+        sequences = [item.sequence for item, _ in wanted]
+        base = sum(item.count for item in items)
+        usual = self.gate.usual.chance(0.5)
+        others = sum(item.choose for item in items) - count
+        plain = Offer(0, count + others, self._pace.predict(base))
+        offers, trial = [], None
+        for n in lengths:
+            tokens = others + sum(proposer.tokens(s, n, usual) for s in sequences)
+            each, once = proposer.cost(sequences, n)
+            time = self._pace.predict(base + count * n) + each
+            brought = tokens / max(1, count + others)
+            rounds = max(1.0, min(_REWARD, max(s.left for s in sequences)) / brought)
+            offers.append(Offer(n, tokens, time + once / rounds))
+            if trial is None or n <= PROBE:
+                trial = Offer(n, tokens, time + once)
+        return self.gate.choose(plain, offers, trial)
+
+    def _ask(self, proposer: Proposer, asks: list[tuple[Item, int]]) -> None:
+        begin = self._clock()
+        for item, n in asks:
+            table = item.sequence.pages
+            assert table is not None  # it runs
+            table.extend(n)
+        try:
+            proposals = proposer.propose([(item.sequence, n) for item, n in asks])
+        except NumericError:  # a draft model's trouble is not the request's
+            self.failures += 1
+            self.gate.note_failure()
+            proposals = [None] * len(asks)
+        for (item, _), proposal in zip(asks, proposals, strict=True):
+            if proposal is not None and proposal.tokens:
+                item.proposal = proposal
+            table = item.sequence.pages
+            assert table is not None
+            table.trim(item.start + item.rows)
+        self._spent = self._clock() - begin
+
+
+def _room(sequence: Sequence) -> int:
+    """Guesses whose tokens the answer and the pages have room for."""
+    table = sequence.pages
+    assert table is not None
+    return min(sequence.left - 1, table.room - len(sequence.tokens))
