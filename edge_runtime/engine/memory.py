@@ -64,8 +64,6 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         for op in program.ops
         if isinstance(op, Attention)
     )
-    last = program.ops[-1]
-    hidden = program.buffers[last.x] if isinstance(last, Logits) else 0
     tokens = max(step.tokens, step.logits)
     regions = {
         "codes": tokens * padded,
@@ -73,7 +71,7 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         "sums": tokens * (padded // SMALLEST_GROUP) * 4,
         "attention": threads * max(attention, default=0) * 4,
         "angles": step.tokens * 2 * sum(angle_tables(program).values()) * 4,
-        "rows": step.logits * hidden * 4,
+        "rows": step.logits * program.hidden_width * 4,
         "logits": step.logits * program.vocab_size * 4,
     }
     return {name: -(-n // ALIGN) * ALIGN for name, n in regions.items()}

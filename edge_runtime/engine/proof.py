@@ -108,12 +108,11 @@ def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
         ("step.sequences", step.sequences, MAX_STEP),
         ("step.tokens", step.tokens, MAX_STEP),
         ("step.logits", step.logits, MAX_STEP),
-        ("kv.pages", kv.pages, MAX_DIM),
     ):
-        if not 1 <= value <= most:
-            raise BadEngineFile(f"{what} is {value}, expected 1 to {most}")
+        _bounded(value, what, least=1, most=most)
+    _bounded(kv.pages, "kv.pages", least=1 if program.cache else 0, most=MAX_DIM)
     cache = kv_cache.cache_nbytes(program, kv)  # checks page_tokens and the formats' names
-    if kv.pages * kv.page_tokens < step.context:
+    if program.cache and kv.pages * kv.page_tokens < step.context:
         raise BadEngineFile(
             f"{kv.pages} pages of {kv.page_tokens} tokens cannot hold a context of {step.context}"
         )
@@ -157,9 +156,9 @@ def _check_quality(manifest: Manifest) -> None:
         _bounded(manifest.quality.bytes, "quality.bytes")
 
 
-def _bounded(value: int, what: str, least: int = 0) -> None:
-    if not least <= value <= MAX_BYTES:
-        raise BadEngineFile(f"{what} is {value}, expected {least} to {MAX_BYTES}")
+def _bounded(value: int, what: str, least: int = 0, most: int = MAX_BYTES) -> None:
+    if not least <= value <= most:
+        raise BadEngineFile(f"{what} is {value}, expected {least} to {most}")
 
 
 def _hint(word: str, valid: Collection[str]) -> str:
