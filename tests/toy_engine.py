@@ -31,6 +31,7 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Input,
     KvAppend,
     Linear,
     Logits,
@@ -99,6 +100,28 @@ def toy_program(*, layers: int = 2, width: int = 32, vocab: int = 64, context: i
     )
 
 
+def toy_head(*, width: int = 32, vocab: int = 64, context: int = 64) -> Program:
+    """A Medusa head on a toy program of that width."""
+    return Program(
+        ops=(
+            Input(out="h"),
+            Linear(x="h", out="u", weight="proj", bias="proj_bias"),
+            Activation(x="u", out="u", kind="silu"),
+            Add(a="h", b="u", out="h"),
+            Logits(x="h", weight="head"),
+        ),
+        tensors={
+            "proj": TensorSpec(width, width, "matrix"),
+            "proj_bias": TensorSpec(1, width, "vector"),
+            "head": TensorSpec(vocab, width, "head"),
+        },
+        buffers={"h": width, "u": width},
+        cache=(),
+        vocab_size=vocab,
+        max_context=context,
+    )
+
+
 def toy_origins(program: Program) -> dict[str, Origin]:
     """Names as a Llama checkpoint has them, gate and up fused into one tensor as Phi-3 does."""
     origins = {"head": Origin(key="lm_head", row=0)}
@@ -130,7 +153,7 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         tensors[name] = TensorPlan(
             chosen, "rows" if spec.role in ("vector", "embedding") else packing.cpu_packing(chosen)
         )
-    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8)
+    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8 if program.cache else 0)
     weights = sum(
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from edge_runtime.engine import kv as kv_cache
-from edge_runtime.engine import ops, packing
+from edge_runtime.engine import packing
 from edge_runtime.engine.adapter import MAX_RANK
 from edge_runtime.engine.formats import abi_hash
 from edge_runtime.engine.header import padded
@@ -214,23 +214,23 @@ def _check_companions(parts: Mapping[str, PartEntry]) -> None:
 
 def _check_companion(name: str, part: PartEntry, target: PartEntry) -> None:
     program, kv, step = part.program, part.plan.kv, part.plan.step
-    for what, value, wanted in (
+    pairs = [
         ("vocab_size", program.vocab_size, target.program.vocab_size),
-        ("kv.pages", kv.pages, target.plan.kv.pages),
-        ("kv.page_tokens", kv.page_tokens, target.plan.kv.page_tokens),
         ("step.context", step.context, target.plan.step.context),
         ("step.sequences", step.sequences, target.plan.step.sequences),
-    ):
+    ]
+    if name == DRAFT:
+        pairs += [
+            ("kv.pages", kv.pages, target.plan.kv.pages),
+            ("kv.page_tokens", kv.page_tokens, target.plan.kv.page_tokens),
+        ]
+    elif program.input_width is None or program.cache:
+        raise BadEngineFile("a Medusa head begins with an input op and has no KV cache")
+    else:
+        pairs.append(("the input's width", program.input_width, target.program.hidden_width))
+    for what, value, wanted in pairs:
         if value != wanted:
             raise BadEngineFile(f"{what} is {value}, the language part has {wanted}")
-    if name == DRAFT:
-        return
-    first, last = program.ops[0], target.program.ops[-1]
-    if ops.reads(first) or ops.weights(first) or program.cache:
-        raise BadEngineFile("a Medusa head begins with an input op and has no KV cache")
-    have, wanted = program.buffers[ops.writes(first)[0]], target.program.buffers[ops.reads(last)[0]]
-    if have != wanted:
-        raise BadEngineFile(f"its input is {have} wide, the language part's last hidden row {wanted}")
 
 
 def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:

@@ -13,6 +13,7 @@ from toy_engine import (
     BLOBS,
     SCALE,
     toy_adapter,
+    toy_head,
     toy_manifest,
     toy_origins,
     toy_plan,
@@ -22,7 +23,7 @@ from toy_engine import (
 )
 
 from edge_runtime.engine.file import read_engine
-from edge_runtime.engine.manifest import Manifest, PartEntry
+from edge_runtime.engine.manifest import Manifest, PartEntry, medusa_parts
 from edge_runtime.engine.proof import check_manifest
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BadEngineFile
@@ -52,16 +53,21 @@ def test_adapters_are_views_of_the_file(tmp_path: Path) -> None:
 
 
 def companions() -> tuple[Manifest, dict[str, np.ndarray]]:
-    """A target with a draft beside it."""
+    """A target with a draft and two Medusa heads beside it."""
+    programs = {
+        "language": toy_program(),
+        "draft": toy_program(layers=1, width=16),
+        "medusa-1": toy_head(),
+        "medusa-2": toy_head(),
+    }
     parts, planes = {}, {}
-    for name, layers, width in (("language", 2, 32), ("draft", 1, 16)):
-        program = toy_program(layers=layers, width=width)
+    for name, program in programs.items():
         parts[name] = PartEntry(program=program, plan=toy_plan(program))
         planes |= {f"{name}/{plane}": array for plane, array in toy_planes(program, parts[name].plan).items()}
-    language = parts["language"]
-    memory = msgspec.structs.replace(language.plan.memory, draft=parts["draft"].plan.memory.need)
-    plan = msgspec.structs.replace(language.plan, memory=memory)
-    parts["language"] = msgspec.structs.replace(language, plan=plan)
+    plan = parts["language"].plan
+    beside = sum(parts[name].plan.memory.need for name in programs if name != "language")
+    plan = msgspec.structs.replace(plan, memory=msgspec.structs.replace(plan.memory, draft=beside))
+    parts["language"] = msgspec.structs.replace(parts["language"], plan=plan)
     return toy_manifest(parts), planes | {f"blob/{n}": np.frombuffer(b, np.uint8) for n, b in BLOBS.items()}
 
 
@@ -72,21 +78,26 @@ def write_parts(path: Path, manifest: Manifest, planes: dict[str, np.ndarray]) -
         return writer.finish(manifest)
 
 
-def test_a_draft_goes_in_and_comes_out(tmp_path: Path) -> None:
+def test_draft_and_heads_go_in_and_come_out(tmp_path: Path) -> None:
     manifest, planes = companions()
     write_parts(tmp_path / "m.edge", manifest, planes)
     with read_engine(tmp_path / "m.edge") as engine:
-        assert list(engine.manifest.parts) == ["language", "draft"]
-        for name in ("language", "draft"):
-            part = engine.part(name)
-            for tensor, packed in part.weights.items():
+        assert list(engine.manifest.parts) == ["language", "draft", "medusa-1", "medusa-2"]
+        assert medusa_parts(engine.manifest.parts) == ["medusa-1", "medusa-2"]
+        for name in engine.manifest.parts:
+            for tensor, packed in engine.part(name).weights.items():
                 for plane, array in packed.planes.items():
                     assert array.tobytes() == planes[f"{name}/{tensor}#{plane}"].tobytes()
 
 
+def test_ten_heads_are_in_the_order_of_their_numbers() -> None:
+    names = [f"medusa-{k}" for k in range(1, 12)]
+    assert medusa_parts(sorted(names)) == names
+
+
 def change_draft(text: str, old: str, new: str) -> str:
-    """Replace the last occurrence before the fingerprint: in the draft, which comes second."""
-    end = text.index('"adapters":{}')
+    """Replace the last occurrence before the first head: in the draft."""
+    end = text.index('"medusa-1":')
     at = text.rindex(old, 0, end)
     return text[:at] + new + text[at + len(old) :]
 
@@ -128,8 +139,13 @@ def test_companions_need_their_target_and_its_vocabulary(tmp_path: Path) -> None
     program = toy_program(layers=1, width=16, vocab=65)
     other = PartEntry(program=program, plan=toy_plan(program))
     refused(manifest.parts | {"draft": other}, "part 'draft': vocab_size is 65, the language part has 64")
-    refused(
-        manifest.parts | {"medusa-1": draft, "medusa-3": draft},
-        "the Medusa heads are medusa-1, medusa-3…, expected medusa-1, medusa-2",
-    )
+    gap = {n: p for n, p in manifest.parts.items() if n != "medusa-1"}
+    refused(gap, "the Medusa heads are medusa-2…, expected medusa-1, medusa-2 and so on")
     refused(manifest.parts | {"medusa-1": draft}, "part 'medusa-1': a Medusa head begins with an input op")
+    narrow = toy_head(width=16)
+    head = PartEntry(program=narrow, plan=toy_plan(narrow))
+    refused(
+        manifest.parts | {"medusa-2": head}, "part 'medusa-2': the input's width is 16, the language part"
+    )
+    many = {f"medusa-{k}": manifest.parts["medusa-1"] for k in range(1, 18)}
+    refused({"language": manifest.parts["language"], **many}, "to at most medusa-16")
