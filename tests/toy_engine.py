@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.engine import packing
+from edge_runtime.engine.adapter import Adapter, LowRank
 from edge_runtime.engine.formats import abi_hash, get_format
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.manifest import (
     SCHEMA,
+    AdapterEntry,
+    AdapterTarget,
     Fingerprint,
     KnownAnswer,
     Manifest,
+    Origin,
     PartEntry,
     Provenance,
     Quality,
@@ -27,6 +31,7 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Input,
     KvAppend,
     Linear,
     Logits,
@@ -37,6 +42,8 @@ from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepS
 from edge_runtime.engine.program import CacheSlot, Program, TensorSpec
 from edge_runtime.engine.writer import EngineWriter, OsCalls
 
+ADAPTER, RANK, SCALE = "tidy", 4, 0.5
+ADAPTED = ("layers.0.q", "layers.0.gate", "layers.1.down")
 BLOBS = {"tokenizer.json": b'{"version":"1.0"}', "chat_template": b"{{ messages }}"}
 
 
@@ -93,7 +100,52 @@ def toy_program(*, layers: int = 2, width: int = 32, vocab: int = 64, context: i
     )
 
 
-def toy_plan(program: Program, fmt: str = "int4_g32") -> Plan:
+def toy_head(*, width: int = 32, vocab: int = 64, context: int = 64) -> Program:
+    """A Medusa head on a toy program of that width."""
+    return Program(
+        ops=(
+            Input(out="h"),
+            Linear(x="h", out="u", weight="proj", bias="proj_bias"),
+            Activation(x="u", out="u", kind="silu"),
+            Add(a="h", b="u", out="h"),
+            Logits(x="h", weight="head"),
+        ),
+        tensors={
+            "proj": TensorSpec(width, width, "matrix"),
+            "proj_bias": TensorSpec(1, width, "vector"),
+            "head": TensorSpec(vocab, width, "head"),
+        },
+        buffers={"h": width, "u": width},
+        cache=(),
+        vocab_size=vocab,
+        max_context=context,
+    )
+
+
+def toy_origins(program: Program) -> dict[str, Origin]:
+    """Names as a Llama checkpoint has them, gate and up fused into one tensor as Phi-3 does."""
+    origins = {"head": Origin(key="lm_head", row=0)}
+    modules = {side: f"self_attn.{side}_proj" for side in "qkvo"} | {"down": "mlp.down_proj"}
+    for name, spec in program.tensors.items():
+        if spec.role == "matrix":
+            layer, side = name.removeprefix("layers.").split(".")
+            module = modules.get(side, "mlp.gate_up_proj")
+            origins[name] = Origin(key=f"model.layers.{layer}.{module}", row=spec.rows * (side == "up"))
+    return origins
+
+
+def toy_adapter(program: Program, seed: int = 3) -> Adapter:
+    """A random update of those tensors of `ADAPTED` that the program has."""
+    rng = np.random.default_rng(seed)
+
+    def values(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.1, shape).astype(np.float16)
+
+    specs = {name: program.tensors[name] for name in ADAPTED if name in program.tensors}
+    return {n: LowRank(values(RANK, s.cols), values(s.rows, RANK), SCALE) for n, s in specs.items()}
+
+
+def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> Plan:
     """Matrices in `fmt`, embedding and head in int8_row, all packed for the cpu backend."""
     tensors = {}
     for name, spec in program.tensors.items():
@@ -101,7 +153,7 @@ def toy_plan(program: Program, fmt: str = "int4_g32") -> Plan:
         tensors[name] = TensorPlan(
             chosen, "rows" if spec.role in ("vector", "embedding") else packing.cpu_packing(chosen)
         )
-    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8)
+    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8 if program.cache else 0)
     weights = sum(
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()
@@ -117,6 +169,9 @@ def toy_plan(program: Program, fmt: str = "int4_g32") -> Plan:
             kv=cache_nbytes(program, kv),
             buffers=1 << 16,
             draft=0,
+            adapters=sum(-(-x.nbytes // 64) * 64 for u in toy_adapter(program).values() for x in (u.a, u.b))
+            if adapter
+            else 0,
             device_code=0,
             context=0,
             reserve=1 << 20,
@@ -144,11 +199,14 @@ def toy_planes(program: Program, plan: Plan, seed: int = 1) -> dict[str, np.ndar
     return planes
 
 
-def toy_manifest(parts: dict[str, PartEntry], name: str = "toy") -> Manifest:
+def toy_manifest(
+    parts: dict[str, PartEntry], name: str = "toy", adapters: dict[str, AdapterEntry] | None = None
+) -> Manifest:
     return Manifest(
         schema=SCHEMA,
         name=name,
         parts=parts,
+        adapters=adapters or {},
         fingerprint=Fingerprint(
             profile="cpu", backend="cpu", compute_capability=None, abi=f"{abi_hash():016x}"
         ),
@@ -183,10 +241,16 @@ def toy_manifest(parts: dict[str, PartEntry], name: str = "toy") -> Manifest:
 def toy_parts(fmt: str, seed: int, layers: int) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Manifest and planes (by name in the file) of the engine that `write_toy` writes."""
     program = toy_program(layers=layers)
-    plan = toy_plan(program, fmt)
+    plan = toy_plan(program, fmt, adapter=True)
     planes = {f"language/{plane}": array for plane, array in toy_planes(program, plan, seed).items()}
+    adapter = toy_adapter(program)
+    for name, update in adapter.items():
+        planes |= {f"adapter.{ADAPTER}/{name}.a#w": update.a, f"adapter.{ADAPTER}/{name}.b#w": update.b}
     planes |= {f"blob/{blob}": np.frombuffer(data, np.uint8) for blob, data in BLOBS.items()}
-    return toy_manifest({"language": PartEntry(program=program, plan=plan)}), planes
+    targets = {name: AdapterTarget(rank=update.rank, scale=update.scale) for name, update in adapter.items()}
+    entry = PartEntry(program=program, plan=plan, origins=toy_origins(program))
+    adapters = {ADAPTER: AdapterEntry(part="language", targets=targets)}
+    return toy_manifest({"language": entry}, adapters=adapters), planes
 
 
 def write_toy(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from edge_runtime.backends.batch import check_move, check_page
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.kv import cache_arrays, kv_format
 from edge_runtime.engine.plan import KvPlan
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import BadRequest, NumericError, ValueOutOfRange
+from edge_runtime.errors import NumericError, ValueOutOfRange
 
 
 class KvArena:
@@ -34,26 +35,42 @@ class KvArena:
         for name, array in self._arrays[layer, which].items():
             array[pages, :, slots] = planes[name].reshape(tokens, heads, -1)
 
-    def read(self, layer: int, which: str, pages: Array, head_dim: int) -> Array:
-        """All rows of those pages in order, f32 (len(pages) * page_tokens, kv_heads, head_dim)."""
+    def read(self, layer: int, which: str, table: Array, places: Array, head_dim: int) -> Array:
+        """Rows at `places` of the sequence with that page table, f32 (len(places), kv_heads, head_dim).
+
+        Whole pages are decoded, because some formats share scales among the tokens of a page.
+        """
+        size = self._kv.page_tokens
+        pages, at = np.unique(table[places // size], return_inverse=True)
         planes: dict[str, Array] = {}
         for name, array in self._arrays[layer, which].items():
             # (pages, kv_heads, page_tokens, items) -> one row for each (token, head)
             by_token = array[pages].transpose(0, 2, 1, 3)
             planes[name] = np.ascontiguousarray(by_token).reshape(-1, array.shape[3])
         heads = array.shape[1]
-        count = len(pages) * self._kv.page_tokens
-        rows = self._formats[which].decode(planes, count * heads, head_dim)
-        return rows.reshape(count, heads, head_dim)
+        rows = self._formats[which].decode(planes, len(pages) * size * heads, head_dim)
+        found: Array = rows.reshape(-1, heads, head_dim)[at.reshape(-1) * size + places % size]
+        return found
 
     def copy_page(self, source: int, target: int) -> None:
         for page in (source, target):
-            if not 0 <= page < self._kv.pages:
-                raise BadRequest(f"page {page} does not exist, the cache has {self._kv.pages}")
-        for planes in self._arrays.values():
-            for array in planes.values():
-                array[target] = array[source]
+            check_page(page, self._kv)
+        for array in self.arrays:
+            array[target] = array[source]
+
+    def move(self, pages: Array, sources: Array, targets: Array) -> None:
+        """Copy rows of one sequence from places to places, see `Executor.move`."""
+        check_move(pages, sources, targets, self._kv)
+        size = self._kv.page_tokens
+        for array in self.arrays:
+            moved = array[pages[sources // size], :, sources % size]
+            array[pages[targets // size], :, targets % size] = moved
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All arrays in arena order (layer, k then v, plane order)."""
+        return [array for planes in self._arrays.values() for array in planes.values()]
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for planes in self._arrays.values() for a in planes.values())
+        return sum(a.nbytes for a in self.arrays)

@@ -11,31 +11,30 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from edge_runtime.backends import numpy_ops
-from edge_runtime.backends.batch import check_batch
+from edge_runtime.backends import numpy_ops, page_bytes
+from edge_runtime.backends.batch import check_batch, places_seen, straight_below
 from edge_runtime.backends.numpy_cache import KvArena
-from edge_runtime.backends.protocol import PackedTensor, Part, StepBatch, Support
-from edge_runtime.engine.formats import FORMATS, Array, get_format
+from edge_runtime.backends.numpy_weights import DecodedWeights
+from edge_runtime.backends.protocol import Part, StepBatch, Support
+from edge_runtime.engine.formats import FORMATS, Array
 from edge_runtime.engine.ops import (
     Activation,
     Add,
     AnyOp,
     Attention,
     Embed,
+    Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
 )
-from edge_runtime.engine.packing import unpack
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported, nearest
+from edge_runtime.errors import BackendUnavailable, NumericError, Unsupported, nearest
 
 Provider = Callable[[str], Array]
-PANEL = 16  # rows that the n16 and n16k4 packings keep together
-KEEP_BYTES = 1 << 30  # decoded weights that a loaded engine keeps; the rest is decoded at each use
 
 
 @runtime_checkable
@@ -59,25 +58,34 @@ class ReferenceExecutor:
         self._step = step
         self._arena: KvArena | None = KvArena(program, kv)
         self._buffers: dict[str, Array] = {}
+        self._hidden = np.empty((0, program.hidden_width), np.float32)
 
     def forward(self, batch: StepBatch) -> Array:
         """Logits f32 (L, vocab) of `batch.logit_rows`. Raises BadRequest, or NumericError on NaN/Inf."""
-        hidden = self.run_hidden(batch)
-        return self.logits(hidden[batch.logit_rows])
+        self._hidden = self._hidden[:0]
+        hidden = self.run_hidden(batch)[batch.logit_rows]
+        logits = self.logits(hidden)
+        self._hidden = hidden
+        return logits
+
+    @property
+    def hidden(self) -> Array:
+        """Inputs of the logits op f32 (L, width) of the last `forward`; no rows when there was none."""
+        self._open()
+        return self._hidden
 
     def run_hidden(self, batch: StepBatch) -> Array:
         """Run the step and give the logits op's input for ALL its tokens, f32 (T, hidden).
 
         With `logits`, an evaluation takes the logits of a long text in pieces that fit into memory.
         """
-        if self._arena is None:
-            raise BackendUnavailable("this executor is closed")
+        arena = self._open()
         check_batch(batch, self._program, self._kv, self._step)
         self._buffers = {}
         # Overflow is found by the finite checks below, not by a warning
         with np.errstate(over="ignore", invalid="ignore"):
             for op in self._program.ops[:-1]:
-                self._run(op, batch, self._arena)
+                self._run(op, batch, arena)
         hidden = self._buffers[self._head.x]
         self._buffers = {}
         _finite(hidden, "the final hidden state")
@@ -97,9 +105,25 @@ class ReferenceExecutor:
         return np.asarray(out, np.float32)
 
     def copy_page(self, source: int, target: int) -> None:
-        if self._arena is None:
-            raise BackendUnavailable("this executor is closed")
-        self._arena.copy_page(source, target)
+        """Copy one KV page in every layer. Raises BadRequest on a page that does not exist."""
+        self._open().copy_page(source, target)
+
+    def move(self, pages: Array, sources: Array, targets: Array) -> None:
+        """Copy keys and values from places to places of one sequence. Raises BadRequest."""
+        self._open().move(pages, sources, targets)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one KV page in all layers."""
+        return page_bytes.page_nbytes(self._open().arrays)
+
+    def read_page(self, page: int) -> Array:
+        """The bytes of a page, u8 (page_nbytes,), a copy, in the order that the cpu backend has too."""
+        return page_bytes.read_page(self._open().arrays, page, self._kv)
+
+    def write_page(self, page: int, data: Array) -> None:
+        """What `read_page` of this or the cpu backend gave. Raises BadRequest on a wrong page or size."""
+        page_bytes.write_page(self._open().arrays, page, data, self._kv)
 
     @property
     def memory_bytes(self) -> int:
@@ -110,6 +134,11 @@ class ReferenceExecutor:
     def close(self) -> None:
         self._arena = None
         self._provider = _closed
+
+    def _open(self) -> KvArena:
+        if self._arena is None:
+            raise BackendUnavailable("this executor is closed")
+        return self._arena
 
     @property
     def _head(self) -> Logits:
@@ -126,6 +155,10 @@ class ReferenceExecutor:
                 else:
                     rows = weight(op.weight)[batch.tokens]
                 b[op.out] = rows * np.float32(op.scale)
+            case Input():
+                assert batch.inputs is not None  # check_batch proved it
+                _finite(batch.inputs, "the step's inputs")
+                b[op.out] = batch.inputs
             case Norm():
                 shift = None if op.bias is None else weight(op.bias)[0]
                 b[op.out] = numpy_ops.norm(b[op.x], weight(op.weight)[0], shift, op.eps, op.kind, op.group)
@@ -140,8 +173,9 @@ class ReferenceExecutor:
                 b[op.x] = numpy_ops.rope(b[op.x], batch.positions, table, op.head_dim, op.scale)
             case KvAppend():
                 slot = self._program.cache[op.layer]
-                pages = batch.page_tables[batch.sequence, batch.positions // self._kv.page_tokens]
-                slots = batch.positions % self._kv.page_tokens
+                places = batch.positions if batch.places is None else batch.places
+                pages = batch.page_tables[batch.sequence, places // self._kv.page_tokens]
+                slots = places % self._kv.page_tokens
                 for which, name in (("k", op.k), ("v", op.v)):
                     rows = b[name].reshape(-1, slot.kv_heads, slot.head_dim)
                     arena.append(op.layer, which, rows, pages, slots)
@@ -158,80 +192,29 @@ class ReferenceExecutor:
     def _attention(self, op: Attention, batch: StepBatch, arena: KvArena) -> Array:
         q = self._buffers[op.q].reshape(-1, op.heads, op.head_dim)
         out = np.empty((len(q), op.heads * op.head_dim), np.float32)
-        size = self._kv.page_tokens
-        for s in np.unique(batch.sequence):
-            mine = np.flatnonzero(batch.sequence == s)
+        straight = batch.positions < straight_below(batch)
+        # Tokens whose keys lie at their positions attend together by sequence, the others one by one
+        groups = [np.flatnonzero(straight & (batch.sequence == s)) for s in np.unique(batch.sequence)]
+        groups += [np.array([t]) for t in np.flatnonzero(~straight)]
+        for mine in groups:
+            if len(mine) == 0:
+                continue
             positions = batch.positions[mine]
-            # Keys that any of these tokens can see: the window's start (whole pages) to the last position
+            # Keys that any of these tokens can see: the window's start to the last position
             first = 0 if op.window is None else max(int(positions.min()) - op.window + 1, 0)
-            first_page, end = first // size, int(positions.max()) + 1
-            pages = batch.page_tables[s, first_page : -(-end // size)]
-            if (pages < 0).any():
-                hole = (first_page + int(np.argmax(pages < 0))) * size
-                raise BadRequest(f"sequence {s} has no page for position {hole}, which its tokens attend to")
-            used = end - first_page * size
-            keys = arena.read(op.layer, "k", pages, op.head_dim)[:used]
-            values = arena.read(op.layer, "v", pages, op.head_dim)[:used]
+            seen = places_seen(batch, int(mine[np.argmax(positions)]), first)
+            table = batch.page_tables[batch.sequence[mine[0]]]
             out[mine] = numpy_ops.attention(
                 q[mine],
-                keys,
-                values,
+                arena.read(op.layer, "k", table, seen, op.head_dim),
+                arena.read(op.layer, "v", table, seen, op.head_dim),
                 positions,
-                first_page * size,
+                first,
                 scale=op.scale,
                 window=op.window,
                 softcap=op.softcap,
             )
         return out
-
-
-class DecodedWeights:
-    """Weights of an engine as f32: kept decoded up to `keep` bytes, in program order; decoded anew beyond."""
-
-    def __init__(self, weights: Mapping[str, PackedTensor], keep: int = KEEP_BYTES) -> None:
-        self._weights = weights
-        self._kept: dict[str, Array] = {}
-        for name, tensor in weights.items():
-            size = tensor.rows * tensor.cols * 4
-            if size <= keep:
-                self._kept[name] = decode(tensor)
-                keep -= size
-
-    def __call__(self, name: str) -> Array:
-        return self._kept[name] if name in self._kept else decode(self._weights[name])
-
-    def rows(self, name: str, ids: Array) -> Array:
-        return self._kept[name][ids] if name in self._kept else decode_rows(self._weights[name], ids)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self._kept.values())
-
-
-def decode(tensor: PackedTensor) -> Array:
-    """A stored tensor as f32 (rows, cols)."""
-    planes = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)
-    return get_format(tensor.format).decode(planes, tensor.rows, tensor.cols)
-
-
-def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
-    """Rows `ids` of a stored tensor, f32 (len(ids), cols), without decoding the others."""
-    fmt = get_format(tensor.format)
-    height = 1 if tensor.packing == "rows" else PANEL
-    panels = -(-tensor.rows // height)
-    wanted, place = np.unique(ids // height, return_inverse=True)
-    part = {
-        p.name: tensor.planes[p.name]
-        if p.per == "tensor"
-        else np.asarray(tensor.planes[p.name]).reshape(panels, -1)[wanted].reshape(-1)
-        for p in fmt.planes
-    }
-    count = len(wanted) * height
-    values: Array = fmt.decode(
-        unpack(tensor.format, tensor.packing, part, count, tensor.cols), count, tensor.cols
-    )
-    out: Array = values[place.reshape(-1) * height + ids % height]
-    return out
 
 
 def _finite(values: Array, what: str) -> None:

@@ -13,7 +13,8 @@ import msgspec
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, run_command, size, table
 from edge_runtime.engine import packing
 from edge_runtime.engine.file import Engine, read_engine
-from edge_runtime.engine.manifest import Manifest, PartEntry
+from edge_runtime.engine.manifest import AdapterEntry, Manifest, PartEntry
+from edge_runtime.engine.memory import adapter_nbytes
 from edge_runtime.engine.plan import MemoryPlan
 from edge_runtime.errors import BadConfig
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> Answer:
     sections = [
         _head_text(data),
         _parts_text(data),
+        *([_adapters_text(data)] if data["adapters"] else []),
         *(_plan_text(name, part) for name, part in manifest.parts.items()),
         _quality_text(manifest),
         _provenance_text(manifest),
@@ -74,6 +76,10 @@ def describe(engine: Engine, *, verified: bool, tensors: bool = False) -> dict[s
         "verified": verified,
         "fingerprint": msgspec.to_builtins(manifest.fingerprint),
         "parts": {name: _part(part) for name, part in manifest.parts.items()},
+        "adapters": {
+            name: _adapter(adapter, manifest.parts[adapter.part])
+            for name, adapter in manifest.adapters.items()
+        },
         "vocabulary": msgspec.to_builtins(manifest.vocabulary),
         "blobs": dict(manifest.blobs),
         "device_code": [],  # no backend of this version compiles code into an engine
@@ -112,6 +118,17 @@ def _part(part: PartEntry) -> dict[str, Any]:
             },
             "predicted": msgspec.to_builtins(plan.predicted),
         },
+    }
+
+
+def _adapter(adapter: AdapterEntry, part: PartEntry) -> dict[str, Any]:
+    ranks = {name: target.rank for name, target in adapter.targets.items()}
+    return {
+        "part": adapter.part,
+        "tensors": len(ranks),
+        "ranks": sorted(set(ranks.values())),
+        "bytes": adapter_nbytes(part.program, ranks),
+        "targets": msgspec.to_builtins(adapter.targets),
     }
 
 
@@ -167,6 +184,14 @@ def _parts_text(data: dict[str, Any]) -> str:
     return table(rows, head, right=(1, 2, 3, 4, 5))
 
 
+def _adapters_text(data: dict[str, Any]) -> str:
+    rows = [
+        (name, a["part"], a["tensors"], ", ".join(map(str, a["ranks"])), size(a["bytes"]))
+        for name, a in data["adapters"].items()
+    ]
+    return table(rows, ("adapter", "part", "tensors", "rank", "bytes"), right=(2, 4))
+
+
 def _plan_text(name: str, part: PartEntry) -> str:
     plan, step, kv = part.plan, part.plan.step, part.plan.kv
     text = table(
@@ -194,6 +219,7 @@ def memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
             ("KV cache", memory.kv),
             ("buffers", memory.buffers),
             ("draft", memory.draft),
+            ("adapters", memory.adapters),
             ("device code", memory.device_code),
             ("device context", memory.context),
         )

@@ -23,6 +23,7 @@ import numpy as np
 
 from edge_runtime.engine import header as layout
 from edge_runtime.engine import packing
+from edge_runtime.engine.adapter import Adapter, LowRank
 from edge_runtime.engine.header import (
     BETWEEN,
     DIGEST_AT,
@@ -33,11 +34,11 @@ from edge_runtime.engine.header import (
     PAGE,
     padded,
 )
-from edge_runtime.engine.manifest import SCHEMA, Manifest
+from edge_runtime.engine.manifest import SCHEMA, Manifest, Origin
 from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
-from edge_runtime.engine.proof import BLOB, check_manifest, plane_name
+from edge_runtime.engine.proof import BLOB, adapter_plane, check_manifest, plane_name
 from edge_runtime.errors import BadEngineFile, nearest
 
 HASH_THREADS = 2  # one core cannot hash as fast as an NVMe drive reads
@@ -50,10 +51,14 @@ _PIECE = 64 * 1024  # bytes of header looked at in one go
 
 @dataclass(frozen=True, slots=True)
 class EnginePart:
-    """One model of an engine: its program, the plan made for it, and its weights as views of the map."""
+    """One model of an engine: its program, the plan made for it, and its weights as views of the map.
+
+    origins: tensor -> where it was in the checkpoint, for adapters that are loaded at run time.
+    """
 
     program: Program
     plan: Plan
+    origins: Mapping[str, Origin]
     weights: Mapping[str, PackedTensor]
 
 
@@ -89,7 +94,23 @@ class Engine:
                 for plane, (count, dtype) in items.items()
             }
             weights[tensor] = PackedTensor(spec.rows, spec.cols, chosen.format, chosen.packing, planes)
-        return EnginePart(entry.program, entry.plan, weights)
+        return EnginePart(entry.program, entry.plan, entry.origins, weights)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter's updates as views of the map, for the part `manifest.adapters[name].part`.
+
+        Raises BadEngineFile naming the nearest adapter when there is none of that name.
+        """
+        if name not in self.manifest.adapters:
+            raise BadEngineFile(f"{self.path}: no adapter {name!r}; {nearest(name, self.manifest.adapters)}")
+        entry = self.manifest.adapters[name]
+        tensors = self.manifest.parts[entry.part].program.tensors
+        found = {}
+        for tensor, target in entry.targets.items():
+            a, b = (np.frombuffer(self._view(adapter_plane(name, tensor, s)), "<f2") for s in ("a", "b"))
+            spec, rank = tensors[tensor], target.rank
+            found[tensor] = LowRank(a.reshape(rank, spec.cols), b.reshape(spec.rows, rank), target.scale)
+        return found
 
     def blob(self, name: str) -> memoryview:
         """Bytes of a blob without padding. Raises BadEngineFile when there is none of that name."""
@@ -264,6 +285,10 @@ def _decode(text: bytearray, header_nbytes: int) -> Manifest:
     if int(schema[1]) > SCHEMA:
         raise BadEngineFile(
             f"made by a newer version (schema {int(schema[1])}, this one reads {SCHEMA}); update edge-runtime"
+        )
+    if int(schema[1]) < SCHEMA:
+        raise BadEngineFile(
+            f"made by an older version (schema {int(schema[1])}, this one reads {SCHEMA}); build it again"
         )
     try:
         return msgspec.json.decode(text, type=Manifest)

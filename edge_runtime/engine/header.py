@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.engine.manifest import Manifest, PartEntry
+from edge_runtime.engine.manifest import AdapterEntry, Manifest, PartEntry
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadEngineFile
@@ -50,16 +50,16 @@ def manifest_json(manifest: Manifest) -> bytes:
     return b"".join(manifest_chunks(manifest))
 
 
-def manifest_chunks(value: Manifest | PartEntry | Program | Plan) -> Iterator[bytes]:
+def manifest_chunks(value: Manifest | PartEntry | AdapterEntry | Program | Plan) -> Iterator[bytes]:
     """The canonical JSON in small pieces, so that a proof against the file's bytes needs no second copy."""
     for i, name in enumerate(value.__struct_fields__):
         yield b'%s"%s":' % (b"," if i else b"{", name.encode())
         field = getattr(value, name)
         if isinstance(field, Program | Plan):
             yield from manifest_chunks(field)
-        elif isinstance(field, dict) and name == "parts":
-            for j, (part, entry) in enumerate(field.items()):
-                yield (b"," if j else b"{") + msgspec.json.encode(part) + b":"
+        elif isinstance(field, dict) and name in ("parts", "adapters"):
+            for j, (key, entry) in enumerate(field.items()):
+                yield (b"," if j else b"{") + msgspec.json.encode(key) + b":"
                 yield from manifest_chunks(entry)
             yield b"}" if field else b"{}"
         elif isinstance(field, dict):

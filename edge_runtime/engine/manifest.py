@@ -1,19 +1,26 @@
 """The manifest of an engine file: JSON in the safetensors metadata key "edge", read strictly.
 
-Plane names are `<part>/<tensor>#<plane>`; blobs are U8 tensors named `blob/<name>`.
+Plane names are `<part>/<tensor>#<plane>`; blobs are U8 tensors named `blob/<name>`. An adapter's planes are
+`adapter.<name>/<tensor>.a#w`, f16 (rank, cols), and `….b#w`, f16 (rows, rank), in C order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, field
 
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
-SCHEMA = 1
+SCHEMA = 2
+# Parts with a meaning of their own; any other name is a model that stands for itself.
+LANGUAGE = "language"  # the target: the model that answers
+DRAFT = "draft"  # a smaller model with the same vocabulary, which proposes tokens to the target
+MEDUSA = "medusa-"  # medusa-1 .. medusa-N: heads on the target's last hidden row
+MAX_HEADS = 16
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
@@ -22,11 +29,42 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pass
 
 
+class Origin(_Strict, frozen=True):
+    """Where a matrix was in its checkpoint: the tensor's name without ".weight", and its first row there.
+
+    Rows above 0 are those of fused projections. A PEFT folder names modules so, and the runtime reads it
+    without knowing any model.
+    """
+
+    key: str
+    row: int
+
+
 class PartEntry(_Strict, frozen=True):
-    """One model of the engine with the plan made for it."""
+    """One model of the engine with the plan made for it; origins of its matrices and head by tensor name."""
 
     program: Program
     plan: Plan
+    origins: dict[str, Origin] = field(default_factory=dict)
+
+
+def medusa_parts(parts: Iterable[str]) -> list[str]:
+    """The Medusa heads among `parts`, in order: head k predicts the token k places after the next."""
+    return sorted((name for name in parts if name.startswith(MEDUSA)), key=lambda n: (len(n), n))
+
+
+class AdapterTarget(_Strict, frozen=True):
+    """The update of one tensor, see `engine.adapter.LowRank`."""
+
+    rank: int
+    scale: float
+
+
+class AdapterEntry(_Strict, frozen=True):
+    """A low-rank adapter (LoRA) for the part of that name: tensor -> update."""
+
+    part: Name
+    targets: dict[str, AdapterTarget]
 
 
 class Fingerprint(_Strict, frozen=True):
@@ -81,10 +119,11 @@ class KnownAnswer(_Strict, frozen=True):
     backend: str
 
 
-class Manifest(_Strict, frozen=True):
+class Manifest(_Strict, frozen=True, kw_only=True):
     schema: int
     name: Name
     parts: dict[Name, PartEntry]
+    adapters: dict[Name, AdapterEntry] = field(default_factory=dict)
     fingerprint: Fingerprint
     vocabulary: Vocabulary
     blobs: dict[Name, int]  # true length in bytes, before padding

@@ -64,8 +64,6 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         for op in program.ops
         if isinstance(op, Attention)
     )
-    last = program.ops[-1]
-    hidden = program.buffers[last.x] if isinstance(last, Logits) else 0
     tokens = max(step.tokens, step.logits)
     regions = {
         "codes": tokens * padded,
@@ -73,7 +71,7 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         "sums": tokens * (padded // SMALLEST_GROUP) * 4,
         "attention": threads * max(attention, default=0) * 4,
         "angles": step.tokens * 2 * sum(angle_tables(program).values()) * 4,
-        "rows": step.logits * hidden * 4,
+        "rows": step.logits * program.hidden_width * 4,
         "logits": step.logits * program.vocab_size * 4,
     }
     return {name: -(-n // ALIGN) * ALIGN for name, n in regions.items()}
@@ -89,6 +87,26 @@ def buffers_nbytes(program: Program, step: StepShape, threads: int) -> int:
     return lay_out(program, step).nbytes + scratch_nbytes(program, step, threads)
 
 
+def part_nbytes(
+    program: Program, tensors: Mapping[str, TensorPlan], kv: KvPlan, step: StepShape, *, threads: int
+) -> int:
+    """Bytes of a part that is loaded beside the language part: weights, KV cache and buffers."""
+    weights = weights_nbytes(program, tensors)
+    return weights + cache_nbytes(program, kv) + buffers_nbytes(program, step, threads)
+
+
+def adapter_planes(rank: int, rows: int, cols: int) -> dict[str, int]:
+    """Bytes of the f16 planes of an update of a (rows, cols) matrix: a (rank, cols) and b (rows, rank)."""
+    return {"a": 2 * rank * cols, "b": 2 * rows * rank}
+
+
+def adapter_nbytes(program: Program, ranks: Mapping[str, int]) -> int:
+    """Bytes of an adapter as stored, each plane rounded up to 64; `ranks`: tensor -> rank of its update."""
+    specs = {name: program.tensors[name] for name in ranks}
+    sizes = (n for name, s in specs.items() for n in adapter_planes(ranks[name], s.rows, s.cols).values())
+    return sum(-(-n // ALIGN) * ALIGN for n in sizes)
+
+
 def memory_plan(
     program: Program,
     tensors: Mapping[str, TensorPlan],
@@ -101,13 +119,16 @@ def memory_plan(
     context: int = 0,
     device_code: int = 0,
     draft: int = 0,
+    adapters: int = 0,
 ) -> MemoryPlan:
-    """Add everything up. `total`, `reserve` and `context` (bytes) come from the profile or the probe."""
+    """Add everything up. `total`, `reserve` and `context` (bytes) come from the profile or the probe; `draft`
+    is the sum of `part_nbytes` of the draft and the Medusa heads, `adapters` that of `adapter_nbytes`."""
     return MemoryPlan(
         weights=weights_nbytes(program, tensors),
         kv=cache_nbytes(program, kv),
         buffers=buffers_nbytes(program, step, threads),
         draft=draft,
+        adapters=adapters,
         device_code=device_code,
         context=context,
         reserve=reserve,
@@ -123,6 +144,7 @@ def check_fits(plan: MemoryPlan, have: int, source: str) -> None:
             "KV cache": plan.kv,
             "buffers": plan.buffers,
             "draft": plan.draft,
+            "adapters": plan.adapters,
             "device code": plan.device_code,
             "device context": plan.context,
         }

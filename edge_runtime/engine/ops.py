@@ -24,6 +24,12 @@ class Embed(Op, frozen=True, kw_only=True, tag="embed"):
     scale: float = 1.0
 
 
+class Input(Op, frozen=True, kw_only=True, tag="input"):
+    """out[t] = the step's input row t, f32. Begins a Program in place of an embedding."""
+
+    out: str
+
+
 class Norm(Op, frozen=True, kw_only=True, tag="norm"):
     """Normalise each run of `group` values (0 = the whole row), then scale by weight and shift by bias.
 
@@ -115,13 +121,13 @@ class Logits(Op, frozen=True, kw_only=True, tag="logits"):
     bias: str | None = None
 
 
-AnyOp = Embed | Norm | Linear | Rope | KvAppend | Attention | Activation | Add | Logits
+AnyOp = Embed | Input | Norm | Linear | Rope | KvAppend | Attention | Activation | Add | Logits
 
 
 def reads(op: AnyOp) -> tuple[str, ...]:
     """Names of the buffers an op reads."""
     match op:
-        case Embed():
+        case Embed() | Input():
             return ()
         case Norm() | Linear() | Logits():
             return (op.x,)

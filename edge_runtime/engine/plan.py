@@ -45,7 +45,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     weights: int
     kv: int
     buffers: int
-    draft: int
+    draft: int  # draft part and Medusa heads: weights, KV cache and buffers of each
+    adapters: int  # planes of the adapters that the engine carries
     device_code: int
     context: int  # what the device's driver takes for itself (CUDA context)
     reserve: int  # kept free for the rest of the robot
@@ -53,7 +54,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def need(self) -> int:
-        return self.weights + self.kv + self.buffers + self.draft + self.device_code + self.context
+        model = self.weights + self.kv + self.buffers + self.draft + self.adapters
+        return model + self.device_code + self.context
 
     @property
     def have(self) -> int:

@@ -13,6 +13,7 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Input,
     KvAppend,
     Linear,
     Logits,
@@ -59,6 +60,19 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     vocab_size: int
     max_context: int
 
+    @property
+    def input_width(self) -> int | None:
+        """Width of the rows that each step brings for its `input` op; None where tokens are looked up."""
+        first = self.ops[0]
+        return self.buffers[first.out] if isinstance(first, Input) else None
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the rows that the logits op reads."""
+        last = self.ops[-1]
+        assert isinstance(last, Logits)  # check() proved it
+        return self.buffers[last.x]
+
     def check(self) -> None:
         """Prove every op's shape rule. Raises BadConfig naming the op; nothing runs before this passed."""
         if not 0 < len(self.ops) <= MAX_OPS:
@@ -77,6 +91,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 _dim(slot.window, f"cache slot {i} window")
         if not isinstance(self.ops[-1], Logits) or sum(isinstance(o, Logits) for o in self.ops) != 1:
             raise BadConfig("program: exactly one logits op is expected, at the end")
+        if isinstance(self.ops[0], Input) and any(isinstance(o, Embed | Input) for o in self.ops[1:]):
+            raise BadConfig("program: one that begins with an input op has no embedding and no second input")
         written: set[str] = set()
         appended: set[int] = set()
         for i, op in enumerate(self.ops):
@@ -117,6 +133,9 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         match op:
             case Embed():
                 matrix(op.weight, self.vocab_size, width(op.out))
+            case Input():
+                need(op is self.ops[0], "an input op must be the first")
+                width(op.out)
             case Norm():
                 n = width(op.x)
                 need(width(op.out) == n, f"out is {width(op.out)} wide, x is {n}")

@@ -7,23 +7,38 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from edge_runtime.engine import kv as kv_cache
 from edge_runtime.engine import packing
+from edge_runtime.engine.adapter import MAX_RANK
 from edge_runtime.engine.formats import abi_hash
 from edge_runtime.engine.header import padded
-from edge_runtime.engine.manifest import SCHEMA, Manifest, PartEntry
+from edge_runtime.engine.manifest import (
+    DRAFT,
+    LANGUAGE,
+    MAX_HEADS,
+    MEDUSA,
+    SCHEMA,
+    AdapterEntry,
+    Manifest,
+    PartEntry,
+    medusa_parts,
+)
+from edge_runtime.engine.memory import adapter_planes
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import MAX_DIM
 from edge_runtime.errors import BadEngineFile, EdgeError, nearest
 
 BLOB = "blob"  # blobs are tensors `blob/<name>`, so no part may have that name
+ADAPTER = "adapter."  # and adapters are `adapter.<name>/<tensor>.<side>#w`
 MAX_BYTES = 1 << 44  # of any size named in a manifest: far above any device, far below 2**63
 MAX_STEP = 1 << 16  # tokens, sequences or rows of logits of one step
 MAX_BLOBS = 256
+MAX_ADAPTERS = 64
+MAX_SCALE = 1e30  # of an adapter: far above any that was trained, and f32 holds it
 MAX_BUFFERS = 2048  # laying out buffers takes quadratic time
 _WORD = re.compile(r"[A-Za-z0-9._/:-]{1,200}")
 
@@ -45,6 +60,8 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
             sizes.update(_check_part(name, part))
         except EdgeError as error:
             raise BadEngineFile(f"part {name!r}: {error}") from error
+    sizes.update(_check_adapters(manifest))
+    _check_companions(manifest.parts)
     if len(manifest.blobs) > MAX_BLOBS:
         raise BadEngineFile(f"{len(manifest.blobs)} blobs, expected at most {MAX_BLOBS}")
     for name, nbytes in manifest.blobs.items():
@@ -66,11 +83,18 @@ def plane_name(part: str, tensor: str, plane: str) -> str:
     return f"{part}/{tensor}#{plane}"
 
 
+def adapter_plane(adapter: str, tensor: str, side: str) -> str:
+    """Name of a plane of an adapter; side is a or b."""
+    return plane_name(f"{ADAPTER}{adapter}", f"{tensor}.{side}", "w")
+
+
 def _check_part(name: str, part: PartEntry) -> dict[str, int]:
     """Sizes of the part's planes."""
     program, plan = part.program, part.plan
     if name == BLOB:
         raise BadEngineFile(f"no part may be named {BLOB!r}")
+    if name.startswith(ADAPTER):
+        raise BadEngineFile(f"no part's name may begin with {ADAPTER!r}")
     if len(program.buffers) > MAX_BUFFERS:
         raise BadEngineFile(f"{len(program.buffers)} buffers, expected at most {MAX_BUFFERS}")
     for word in (*program.tensors, *program.buffers):
@@ -97,8 +121,116 @@ def _check_part(name: str, part: PartEntry) -> dict[str, int]:
             nbytes = count * np.dtype(dtype).itemsize
             _bounded(nbytes, f"size of {tensor}#{plane}", least=1)
             sizes[plane_name(name, tensor, plane)] = nbytes
+    _check_origins(part)
     _check_plan(part, plan, sum(padded(n) for n in sizes.values()))
     return sizes
+
+
+def _check_origins(part: PartEntry) -> None:
+    tensors = part.program.tensors
+    for tensor, origin in part.origins.items():
+        if tensor not in tensors:
+            raise BadEngineFile(f"an origin names tensor {tensor!r}; {_hint(tensor, tensors)}")
+        spec = tensors[tensor]
+        if spec.role not in ("matrix", "head"):
+            raise BadEngineFile(
+                f"tensor {tensor!r} has an origin and the role {spec.role}, expected a matrix"
+            )
+        if not _WORD.fullmatch(origin.key):
+            raise BadEngineFile(f"the origin of {tensor!r} is {origin.key[:80]!r}, which is no tensor's name")
+        if not 0 <= origin.row <= MAX_DIM - spec.rows:
+            raise BadEngineFile(
+                f"the origin of {tensor!r} is row {origin.row}, expected 0 to {MAX_DIM - spec.rows}"
+            )
+
+
+def _check_adapters(manifest: Manifest) -> dict[str, int]:
+    """Sizes of the adapters' planes; what each part's memory plan says of them must be their sum."""
+    if len(manifest.adapters) > MAX_ADAPTERS:
+        raise BadEngineFile(f"{len(manifest.adapters)} adapters, expected at most {MAX_ADAPTERS}")
+    sizes: dict[str, int] = {}
+    totals = dict.fromkeys(manifest.parts, 0)
+    for name, adapter in manifest.adapters.items():
+        if adapter.part not in manifest.parts:
+            hint = _hint(adapter.part, manifest.parts)
+            raise BadEngineFile(f"adapter {name!r}: no part {adapter.part!r}; {hint}")
+        try:
+            found = _check_adapter(name, adapter, manifest)
+        except BadEngineFile as error:
+            raise BadEngineFile(f"adapter {name!r}: {error}") from error
+        sizes |= found
+        totals[adapter.part] += sum(padded(n) for n in found.values())
+    for part, total in totals.items():
+        said = manifest.parts[part].plan.memory.adapters
+        if said != total:
+            raise BadEngineFile(f"part {part!r}: the plan says {said} bytes of adapters, they take {total}")
+    return sizes
+
+
+def _check_adapter(name: str, adapter: AdapterEntry, manifest: Manifest) -> dict[str, int]:
+    tensors = manifest.parts[adapter.part].program.tensors
+    if not adapter.targets:
+        raise BadEngineFile("it has no targets; at least one tensor is needed")
+    sizes: dict[str, int] = {}
+    for tensor, target in adapter.targets.items():
+        if tensor not in tensors:
+            raise BadEngineFile(f"no tensor {tensor!r}; {_hint(tensor, tensors)}")
+        spec = tensors[tensor]
+        if spec.role not in ("matrix", "head"):
+            raise BadEngineFile(f"tensor {tensor!r} has the role {spec.role}, expected matrix or head")
+        if not 1 <= target.rank <= MAX_RANK:
+            raise BadEngineFile(f"rank of {tensor!r} is {target.rank}, expected 1 to {MAX_RANK}")
+        if not abs(target.scale) <= MAX_SCALE:
+            raise BadEngineFile(f"scale of {tensor!r} is {target.scale}, expected at most {MAX_SCALE:g}")
+        for side, nbytes in adapter_planes(target.rank, spec.rows, spec.cols).items():
+            plane = adapter_plane(name, tensor, side)
+            if plane not in manifest.planes:  # looked up now, so that a forged list costs no memory here
+                raise BadEngineFile(f"plane {plane!r} has no digest; the engine is incomplete")
+            sizes[plane] = nbytes
+    return sizes
+
+
+def _check_companions(parts: Mapping[str, PartEntry]) -> None:
+    """The draft and the Medusa heads go with the language part: same vocabulary, same sequences and pages."""
+    heads = medusa_parts(parts)
+    if heads != [f"{MEDUSA}{k + 1}" for k in range(len(heads))] or len(heads) > MAX_HEADS:
+        raise BadEngineFile(
+            f"the Medusa heads are {', '.join(heads[:4])}…, expected {MEDUSA}1, {MEDUSA}2 and so on "
+            f"to at most {MEDUSA}{MAX_HEADS}"
+        )
+    names = [name for name in (DRAFT, *heads) if name in parts]
+    if names and LANGUAGE not in parts:
+        raise BadEngineFile(f"part {names[0]!r} needs a part {LANGUAGE!r}, which the engine lacks")
+    need = 0
+    for name in names:
+        try:
+            _check_companion(name, parts[name], parts[LANGUAGE])
+        except BadEngineFile as error:
+            raise BadEngineFile(f"part {name!r}: {error}") from error
+        need += parts[name].plan.memory.need
+    if LANGUAGE in parts and (said := parts[LANGUAGE].plan.memory.draft) != need:
+        raise BadEngineFile(f"the memory plan says {said} bytes of draft, the parts beside it take {need}")
+
+
+def _check_companion(name: str, part: PartEntry, target: PartEntry) -> None:
+    program, kv, step = part.program, part.plan.kv, part.plan.step
+    pairs = [
+        ("vocab_size", program.vocab_size, target.program.vocab_size),
+        ("step.context", step.context, target.plan.step.context),
+        ("step.sequences", step.sequences, target.plan.step.sequences),
+    ]
+    if name == DRAFT:
+        pairs += [
+            ("kv.pages", kv.pages, target.plan.kv.pages),
+            ("kv.page_tokens", kv.page_tokens, target.plan.kv.page_tokens),
+        ]
+    elif program.input_width is None or program.cache:
+        raise BadEngineFile("a Medusa head begins with an input op and has no KV cache")
+    else:
+        pairs.append(("the input's width", program.input_width, target.program.hidden_width))
+    for what, value, wanted in pairs:
+        if value != wanted:
+            raise BadEngineFile(f"{what} is {value}, the language part has {wanted}")
 
 
 def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
@@ -108,12 +240,11 @@ def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
         ("step.sequences", step.sequences, MAX_STEP),
         ("step.tokens", step.tokens, MAX_STEP),
         ("step.logits", step.logits, MAX_STEP),
-        ("kv.pages", kv.pages, MAX_DIM),
     ):
-        if not 1 <= value <= most:
-            raise BadEngineFile(f"{what} is {value}, expected 1 to {most}")
+        _bounded(value, what, least=1, most=most)
+    _bounded(kv.pages, "kv.pages", least=1 if program.cache else 0, most=MAX_DIM)
     cache = kv_cache.cache_nbytes(program, kv)  # checks page_tokens and the formats' names
-    if kv.pages * kv.page_tokens < step.context:
+    if program.cache and kv.pages * kv.page_tokens < step.context:
         raise BadEngineFile(
             f"{kv.pages} pages of {kv.page_tokens} tokens cannot hold a context of {step.context}"
         )
@@ -157,9 +288,9 @@ def _check_quality(manifest: Manifest) -> None:
         _bounded(manifest.quality.bytes, "quality.bytes")
 
 
-def _bounded(value: int, what: str, least: int = 0) -> None:
-    if not least <= value <= MAX_BYTES:
-        raise BadEngineFile(f"{what} is {value}, expected {least} to {MAX_BYTES}")
+def _bounded(value: int, what: str, least: int = 0, most: int = MAX_BYTES) -> None:
+    if not least <= value <= most:
+        raise BadEngineFile(f"{what} is {value}, expected {least} to {most}")
 
 
 def _hint(word: str, valid: Collection[str]) -> str:

@@ -11,8 +11,9 @@ import pytest
 from naive_walk import naive_logits
 
 from edge_runtime.backends import numpy_ops
+from edge_runtime.backends.numpy_weights import DecodedWeights, decode, decode_rows
 from edge_runtime.backends.protocol import PackedTensor, Part, StepBatch
-from edge_runtime.backends.reference import BACKEND, DecodedWeights, ReferenceExecutor, decode, decode_rows
+from edge_runtime.backends.reference import BACKEND, ReferenceExecutor
 from edge_runtime.engine.formats import FORMATS, Array, get_format
 from edge_runtime.engine.kv import KV_FORMATS, cache_nbytes, kv_format
 from edge_runtime.engine.ops import (
@@ -258,7 +259,7 @@ def test_pages_before_the_window_may_be_gone() -> None:
     gone[0, :2] = -1
     last = altered(batch([(0, 39)]), page_tables=gone)
     np.testing.assert_allclose(e.forward(last)[0], want, rtol=1e-4, atol=1e-5)
-    with pytest.raises(BadRequest, match="no page for position"):
+    with pytest.raises(BadRequest, match="token 0 at position 39 needs page -1"):
         executor(toy()).forward(last)
 
 
@@ -271,15 +272,15 @@ BAD = [
     ({"tokens": np.array([0, -1, 1], i32)}, "tokens holds -1"),
     ({"tokens": np.array([0.0, 1.0, 1.0])}, "tokens is 1-D float64"),
     ({"tokens": np.array([[0, 1, 1]], i32)}, "tokens is 2-D"),
-    ({"tokens": np.zeros(0, i32)}, "no tokens"),
+    ({"tokens": np.zeros(0, i32)}, "0 tokens"),
     ({"positions": np.array([0, 1], i32)}, "positions has 2 entries for 3 tokens"),
     ({"positions": np.array([0, 64, 0], i32)}, "positions holds 0 to 64"),
     ({"positions": np.array([0, -1, 0], i32)}, "positions holds -1"),
     ({"positions": np.array([0, 0, 0], i32)}, "same sequence and position"),
     ({"sequence": np.array([0, 0, 3], i32)}, "sequence holds 0 to 3, expected 0 to 2"),
-    ({"page_tables": np.full((3, 4), PAGES, i32)}, f"page_tables holds {PAGES}"),
-    ({"page_tables": np.full((3, 4), -2, i32)}, "page_tables holds -2"),
-    ({"page_tables": np.full((3, 4), -1, i32)}, "token 0 at position 0 has no page"),
+    ({"page_tables": np.full((3, 4), PAGES, i32)}, f"token 0 at position 0 needs page {PAGES}"),
+    ({"page_tables": np.full((3, 4), -2, i32)}, "token 0 at position 0 needs page -2"),
+    ({"page_tables": np.full((3, 4), -1, i32)}, "token 0 at position 0 needs page -1"),
     ({"page_tables": np.zeros((5, 4), i32)}, "5 sequences, the executor was sized for 4"),
     ({"page_tables": np.zeros(4, i32)}, "page_tables is 1-D"),
     ({"logit_rows": np.array([3], i32)}, "logit_rows holds 3"),

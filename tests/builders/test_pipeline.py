@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from builders.pipeline import Options, Watcher, build
 from builders.planner import Request
+from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.backends.protocol import Part, StepBatch
-from edge_runtime.backends.reference import BACKEND, decode
+from edge_runtime.backends.reference import BACKEND
 from edge_runtime.engine.file import Engine, read_engine
 from edge_runtime.errors import BadCheckpoint, BadConfig, BuildError, DoesNotFit, ValueOutOfRange
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from forged_file import forge, rewrite
 from toy_engine import BLOBS, toy_manifest, toy_plan, toy_planes, toy_program, write_toy
 
 from edge_runtime.engine import header as layout
@@ -26,28 +27,6 @@ from edge_runtime.engine.manifest import Manifest, PartEntry
 from edge_runtime.engine.proof import check_manifest
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BadEngineFile, BuildError
-
-
-def forge(path: Path, manifest: Manifest, data: bytes) -> None:
-    """A file with a right header digest for any provable manifest; rows follow the order of its digests."""
-    sizes = check_manifest(manifest)
-    path.write_bytes(layout.render(manifest, sizes) + data)
-
-
-def rewrite(path: Path, change: Callable[[str], str]) -> None:
-    """Change the manifest's JSON, keep everything else, mend the header's digest."""
-    raw = bytearray(path.read_bytes())
-    total = 8 + int.from_bytes(raw[:8], "little")
-    head = json.loads(raw[8:total])
-    text = change(head["__metadata__"]["edge"])
-    start = raw.index(b'"edge":"') + len(b'"edge":"')
-    end = raw.index(layout.MANIFEST_END) + 1
-    body = bytes(raw[:start]) + layout.escape(text.encode()) + bytes(raw[end:total]).rstrip(b" ")
-    size = layout.padded(len(body), 4096)
-    new = bytearray(body.ljust(size))
-    new[:8] = (size - 8).to_bytes(8, "little")
-    new[layout.DIGEST_AT : layout.DIGEST_AT + 64] = layout.digest([new[8:]]).encode()
-    path.write_bytes(bytes(new) + bytes(raw[total:]))
 
 
 @pytest.fixture
@@ -264,8 +243,11 @@ def test_rewriting_nothing_keeps_the_file_readable(engine_path: Path) -> None:
 
 
 REFUSALS = {
-    '"schema":1,': ('"schema":2,', "made by a newer version .schema 2, this one reads 1.; update"),
-    '"schema":1,"name"': ('"schema":0,"name"', "schema 0 is not known"),
+    '"schema":2,': ('"schema":3,', "made by a newer version .schema 3, this one reads 2.; update"),
+    '"schema":2,"name"': (
+        '"schema":1,"name"',
+        "an older version .schema 1, this one reads 2.; build it again",
+    ),
     '"name":"toy",': ('"name":"toy","nmae":"x",', "unknown field `nmae`"),
     '"name":"toy",\n': ('"name":"to\\ny",', "the manifest is not valid"),
     '"abi":"': ('"abi":"0000000000000000","x":"', "unknown field"),
@@ -303,9 +285,34 @@ REFUSALS = {
     '"answer":[3,4]': ('"answer":[3,400]', "known_answer has token id 400"),
     '"tokenizer.json":17': ('"tokenizer.json":65', "is not what its manifest asks for"),
     '"chat_template":14': ('"chat_template":0', "length of blob 'chat_template' is 0"),
+    '"parts":{"language":': ('"parts":{"adapter.x":', "no part's name may begin with 'adapter.'"),
     '"parts":{"language"': ('"parts":{"blob"', "no part may be named 'blob'"),
     '"source":"toy"': ('"source":"toy' + "x" * 20000 + '"', "longer than 8192 bytes"),
     '"vocab_size":64': ('"vocab_size":' + "9" * 5000, "the manifest is not valid|vocab_size"),
+    '"adapters":{"tidy":{"part":"language"': (
+        '"adapters":{"tidy":{"part":"langauge"',
+        "adapter 'tidy': no part 'langauge'; did you mean 'language'",
+    ),
+    '"targets":{"layers.0.q"': (
+        '"targets":{"layers.9.q"',
+        "adapter 'tidy': no tensor 'layers.9.q'; did you mean 'layers.[01].q'",
+    ),
+    '"targets":{"layers.0.q":': ('"targets":{"embed":', "'embed' has the role embedding, expected matrix or"),
+    '"rank":4': ('"rank":0', "rank of 'layers.0.q' is 0, expected 1 to 512"),
+    '"rank":4,': ('"rank":513,', "rank of 'layers.0.q' is 513"),
+    '"rank":4,"scale"': ('"rank":5,"scale"', "the plan says 2048 bytes of adapters, they take 2176"),
+    '"scale":0.5}': ('"scale":-1e31}', "scale of 'layers.0.q' is -1e.31, expected at most 1e.30"),
+    '"adapters":2048': ('"adapters":0', "the plan says 0 bytes of adapters"),
+    '"adapter.tidy/layers.0.q.a#w"': (
+        '"adapter.tidy/layers.0.q.c#w"',
+        "adapter 'tidy': plane 'adapter.tidy/layers.0.q.a#w' has no digest",
+    ),
+    '"adapters":{"tidy"': ('"adapters":{"t dy"', "the manifest is not valid"),
+    '"origins":{"head"': ('"origins":{"heap"', "an origin names tensor 'heap'; did you mean 'head'"),
+    '"origins":{"head":': ('"origins":{"norm":', "'norm' has an origin and the role vector"),
+    '"key":"lm_head"': ('"key":"lm head"', "the origin of 'head' is 'lm head', which is no tensor's name"),
+    '"key":"lm_head","row":0': ('"key":"lm_head","row":-1', "the origin of 'head' is row -1, expected 0 to"),
+    '"draft":0': ('"draft":1', "says 1 bytes of draft, the parts beside it take 0"),
     '"buffers":{': ('"buffers":{"a b":1,', "'a b' is no name of a tensor or buffer"),
 }
 

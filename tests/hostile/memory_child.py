@@ -32,6 +32,9 @@ DENSE = {
     "answer": (b'"answer":[', b"99999"),
     "recipe": (b'"recipe":{', b'"%x":"ab"'),
     "sqnr": (b'"sqnr_db":{', b'"%x":1.5'),
+    "origins": (b'"origins":{', b'"%x":{"key":"ab","row":99999}'),
+    "targets": (b'"targets":{', b'"%x":{"rank":999,"scale":1.5}'),
+    "adapters": (b'"adapters":{', b'"%x":{"part":"ab","targets":{}}'),
     "blobs": (b'"blobs":{', b'"%x":99999'),
     "planes": (b'"planes":{', b'"%x":"' + b"0" * 64 + b'"'),
     "parts": (b'"parts":{', b""),
@@ -55,7 +58,7 @@ def make(specimen: Specimen, name: str) -> bytes | None:
         case ["deep"]:
             raw = specimen.forged(b"[" * limit + b"}", rows=b'"}')
         case ["text"]:
-            raw = specimen.forged(b'{"schema":1,"name":"' + b"x" * limit + b'"}', rows=b'"}')
+            raw = specimen.forged(b'{"schema":2,"name":"' + b"x" * limit + b'"}', rows=b'"}')
         case [kind, nbytes]:
             raw = specimen.forged(dense(specimen.text, kind, int(nbytes)))
         case [kind, nbytes, _]:  # with spaces for as much as `check_text` asks for, so that it is decoded

@@ -107,6 +107,9 @@ def walk(engine: Engine) -> int:
                 count, dtype = items[plane]
                 assert array.shape == (count,) and array.dtype == np.dtype(dtype)
                 total += int(array.view(np.uint8).sum())
+    for name in engine.manifest.adapters:
+        for update in engine.adapter(name).values():
+            total += int(update.a.view(np.uint8).sum()) + int(update.b.view(np.uint8).sum())
     return total + sum(sum(engine.blob(name)) for name in engine.manifest.blobs)
 
 

@@ -1,7 +1,8 @@
 """A session without a model: an executor whose next token depends on everything the sequence holds.
 
 It keeps token ids where a backend keeps keys and values, and reads them back through the page tables. A page
-given to the wrong sequence, a wrong position or a lost token changes the answer.
+given to the wrong sequence, a wrong position or a lost token changes the answer. So does an adapter: what a
+sequence stored with one is another history than what it stored with none.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from speaking_engine import SPECIAL, TEMPLATE, tokenizer_json, vocabulary
 from toy_engine import toy_manifest
 
 from edge_runtime.backends.protocol import StepBatch
+from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepShape
-from edge_runtime.errors import NumericError
+from edge_runtime.errors import BadRequest, NumericError
 from edge_runtime.serving import tokenizer as serving
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.session import Session
@@ -40,8 +42,27 @@ def continuation(prompt: Sequence[int], count: int, vocab: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+ADAPTED = 1_000_000  # a token stored with adapter n is kept as token + (n + 1) * ADAPTED
+
+
+def adapted(tokens: Sequence[int], adapter: int) -> list[int]:
+    """Tokens as the cache holds them under an adapter (-1 = none)."""
+    return [token + (adapter + 1) * ADAPTED for token in tokens]
+
+
+def adapted_continuation(prompt: Sequence[int], count: int, vocab: int, adapter: int) -> list[int]:
+    """The greedy answer of `count` tokens of a sequence that uses an adapter from its first token on."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(adapted(tokens, adapter), vocab))
+    return tokens[len(prompt) :]
+
+
 class HistoryExecutor:
-    """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer."""
+    """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer.
+
+    `hidden` f32 (L, 1) is a number below 2^20 that the sequence so far decides. `inputs` are ignored.
+    """
 
     def __init__(self, kv: KvPlan, step: StepShape, vocab: int) -> None:
         self.kv, self.step, self.vocab = kv, step, vocab
@@ -51,6 +72,8 @@ class HistoryExecutor:
         self.raises = True  # a spoiled step raises, as the native backends do; else it gives NaN
         self.script: Callable[[list[int]], int] | None = None
         self.closed = False
+        self.adapters: dict[int, Adapter] = {}
+        self.hidden = np.zeros((0, 1), np.float32)
 
     def forward(self, batch: StepBatch) -> np.ndarray:
         assert not self.closed
@@ -61,29 +84,95 @@ class HistoryExecutor:
         assert len(batch.logit_rows) <= self.step.logits
         assert (np.diff(batch.logit_rows) > 0).all()
         self.batches.append(batch)
+        parents, places, adapters = self._optional(batch)
         size = self.kv.page_tokens
-        for token, position, row in zip(batch.tokens, batch.positions, batch.sequence, strict=True):
-            page = batch.page_tables[row, position // size]
+        for token, place, row in zip(batch.tokens, places, batch.sequence, strict=True):
+            page = batch.page_tables[row, place // size]
             assert page >= 0
-            self.cache[page, position % size] = token
+            self.cache[page, place % size] = token + (adapters[row] + 1) * ADAPTED
         logits = np.zeros((len(batch.logit_rows), self.vocab), np.float32)
+        self.hidden = np.zeros((len(batch.logit_rows), 1), np.float32)
         for i, t in enumerate(batch.logit_rows):
-            history = self._history(batch, int(batch.sequence[t]), int(batch.positions[t]))
+            stored = self._history(batch, int(t), parents, places)
+            history = [token % ADAPTED for token in stored]
+            self.hidden[i] = next_token(stored, 1 << 20)
             if self.spoil(history):
                 if self.raises:
                     raise NumericError("NaN in layer 0")
                 logits[i] = np.nan
                 continue
-            chosen = self.script(history) if self.script else next_token(history, self.vocab)
+            chosen = self.script(history) if self.script else next_token(stored, self.vocab)
             logits[i, chosen] = 5.0
         return logits
 
-    def _history(self, batch: StepBatch, row: int, last: int) -> list[int]:
-        size = self.kv.page_tokens
-        return [int(self.cache[batch.page_tables[row, p // size], p % size]) for p in range(last + 1)]
+    def _optional(self, batch: StepBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """parents (T,), places (T,) and adapters (S,), with what a step without them means."""
+        count, sequences = len(batch.tokens), len(batch.page_tables)
+        for array, length in (
+            (batch.parents, count),
+            (batch.places, count),
+            (batch.slots, sequences),
+            (batch.adapters, sequences),
+        ):
+            assert array is None or (array.dtype == np.int32 and array.shape == (length,))
+        assert (batch.parents is None) == (batch.places is None)
+        parents = np.full(count, -1) if batch.parents is None else batch.parents
+        places = batch.positions if batch.places is None else batch.places
+        adapters = np.full(sequences, -1) if batch.adapters is None else batch.adapters
+        assert all(number == -1 or number in self.adapters for number in adapters.tolist())
+        if batch.slots is not None:
+            assert len(set(batch.slots.tolist())) == sequences
+            assert all(0 <= slot < self.step.sequences for slot in batch.slots.tolist())
+        for t, parent in enumerate(parents.tolist()):
+            assert -1 <= parent < t
+            assert parent < 0 or batch.sequence[parent] == batch.sequence[t]
+            assert parent < 0 or batch.positions[parent] == batch.positions[t] - 1
+        keys = set(zip(batch.sequence.tolist(), places.tolist(), strict=True))
+        assert len(keys) == count
+        return parents, places, adapters
+
+    def _history(self, batch: StepBatch, t: int, parents: np.ndarray, places: np.ndarray) -> list[int]:
+        """What token t sees: the places below its topmost ancestor's position, then its ancestors, itself."""
+        size, row = self.kv.page_tokens, batch.sequence[t]
+        path = [t]
+        while parents[path[-1]] >= 0:
+            path.append(int(parents[path[-1]]))
+        seen = [*range(int(batch.positions[path[-1]])), *(int(places[i]) for i in reversed(path))]
+        return [int(self.cache[batch.page_tables[row, p // size], p % size]) for p in seen]
 
     def copy_page(self, source: int, target: int) -> None:
         self.cache[target] = self.cache[source]
+
+    def move(self, pages: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        assert (np.diff(sources) > 0).all() and (np.diff(targets) > 0).all() and (sources >= targets).all()
+        size = self.kv.page_tokens
+        assert (pages[sources // size] >= 0).all() and (pages[targets // size] >= 0).all()
+        self.cache[pages[targets // size], targets % size] = self.cache[
+            pages[sources // size], sources % size
+        ]
+
+    @property
+    def page_nbytes(self) -> int:
+        return int(self.cache[0].nbytes)
+
+    def read_page(self, page: int) -> np.ndarray:
+        return self.cache[page].view(np.uint8).copy()
+
+    def write_page(self, page: int, data: np.ndarray) -> None:
+        assert data.dtype == np.uint8
+        if data.shape != (self.page_nbytes,):
+            raise BadRequest(f"a page has {self.page_nbytes} bytes, not {data.shape}")
+        self.cache[page] = data.view(np.int64)
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        number = next(i for i in range(len(self.adapters) + 1) if i not in self.adapters)
+        self.adapters[number] = adapter
+        return number
+
+    def drop_adapter(self, number: int) -> None:
+        if number not in self.adapters:
+            raise BadRequest(f"adapter {number} is not loaded")
+        del self.adapters[number]
 
     @property
     def memory_bytes(self) -> int:
