@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         BadCheckpoint,
         BadConfig,
         BadEngineFile,
+        BadPrefixFile,
         BadRequest,
         BuildError,
         DeviceMismatch,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Unsupported,
         ValueOutOfRange,
     )
+    from edge_runtime.serving.grammar import Grammar
     from edge_runtime.serving.open import open_engine
     from edge_runtime.serving.request import Completion, Request, Timing, Token, Usage
     from edge_runtime.serving.sampling import Sampling
@@ -45,6 +47,7 @@ _HOMES = {
     "Session": "edge_runtime.serving.session",
     "Sampling": "edge_runtime.serving.sampling",
     "Completion": _REQUEST,
+    "Grammar": "edge_runtime.serving.grammar",
     "Request": _REQUEST,
     "Timing": _REQUEST,
     "Token": _REQUEST,
@@ -53,6 +56,7 @@ _HOMES = {
     "BadCheckpoint": _ERRORS,
     "BadConfig": _ERRORS,
     "BadEngineFile": _ERRORS,
+    "BadPrefixFile": _ERRORS,
     "BadRequest": _ERRORS,
     "BuildError": _ERRORS,
     "DeviceMismatch": _ERRORS,
@@ -70,12 +74,14 @@ __all__ = [
     "BadCheckpoint",
     "BadConfig",
     "BadEngineFile",
+    "BadPrefixFile",
     "BadRequest",
     "BuildError",
     "Completion",
     "DeviceMismatch",
     "DoesNotFit",
     "EdgeError",
+    "Grammar",
     "NumericError",
     "QualityLimit",
     "QueueFull",

@@ -28,6 +28,10 @@ class BadEngineFile(EdgeError):
     """An engine file is damaged, truncated, forged or of an unknown schema version."""
 
 
+class BadPrefixFile(EdgeError):
+    """A saved prefix is damaged, or was saved for another engine, backend or KV format."""
+
+
 class Unsupported(EdgeError):
     """A well-formed request that this build cannot honour (architecture, op, format, backend)."""
 

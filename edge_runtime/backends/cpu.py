@@ -198,6 +198,7 @@ class CpuBackend:
 
     name = "cpu"
     packing: Mapping[str, str] = {fmt: cpu_packing(fmt) for fmt in FORMATS}
+    exact = True
 
     def available(self) -> Support:
         try:

@@ -134,6 +134,7 @@ class Backend(Protocol):
 
     name: str
     packing: Mapping[str, str]  # format name -> the packing this backend reads without repacking
+    exact: bool  # whether a token's numbers are the same bits whatever shares its step
 
     def available(self) -> Support: ...
 

@@ -232,6 +232,7 @@ class ReferenceBackend:
 
     name = "reference"
     packing: Mapping[str, str] = {fmt: "rows" for fmt in FORMATS}
+    exact = False
 
     def available(self) -> Support:
         return Support(True)

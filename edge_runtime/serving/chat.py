@@ -36,8 +36,10 @@ class ChatTemplate:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def encode(self, messages: list[dict[str, str]], tokenizer: Tokenizer) -> list[int]:
-        """Ids of checked messages, up to where the assistant's answer begins.
+    def encode(
+        self, messages: list[dict[str, str]], tokenizer: Tokenizer, *, answer: bool = True
+    ) -> list[int]:
+        """Ids of checked messages, up to where the assistant's answer begins (or, answer False, ends there).
 
         Special tokens come from the template alone: a message that spells one is kept as plain text. Raises
         BadRequest when the template refuses the messages, Unsupported when minijinja is not installed.
@@ -54,7 +56,7 @@ class ChatTemplate:
         text = self.render(
             {
                 "messages": guarded,
-                "add_generation_prompt": True,
+                "add_generation_prompt": answer,
                 "tools": None,
                 "documents": None,
                 "bos_token": "" if names.bos is None else tokenizer.piece(names.bos),

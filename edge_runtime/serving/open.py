@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
 
 import msgspec
 
 from edge_runtime.backends.protocol import Backend, Part
+from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.file import Engine, EnginePart, read_engine
 from edge_runtime.engine.kv import kv_pair
+from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.memory import check_fits, memory_plan
 from edge_runtime.engine.packing import packed_nbytes
+from edge_runtime.engine.peft import read_peft
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
 from edge_runtime.engine.probe import Machine, available_memory
-from edge_runtime.errors import BadConfig, BadEngineFile
+from edge_runtime.errors import BadConfig, BadEngineFile, BadPrefixFile
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.device import AUTO, check_supports, choose_backend
+from edge_runtime.serving.grammar import GrammarCompiler
+from edge_runtime.serving.guessing import Guessing, choose_guessing
+from edge_runtime.serving.metrics import Clock
+from edge_runtime.serving.prefix_file import SUFFIX
 from edge_runtime.serving.session import Session
 from edge_runtime.serving.tokenizer import Tokenizer
 
 MAX_THREADS = 256
 MAX_WAITING = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    kv: KvPlan
-    step: StepShape
-    threads: int
 
 
 def open_engine(
@@ -38,49 +41,92 @@ def open_engine(
     threads: int = 0,
     kv: str | None = None,
     context: int | None = None,
+    speculate: str = AUTO,
+    draft_length: int | None = None,
+    gated: bool = True,
+    adapters: Mapping[str, str | os.PathLike[str] | Adapter] | None = None,
+    prefix: str | os.PathLike[str] | None = None,
     verify: bool = True,
-    part: str = "language",
+    part: str = LANGUAGE,
     memory_limit: int | None = None,
     max_waiting: int = MAX_WAITING,
     machine: Machine | None = None,
+    clock: Clock = perf_counter,
 ) -> Session:
     """Load an engine and serve it.
 
     backend: auto (what the engine is planned for, refused on another device), cpu, reference, ...
     threads: 0 = all cores of this process. kv: other cache formats than planned, "int8" or "K,V" such as
-    "f16,int8". context: fewer tokens than planned. verify: check the digest of every plane. memory_limit:
-    bytes it may take, rather than what the machine has free. max_waiting: requests in line beyond those that
-    run. machine: a probed machine, instead of probing this one.
+    "f16,int8". context: fewer tokens than planned. speculate: off, draft, lookup, medusa, or auto (what the
+    engine has parts for); draft_length: tokens guessed ahead at most; gated: False speculates even where it
+    loses. adapters: name -> PEFT folder, beside those that the engine carries. prefix: a saved prefix; None
+    takes the file ENGINE.prefix beside the engine, if there is one. verify: check the digest of every plane.
+    memory_limit: bytes it may take, rather than what the machine has free. max_waiting: requests in line
+    beyond those that run. machine: a probed machine, instead of probing this one. clock: seconds, monotonic.
 
-    Raises BadEngineFile, DeviceMismatch, BackendUnavailable, Unsupported, BadConfig; DoesNotFit before
-    anything is allocated.
+    Raises BadEngineFile, DeviceMismatch, BackendUnavailable, Unsupported, BadConfig, BadCheckpoint (an
+    adapter's folder), BadPrefixFile (a prefix that was asked for); DoesNotFit before anything is allocated.
     """
+    options = _Options(
+        backend=backend,
+        threads=threads,
+        kv=kv,
+        context=context,
+        speculate=speculate,
+        draft_length=draft_length,
+        gated=gated,
+        adapters=dict(adapters or {}),
+        part=part,
+        memory_limit=memory_limit,
+        max_waiting=max_waiting,
+        machine=machine,
+        clock=clock,
+    )
     engine = read_engine(path, verify=verify)
     try:
-        return _open(
-            engine, backend, _Options(threads, kv, context, part, memory_limit, max_waiting), machine
-        )
+        session = _open(engine, options)
     except BaseException:
         engine.close()
         raise
+    try:
+        _load_prefix(session, Path(path), prefix)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
+    backend: str
     threads: int
     kv: str | None
     context: int | None
+    speculate: str
+    draft_length: int | None
+    gated: bool
+    adapters: dict[str, str | os.PathLike[str] | Adapter] = field(default_factory=dict)
     part: str
     memory_limit: int | None
     max_waiting: int
+    machine: Machine | None
+    clock: Clock
 
 
-def _open(engine: Engine, backend_name: str, options: _Options, machine: Machine | None) -> Session:
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    kv: KvPlan
+    step: StepShape
+    threads: int
+
+
+def _open(engine: Engine, options: _Options) -> Session:
     manifest = engine.manifest
-    backend, notices = choose_backend(manifest.fingerprint, backend_name, machine)
+    backend, notices = choose_backend(manifest.fingerprint, options.backend, options.machine)
     part = engine.part(options.part)
     check_supports(backend, part.program, part.plan.tensors)
     sizes = _sizes(part, options)
+    adapters = _adapters(engine, part, options)
     repacked = _repacked(part, backend) if backend.name == "cpu" else {}
     if repacked:
         notices.append(
@@ -90,10 +136,14 @@ def _open(engine: Engine, backend_name: str, options: _Options, machine: Machine
         notices.append(
             f"KV cache in {sizes.kv.k},{sizes.kv.v} rather than the planned {part.plan.kv.k},{part.plan.kv.v}"
         )
+    speculate = options.speculate if options.part == LANGUAGE else "off"
+    guessing = choose_guessing(engine, backend, speculate, options.draft_length, sizes.kv, sizes.step)
     have, source = _have(options.memory_limit)
-    memory = _memory(part, sizes, sum(repacked.values()), have)
+    extra = sum(u.nbytes for adapter in adapters.values() for u in adapter.values())
+    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), extra, have)
     check_fits(memory, have, source)
-    tokenizer = Tokenizer(bytes(engine.blob("tokenizer.json")), manifest.vocabulary)
+    tokenizer_json = bytes(engine.blob("tokenizer.json"))
+    tokenizer = Tokenizer(tokenizer_json, manifest.vocabulary)
     if manifest.vocabulary.size != part.program.vocab_size:
         raise BadEngineFile(
             f"the vocabulary has {manifest.vocabulary.size} tokens, the program {part.program.vocab_size}"
@@ -101,14 +151,17 @@ def _open(engine: Engine, backend_name: str, options: _Options, machine: Machine
     template = (
         ChatTemplate(bytes(engine.blob("chat_template"))) if "chat_template" in manifest.blobs else None
     )
+    grammars = GrammarCompiler(tokenizer_json, manifest.vocabulary)
     executor = backend.load(Part(part.program, part.weights, sizes.kv, sizes.step), threads=sizes.threads)
+    proposer = guessing.load(backend, sizes.threads, sizes.kv.page_tokens, options.clock)
 
     def close() -> None:
+        grammars.close()
         if template is not None:
             template.close()
         engine.close()
 
-    return Session(
+    session = Session(
         manifest=manifest,
         executor=executor,
         tokenizer=tokenizer,
@@ -119,10 +172,46 @@ def _open(engine: Engine, backend_name: str, options: _Options, machine: Machine
         memory=memory,
         mapped_bytes=memory.weights - sum(repacked.values()),
         backend=backend.name,
+        proposer=proposer,
+        gated=options.gated,
+        grammars=grammars,
+        part=options.part,
+        read_adapter=lambda folder: read_peft(folder, part.origins, part.program),
         notices=notices,
         max_waiting=options.max_waiting,
+        clock=options.clock,
         on_close=close,
     )
+    for name, adapter in adapters.items():
+        session.load_adapter(name, adapter)
+    return session
+
+
+def _adapters(engine: Engine, part: EnginePart, options: _Options) -> dict[str, Adapter]:
+    """Those that the engine carries for this part, and those that were asked for, which come instead."""
+    carried = {
+        name: engine.adapter(name)
+        for name, entry in engine.manifest.adapters.items()
+        if entry.part == options.part and name not in options.adapters
+    }
+    given = {
+        name: read_peft(a, part.origins, part.program) if isinstance(a, str | os.PathLike) else a
+        for name, a in options.adapters.items()
+    }
+    return {**carried, **given}
+
+
+def _load_prefix(session: Session, engine: Path, prefix: str | os.PathLike[str] | None) -> None:
+    """The prefix asked for, or the one beside the engine; what lies there for others is only worth a word."""
+    if prefix is not None:
+        session.load_prefix(prefix)
+        return
+    beside = engine.with_suffix(SUFFIX)
+    if beside.is_file():
+        try:
+            session.load_prefix(beside)
+        except BadPrefixFile as error:
+            session.add_notice(f"the saved prefix beside the engine is not used: {error}")
 
 
 def _sizes(part: EnginePart, options: _Options) -> _Sizes:
@@ -167,19 +256,28 @@ def _have(limit: int | None) -> tuple[int, str]:
     return limit, "the memory limit"
 
 
-def _memory(part: EnginePart, sizes: _Sizes, repacked: int, have: int) -> MemoryPlan:
-    """The plan's memory by the planner's own function, for the sizes in use; repacked weights count twice."""
+def _fit(
+    part: EnginePart, sizes: _Sizes, guessing: Guessing, repacked: int, adapters: int, have: int
+) -> tuple[_Sizes, MemoryPlan]:
+    """The sizes with rows of logits for guesses, and their memory by the planner's own function; repacked
+    weights count twice.
+    """
+    rows = min(sizes.step.tokens, sizes.step.sequences * guessing.rows)
+    step = msgspec.structs.replace(sizes.step, logits=max(sizes.step.logits, rows))
     plan = memory_plan(
         part.program,
         part.plan.tensors,
         sizes.kv,
-        sizes.step,
+        step,
         threads=sizes.threads,
         total=have,
         reserve=0,
         context=0,
+        draft=guessing.nbytes(sizes.threads),
+        adapters=adapters,
     )
-    return msgspec.structs.replace(plan, weights=plan.weights + repacked)
+    memory = msgspec.structs.replace(plan, weights=plan.weights + repacked)
+    return _Sizes(sizes.kv, step, sizes.threads), memory
 
 
 def _cores() -> int:

@@ -6,6 +6,7 @@ Several threads may submit, cancel and read answers; one of them at a time drive
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from edge_runtime.backends.protocol import Executor
-from edge_runtime.engine.manifest import Manifest
+from edge_runtime.engine.adapter import Adapter
+from edge_runtime.engine.manifest import LANGUAGE, Manifest
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, StepShape
-from edge_runtime.errors import BadRequest, QueueFull, nearest
+from edge_runtime.errors import BadRequest, NumericError, QueueFull
 from edge_runtime.serving import sequence as sequences
+from edge_runtime.serving.adapters import Adapters, ReadAdapter
 from edge_runtime.serving.chat import ChatTemplate, check_messages
 from edge_runtime.serving.grammar import Constraint, GrammarCompiler
 from edge_runtime.serving.known_answer import agreement, check_agreement
@@ -26,6 +29,8 @@ from edge_runtime.serving.metrics import Clock, Metrics
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.pages import PagePool
 from edge_runtime.serving.prefix import PrefixTree
+from edge_runtime.serving.prefix_file import Origin, engine_id
+from edge_runtime.serving.prefix_pages import PrefixPages
 from edge_runtime.serving.request import Completion, Request, Token, Usage, check_ids
 from edge_runtime.serving.sampling import GREEDY, Sampling
 from edge_runtime.serving.scheduler import Scheduler
@@ -59,6 +64,8 @@ class Session:
         proposer: Proposer | None = None,
         gated: bool = True,
         grammars: GrammarCompiler | None = None,
+        part: str = LANGUAGE,
+        read_adapter: ReadAdapter | None = None,
         notices: Sequence[str] = (),
         max_waiting: int = 64,
         clock: Clock = perf_counter,
@@ -107,7 +114,22 @@ class Session:
             clock=clock,
             emit=self._emit,
         )
-        self._adapters: dict[str, int] = {}
+        self._adapters = Adapters(executor, read_adapter)
+        self._prefixes = PrefixPages(
+            self._tree,
+            self._pool,
+            executor,
+            Origin(
+                engine=engine_id(manifest),
+                part=part,
+                backend=backend,
+                k=kv.k,
+                v=kv.v,
+                page_tokens=kv.page_tokens,
+                page_nbytes=executor.page_nbytes,
+                adapter=None,
+            ),
+        )
         self._live: dict[int, sequences.Sequence] = {}
         self._numbers = itertools.count(1)
         # Reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
@@ -150,13 +172,19 @@ class Session:
         ids = self.chat_prompt(messages)
         return Request.of(ids, sampling, {"continues": False, **options})
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of messages as the engine's chat template lays them out, ready for the answer."""
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> list[int]:
+        """Token ids of messages as the engine's chat template lays them out, ready for the answer, or
+        (answer False) for further messages.
+        """
         if self._template is None:
             raise BadRequest(
                 "this engine has no chat template; give a prompt to generate() or complete() (edge-run --raw)"
             )
-        return self._template.encode(check_messages(messages), self.tokenizer)
+        return self._template.encode(check_messages(messages), self.tokenizer, answer=answer)
+
+    def add_notice(self, notice: str) -> None:
+        """One more sentence about how the engine was opened."""
+        self.notices = (*self.notices, notice)
 
     @property
     def has_chat(self) -> bool:
@@ -214,6 +242,64 @@ class Session:
                 if on_text is not None and event.text:
                     on_text(event.text)
         return _completion(sequence, seen)
+
+    # --- prefixes and adapters ---
+
+    def save_prefix(
+        self,
+        prefix: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        path: str | os.PathLike[str],
+        *,
+        adapter: str | None = None,
+    ) -> int:
+        """Run a prefix (text, token ids, or chat messages such as the system's) and write its whole KV pages
+        to a file; returns how many tokens those hold. Raises BadRequest, BadPrefixFile.
+        """
+        ids = self._prefix_ids(prefix)
+        done = self.answer(Request(prompt=ids, max_tokens=1, ignore_eos=True, adapter=adapter))
+        if done.finish_reason == "error":
+            raise NumericError(f"the prefix cannot be run: {done.error}")
+        with self._turn:
+            self._check_open()
+            loaded = None if adapter is None else self._adapters.get(adapter)
+            return self._prefixes.save(path, ids, adapter, loaded)
+
+    def load_prefix(self, path: str | os.PathLike[str], *, adapter: str | None = None) -> int:
+        """Put a saved prefix's pages into the cache; prompts that begin so go on from there.
+
+        Returns how many tokens it holds. Raises BadPrefixFile when the file is damaged or belongs to another
+        engine, backend or KV format, BadRequest when the cache has no room.
+        """
+        loaded = None if adapter is None else self._adapters.get(adapter)
+        saved = self._prefixes.read(path, self.tokenizer.vocabulary.size, loaded)
+        with self._turn:
+            self._check_open()
+            return self._prefixes.restore(saved, adapter)
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> None:
+        """Load a low-rank adapter, a PEFT folder or an Adapter, for requests that name it.
+
+        Raises BadRequest for a name that is taken or an adapter that does not suit the model, BadCheckpoint
+        for a folder that cannot be read.
+        """
+        adapter = self._adapters.read(adapter)
+        with self._turn:
+            self._check_open()
+            self._adapters.load(name, adapter)
+
+    def drop_adapter(self, name: str) -> None:
+        """Free an adapter. Raises BadRequest while a request that uses it is in flight."""
+        with self._turn, self._gate:
+            users = sum(s.request.adapter == name for s in self._live.values())
+            if users:
+                raise BadRequest(f"{users} requests in flight use the adapter {name!r}; wait for their end")
+            self._adapters.drop(name)
+            self._tree.drop(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that requests may ask for."""
+        return self._adapters.names
 
     # --- the session itself ---
 
@@ -288,7 +374,7 @@ class Session:
     # --- requests on their way ---
 
     def _submit(self, request: Request, events: deque[Token] | None) -> sequences.Sequence:
-        prompt = self._prompt_ids(request)
+        prompt = self._prompt_ids(request.prompt)
         for i in request.stop_ids:
             if not 0 <= i < self.tokenizer.vocabulary.size:
                 raise BadRequest(
@@ -309,7 +395,7 @@ class Session:
             limit,
             self.tokenizer,
             constraint=self._constraint(request),
-            adapter=self._adapter(request),
+            adapter=-1 if request.adapter is None else self._adapters.get(request.adapter).number,
             clock=self._clock,
         )
         sequence.events = events
@@ -331,25 +417,24 @@ class Session:
             raise BadRequest("this session has no tokenizer for grammars; open the engine with open_engine")
         return self._grammars.compile(request.grammar)
 
-    def _adapter(self, request: Request) -> int:
-        if request.adapter is None:
-            return -1
-        if request.adapter not in self._adapters:
-            raise BadRequest(
-                f"no adapter {request.adapter!r:.60} is loaded; {nearest(request.adapter, self._adapters)}"
-            )
-        return self._adapters[request.adapter]
-
-    def _prompt_ids(self, request: Request) -> list[int]:
-        if isinstance(request.prompt, str):
-            ids = self.tokenizer.encode(request.prompt)
-            empty = not request.prompt
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            empty = not prompt
         else:
-            ids = check_ids(request.prompt, self.tokenizer.vocabulary.size)
+            ids = check_ids(prompt, self.tokenizer.vocabulary.size)
             empty = not ids
         if empty or not ids:
             raise BadRequest("the prompt is empty; give at least one character or token")
         return ids
+
+    def _prefix_ids(self, prefix: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> list[int]:
+        if isinstance(prefix, str):
+            return self._prompt_ids(prefix)
+        messages = [m for m in prefix if isinstance(m, Mapping)]
+        if messages:
+            return self.chat_prompt(messages, answer=False)
+        return self._prompt_ids([i for i in prefix if not isinstance(i, Mapping)])
 
     def _wait_for(self, events: deque[Token]) -> None:
         """Run a step, or wait for the one that another thread runs."""

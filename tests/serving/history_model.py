@@ -200,7 +200,7 @@ def make_session(
         context=context, sequences=sequences, tokens=tokens, logits=sequences if logits is None else logits
     )
     memory = MemoryPlan(
-        weights=0, kv=0, buffers=0, draft=0, device_code=0, context=0, reserve=0, total=1 << 30
+        weights=0, kv=0, buffers=0, draft=0, adapters=0, device_code=0, context=0, reserve=0, total=1 << 30
     )
     plan = Plan(
         profile="cpu",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import perf_counter
+
 import pytest
 from history_model import make_tokenizer
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.engine.plan import StepShape
 from edge_runtime.errors import QueueFull
+from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.pages import PagePool
+from edge_runtime.serving.prefix import PrefixTree
 from edge_runtime.serving.request import Request
 from edge_runtime.serving.sampling import Choice
 from edge_runtime.serving.scheduler import Item, Scheduler
@@ -20,7 +24,17 @@ TOKENIZER = make_tokenizer()
 
 def make(step: StepShape, pages: int, max_waiting: int = 64) -> tuple[Scheduler, PagePool]:
     pool = PagePool(pages, 16)
-    return Scheduler(step, pool, -(-step.context // 16), max_waiting), pool
+    scheduler = Scheduler(
+        step,
+        pool,
+        PrefixTree(pool),
+        Pace(),
+        width=-(-step.context // 16),
+        max_waiting=max_waiting,
+        copy_page=lambda source, target: None,
+        clock=perf_counter,
+    )
+    return scheduler, pool
 
 
 def sequence(number: int, prompt: int, limit: int) -> Sequence:
