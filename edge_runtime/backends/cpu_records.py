@@ -5,19 +5,19 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 1  # EDGE_CPU_VERSION
+VERSION = 2  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
 
 # enum edge_op_kind
-EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION, SILU, GELU, GELU_TANH, RELU, ADD, LOGITS = (
-    range(13)
-)
+EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION = range(7)
+SILU, GELU, GELU_TANH, RELU, ADD, LOGITS, INPUT = range(7, 14)
 
 # enum edge_status
 OK, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
 BAD_TOKEN, BAD_POSITION, BAD_SEQUENCE, BAD_PAGE, BAD_LOGIT_ROW, TWICE, BAD_SIZE = range(3, 10)
+BAD_PARENT, BAD_PLACE = 10, 11
 
 
 class Matrix(Structure):
@@ -132,6 +132,9 @@ class Batch(Structure):
         ("sequence", c_void_p),
         ("page_tables", c_void_p),
         ("logit_rows", c_void_p),
+        ("parents", c_void_p),
+        ("places", c_void_p),
+        ("inputs", c_void_p),
         ("token_count", c_int32),
         ("sequence_count", c_int32),
         ("pages_per_sequence", c_int32),
@@ -153,6 +156,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "edge_cpu_attention_floats": (c_int64, [c_int32, c_int32]),
         "edge_cpu_create": (c_void_p, [POINTER(ProgramRecord)]),
         "edge_cpu_forward": (c_int32, [c_void_p, POINTER(Batch)]),
+        "edge_cpu_move": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "edge_cpu_destroy": (None, [c_void_p]),
     }
     for name, (result, arguments) in signatures.items():

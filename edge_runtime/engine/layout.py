@@ -15,6 +15,11 @@ from edge_runtime.engine.program import Program
 ALIGN = 64
 
 
+def round_up(nbytes: int) -> int:
+    """Bytes up to the next multiple of ALIGN."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Byte offset of every used buffer (step.tokens, width) f32, and the arena's size."""
@@ -40,7 +45,7 @@ def live_segments(program: Program) -> dict[str, list[tuple[int, int]]]:
 def lay_out(program: Program, step: StepShape) -> Layout:
     """Place every buffer; the program must have passed `check`."""
     segments = live_segments(program)
-    size = {n: -(-program.buffers[n] * 4 * step.tokens // ALIGN) * ALIGN for n in segments}
+    size = {n: round_up(program.buffers[n] * 4 * step.tokens) for n in segments}
     placed: list[str] = []
     offsets: dict[str, int] = {}
     for name in sorted(segments, key=lambda n: (-size[n], n)):

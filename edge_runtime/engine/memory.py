@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_runtime.engine.kv import cache_nbytes
-from edge_runtime.engine.layout import ALIGN, lay_out
+from edge_runtime.engine.layout import lay_out, round_up
 from edge_runtime.engine.ops import Attention, Linear, Logits, Rope
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape, TensorPlan
@@ -74,7 +74,7 @@ def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str
         "rows": step.logits * program.hidden_width * 4,
         "logits": step.logits * program.vocab_size * 4,
     }
-    return {name: -(-n // ALIGN) * ALIGN for name, n in regions.items()}
+    return {name: round_up(n) for name, n in regions.items()}
 
 
 def scratch_nbytes(program: Program, step: StepShape, threads: int) -> int:

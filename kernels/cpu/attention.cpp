@@ -1,6 +1,8 @@
 // Causal attention over quantized pages. Sixteen keys (a tile, at positions that are multiples of 16) are
 // decoded to f32 once for all queries that share the kv head; softmax runs online over tiles in ascending
 // order, so the result of a query depends on its own position and keys alone.
+#include <climits>
+
 #include "half.h"
 #include "kernels.h"
 #include "linear.h"
@@ -204,24 +206,33 @@ void attention(const AttentionArgs& args) {
     float lane_index[16];
     for (int i = 0; i < 16; ++i) lane_index[i] = static_cast<float>(i);
     const f32x16 index = load(lane_index);
-    const auto row_of = [&](int tile) {
-        const int64_t page = args.page_table[tile / args.page_tokens];
-        return (page * cache.kv_heads + args.kv_head) * args.page_tokens + tile % args.page_tokens;
+    const auto row_of = [&](int place) {
+        const int64_t page = args.page_table[place / args.page_tokens];
+        return (page * cache.kv_heads + args.kv_head) * args.page_tokens + place % args.page_tokens;
     };
+    const int bend = args.path == nullptr ? INT_MAX : args.bend;
 
     const int last = args.positions[args.tokens - 1];
     int start = 0;
     if (op.window > 0 && args.positions[0] >= op.window) start = args.positions[0] - op.window + 1;
     for (int tile = start / kTile * kTile; tile <= last; tile += kTile) {
-        const int64_t row = row_of(tile);
-        if (tile + kTile <= last) {
+        if (tile + kTile <= last && tile + kTile < bend) {
             const int64_t next = row_of(tile + kTile);
             prefetch_tile(cache.k, next);
             prefetch_tile(cache.v, next);
         }
         const int count = last - tile + 1 < kTile ? last - tile + 1 : kTile;
-        decode_tile(cache.k, row, count, head_dim, stride, s.keys);
-        decode_tile(cache.v, row, count, head_dim, stride, s.values);
+        if (tile + count <= bend) {
+            const int64_t row = row_of(tile);
+            decode_tile(cache.k, row, count, head_dim, stride, s.keys);
+            decode_tile(cache.v, row, count, head_dim, stride, s.values);
+        } else {  // the same tile of positions, gathered; those before `start` may have no page
+            for (int j = start > tile ? start - tile : 0; j < count; ++j) {
+                const int64_t row = row_of(tile + j < bend ? tile + j : args.path[tile + j - bend]);
+                decode_tile(cache.k, row, 1, head_dim, stride, s.keys + j * stride);
+                decode_tile(cache.v, row, 1, head_dim, stride, s.values + j * stride);
+            }
+        }
         for (int i = 0; i < queries; ++i) {
             const Seen seen = seen_from(args.positions[i / heads], tile, op.window);
             if (seen.low < seen.high) score(op, s, stride, i, seen, index);

@@ -213,6 +213,17 @@ int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim) {
     return status;
 }
 
+void copy_kv_row(const edge_kv& kv, int64_t from, int64_t to) {
+    const auto copy = [&](void* plane, int64_t nbytes) {
+        char* rows = static_cast<char*>(plane);
+        if (rows != nullptr)
+            std::memmove(rows + to * nbytes, rows + from * nbytes, static_cast<size_t>(nbytes));
+    };
+    copy(kv.codes, kv.row_bytes);
+    copy(kv.scale, int64_t{kv.row_scales} * (kv.encoding == EDGE_ENC_U4 ? 2 : 4));
+    copy(kv.zero, kv.row_scales);
+}
+
 void fill_angles(const float* inv_freq, int n, int32_t position, float scale, float* out) {
     for (int i = 0; i < n; ++i) {
         double s, c;

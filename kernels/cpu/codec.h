@@ -13,6 +13,9 @@ void read_row(const edge_matrix& weight, int64_t row, float scale, float* out);
 // Encodes x (head_dim) as row `row` of a cache side, bit for bit as the numpy codec. Returns an edge_status.
 int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim);
 
+// Copies one row of a cache side over another.
+void copy_kv_row(const edge_kv& kv, int64_t from, int64_t to);
+
 // cos and sin of position * inv_freq (a product in f32), times scale: (2 * n).
 void fill_angles(const float* inv_freq, int n, int32_t position, float scale, float* out);
 

@@ -52,6 +52,8 @@ struct AttentionArgs {
     const int32_t* positions;           // of the tokens
     int64_t first;                      // row of the first token in q and out
     int tokens;                         // 1..kAttentionTokens, positions ascending by one
+    const int32_t* path;                // places of the keys at positions bend, bend + 1, ...; nullptr = none
+    int bend;                           // below it keys lie at their positions
     int kv_head, head_begin, head_end;  // query heads, all of kv_head's group
     int page_tokens;
     float* scratch;

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 1 /* of these records; a change of any field raises it */
+#define EDGE_CPU_VERSION 2 /* of these records; a change of any field raises it */
 
 /* What one scale covers. Group scales are f16, row and tensor scales f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -34,6 +34,7 @@ enum edge_op_kind {
     EDGE_OP_RELU,
     EDGE_OP_ADD,
     EDGE_OP_LOGITS,
+    EDGE_OP_INPUT, /* of the batch; only as the first op */
 };
 
 enum edge_simd { EDGE_SIMD_AUTO, EDGE_SIMD_SCALAR, EDGE_SIMD_AVX2, EDGE_SIMD_AVX512, EDGE_SIMD_NEON };
@@ -47,8 +48,10 @@ enum edge_status {
     EDGE_BAD_SEQUENCE = 5,
     EDGE_BAD_PAGE = 6,
     EDGE_BAD_LOGIT_ROW = 7,
-    EDGE_TWICE = 8,    /* a second token at the same position of a sequence */
-    EDGE_BAD_SIZE = 9, /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
+    EDGE_TWICE = 8,       /* a second token at the same place of a sequence */
+    EDGE_BAD_SIZE = 9,    /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
+    EDGE_BAD_PARENT = 10, /* no earlier row of the sequence, one position before */
+    EDGE_BAD_PLACE = 11,  /* beyond the context or page table, or below what the token sees of the cache */
 };
 
 /* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for I8/U4O8/U4, n16 for the others). */
@@ -119,6 +122,9 @@ typedef struct edge_batch {
     const int32_t* sequence;
     const int32_t* page_tables; /* (sequences, pages_per_sequence) */
     const int32_t* logit_rows;
+    const int32_t* parents; /* of a tree of tokens: row of the token before, -1 = in the cache; or NULL */
+    const int32_t* places;  /* where each token's key lies; NULL exactly when parents is: at its position */
+    const float* inputs;    /* (tokens, width of the input op); NULL exactly when the program has none */
     int32_t token_count, sequence_count, pages_per_sequence, logit_count;
     int32_t index, value; /* out: what was wrong */
 } edge_batch;
@@ -138,6 +144,10 @@ typedef struct edge_executor edge_executor;
 /* NULL when a weight's format has no kernel, or memory or threads ran out. */
 edge_executor* edge_cpu_create(const edge_program* program);
 int32_t edge_cpu_forward(edge_executor* executor, edge_batch* batch);
+/* Keys and values of one sequence, from places to places; both ascend, sources[i] >= targets[i]. Unchecked.
+ */
+void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t* sources,
+                   const int32_t* targets, int32_t count);
 void edge_cpu_destroy(edge_executor* executor);
 
 #pragma GCC visibility pop

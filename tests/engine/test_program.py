@@ -5,18 +5,21 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from edge_runtime.engine.layout import lay_out
 from edge_runtime.engine.ops import (
     Activation,
     Add,
     AnyOp,
     Attention,
     Embed,
+    Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
 )
+from edge_runtime.engine.plan import StepShape
 from edge_runtime.engine.program import CacheSlot, Program, TensorSpec
 from edge_runtime.errors import BadConfig
 
@@ -92,6 +95,37 @@ def test_a_good_program_passes_and_survives_json() -> None:
 def test_a_broken_rule_is_named(broken: tuple[AnyOp, ...], message: str) -> None:
     with pytest.raises(BadConfig, match=message):
         program(broken).check()
+
+
+HEAD = (
+    Input(out="hidden"),
+    Linear(x="hidden", out="q", weight="square"),
+    Add(a="hidden", b="q", out="hidden"),
+    Logits(x="hidden", weight="embedding"),
+)
+
+
+def test_a_program_may_begin_with_its_inputs() -> None:
+    head = program(HEAD, cache=())
+    head.check()
+    assert msgspec.json.decode(msgspec.json.encode(head), type=Program) == head
+    assert (head.input_width, head.hidden_width, program().input_width) == (32, 32, None)
+    sizes = lay_out(head, StepShape(context=64, sequences=2, tokens=4, logits=4)).offsets
+    assert set(sizes) == {"hidden", "q"}
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ((*HEAD[:1], Embed(out="k", weight="embedding"), *HEAD[1:]), "no embedding"),
+        ((*HEAD[:1], *HEAD), "no second input"),
+        ((OPS[0], *HEAD), "must be the first"),
+        ((Input(out="absent"), *HEAD[1:]), "'absent', which the program does not declare"),
+    ],
+)
+def test_a_misplaced_input_is_named(broken: tuple[AnyOp, ...], message: str) -> None:
+    with pytest.raises(BadConfig, match=message):
+        program(broken, cache=()).check()
 
 
 @pytest.mark.parametrize("value", [0, -1, 1 << 31, 1 << 63])

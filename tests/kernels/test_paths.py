@@ -12,7 +12,7 @@ import pytest
 from edge_runtime.engine.formats.c_header import c_header
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("edge_cpu", "executor", "codec", "pool", "absent")
+SOURCES = ("edge_cpu", "executor", "stages", "batch", "codec", "pool", "absent")
 KERNELS = ("rows", "attention", "linear_int", "linear_float")
 BASE = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno")
 PATHS = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)}

@@ -1,0 +1,207 @@
+"""A loaded part on the cpu backend: each step one call of libedge_cpu.so, with the GIL released."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import numpy as np
+
+from edge_runtime.backends import cpu_records as rec
+from edge_runtime.backends import page_bytes
+from edge_runtime.backends.batch import check_arrays, check_move, check_page
+from edge_runtime.backends.cpu_program import Arena, compile_ops
+from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.engine.formats import Array
+from edge_runtime.errors import BackendUnavailable, BadRequest, EdgeError, NumericError
+
+# Arrays of a StepBatch that hold int32; the second row may be absent
+_NEEDED = ("tokens", "positions", "sequence", "page_tables", "logit_rows")
+_OPTIONAL = ("parents", "places")
+
+
+class CpuExecutor:
+    """A loaded part. One forward at a time: a second caller waits."""
+
+    def __init__(self, library: ctypes.CDLL, part: Part, threads: int, simd: int) -> None:
+        self._library = library
+        self._part = part
+        self._arena = Arena(part, threads)
+        self._lock = threading.Lock()
+        step, kv, program = part.step, part.kv, part.program
+        compiled = compile_ops(part, self._arena)
+        self._keep = compiled  # the records and repacked weights that the native side points to
+        record = rec.ProgramRecord(
+            ops=compiled.ops,
+            cache=compiled.cache,
+            tables=compiled.tables,
+            scratch=self._arena.scratch,
+            op_count=len(compiled.ops),
+            cache_count=len(program.cache),
+            table_count=compiled.table_count,
+            vocab=program.vocab_size,
+            context=min(step.context, program.max_context),
+            page_tokens=kv.page_tokens,
+            pages=kv.pages,
+            max_tokens=step.tokens,
+            max_sequences=step.sequences,
+            max_logits=step.logits,
+            threads=threads,
+            simd=simd,
+        )
+        self._handle: int | None = library.edge_cpu_create(ctypes.byref(record))
+        if not self._handle:
+            raise BackendUnavailable(f"the cpu backend could not start {threads} threads or lacks a kernel")
+        self._batch = rec.Batch()
+        self._logits = self._arena.view("logits", np.float32, (step.logits, program.vocab_size))
+        self._rows = self._arena.view("rows", np.float32, (step.logits, program.hidden_width))
+        self._row_count = 0  # rows of the last step that are valid
+
+    def forward(self, batch: StepBatch) -> Array:
+        """Logits f32 (L, vocab), a view that the next call overwrites.
+
+        Raises BadRequest on an index out of range, NumericError on NaN/Inf (no logits are then valid).
+        """
+        check_arrays(batch, self._part.program)
+        arrays = {name: _int32(name, getattr(batch, name)) for name in _NEEDED}
+        for name in _OPTIONAL:
+            given = getattr(batch, name)
+            if given is not None:
+                arrays[name] = _int32(name, given)
+        inputs = None if batch.inputs is None else np.ascontiguousarray(batch.inputs)
+        with self._lock:
+            handle = self._open()
+            b = self._batch
+            for name in _OPTIONAL:
+                setattr(b, name, None)
+            for name, array in arrays.items():
+                setattr(b, name, array.ctypes.data)
+            b.inputs = None if inputs is None else inputs.ctypes.data
+            b.token_count, b.logit_count = len(arrays["tokens"]), len(arrays["logit_rows"])
+            b.sequence_count, b.pages_per_sequence = arrays["page_tables"].shape
+            self._row_count = 0
+            status = self._library.edge_cpu_forward(handle, ctypes.byref(b))
+            if status != rec.OK:
+                raise _error(self._part, status, b.index, b.value)
+            self._row_count = b.logit_count
+            return self._logits[: b.logit_count]
+
+    @property
+    def hidden(self) -> Array:
+        """Inputs of the logits op f32 (L, width) of the last `forward`, a view that the next one overwrites.
+
+        No rows when it raised, or there was none.
+        """
+        self._open()
+        return self._rows[: self._row_count]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one KV page in every layer. Raises BadRequest on a page that does not exist."""
+        for page in (source, target):
+            check_page(page, self._part.kv)
+        with self._lock:
+            self._open()
+            for pages in self._arena.cache_views:
+                pages[target] = pages[source]
+
+    def move(self, pages: Array, sources: Array, targets: Array) -> None:
+        """Copy keys and values from places to places of one sequence. Raises BadRequest."""
+        check_move(pages, sources, targets, self._part.kv)
+        rows = [_int32(n, a) for n, a in (("pages", pages), ("sources", sources), ("targets", targets))]
+        with self._lock:
+            handle = self._open()
+            self._library.edge_cpu_move(handle, *(row.ctypes.data for row in rows), len(sources))
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one KV page in all layers."""
+        self._open()
+        return page_bytes.page_nbytes(self._arena.cache_views)
+
+    def read_page(self, page: int) -> Array:
+        """The bytes of a page, u8 (page_nbytes,), a copy, in the order that the reference backend has too."""
+        with self._lock:
+            self._open()
+            return page_bytes.read_page(self._arena.cache_views, page, self._part.kv)
+
+    def write_page(self, page: int, data: Array) -> None:
+        """What `read_page` of this or the reference backend gave. Raises BadRequest on a wrong size."""
+        with self._lock:
+            self._open()
+            page_bytes.write_page(self._arena.cache_views, page, data, self._part.kv)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes held beyond the mapped weights: KV arena, buffers, scratch, repacked weights."""
+        return self._arena.nbytes + self._keep.repacked_bytes
+
+    def close(self) -> None:
+        """End the threads and give the memory back; a second close does nothing."""
+        with self._lock:
+            if self._handle is not None:
+                self._library.edge_cpu_destroy(self._handle)
+                self._handle = None
+                self._arena.release()
+                self._keep.release()
+                self._logits = self._rows = np.empty((0, 0), np.float32)
+
+    def _open(self) -> int:
+        if self._handle is None:
+            raise BackendUnavailable("this executor is closed")
+        return self._handle
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+def _error(part: Part, status: int, index: int, value: int) -> EdgeError:
+    """What the library found, in words: `index` is a row of the step, `value` what stands there."""
+    program, step, kv = part.program, part.step, part.kv
+    context = min(step.context, program.max_context)
+    match status:
+        case rec.NOT_FINITE:
+            return NumericError("the step produced NaN or Inf; no token was emitted")
+        case rec.OUT_OF_RANGE:
+            return NumericError(
+                f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use f32, int8 or fp8"
+            )
+        case rec.BAD_TOKEN:
+            return BadRequest(f"token {index} has the id {value}, expected 0 to {program.vocab_size - 1}")
+        case rec.BAD_POSITION:
+            return BadRequest(
+                f"token {index} is at position {value}, expected 0 to {context - 1} in its page table"
+            )
+        case rec.BAD_SEQUENCE:
+            return BadRequest(f"token {index} names sequence {value}, which has no page table")
+        case rec.BAD_PAGE:
+            return BadRequest(
+                f"token {index} needs page {value} of its sequence's table, expected 0 to {kv.pages - 1}"
+            )
+        case rec.BAD_LOGIT_ROW:
+            return BadRequest(f"logit_rows[{index}] is {value}; expected ascending rows of the step")
+        case rec.TWICE:
+            return BadRequest(f"token {index} is the second at position {value} of its sequence")
+        case rec.BAD_PARENT:
+            return BadRequest(
+                f"token {index} names row {value} as its parent; expected -1 or an earlier row of its "
+                "sequence, one position before it"
+            )
+        case rec.BAD_PLACE:
+            return BadRequest(
+                f"token {index} has the place {value}, expected one from where its path leaves the cache to "
+                f"{context - 1} in its page table"
+            )
+    what, most = (("tokens", step.tokens), ("logit rows", step.logits), ("sequences", step.sequences))[index]
+    return BadRequest(f"the step has {value} {what}, the executor was sized for {most}")
+
+
+def _int32(name: str, array: Array) -> Array:
+    """int32 and contiguous, without a copy where it is so. Raises BadRequest on a value that does not fit."""
+    if (
+        array.dtype != np.int32
+        and array.size
+        and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31
+    ):
+        raise BadRequest(f"{name} holds {int(array.min())} to {int(array.max())}, which no int32 holds")
+    return np.ascontiguousarray(array, dtype=np.int32)

@@ -1,0 +1,137 @@
+#include "stages.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace edge {
+namespace {
+
+constexpr int64_t kChunkBytes = 128 << 10;  // weights of one unit of work: stay in L2 while token blocks pass
+
+int64_t panels_of(const edge_matrix& w) { return (w.rows + kPanel - 1) / kPanel; }
+
+// Whether `b` reads the same activations as `a`, in the same codes.
+bool shares_input(const edge_op& a, const edge_op& b) {
+    if (b.kind != EDGE_OP_LINEAR || b.x != a.x) return false;
+    if (quantizes(a.weight.encoding) != quantizes(b.weight.encoding)) return false;
+    return !quantizes(a.weight.encoding) ||
+           (a.weight.group == b.weight.group && a.weight.encoding == b.weight.encoding);
+}
+
+int64_t panel_bytes(const edge_matrix& w) {
+    const int64_t items = padded_cols(w) * kPanel;
+    switch (w.encoding) {
+        case EDGE_ENC_F32:
+            return items * 4;
+        case EDGE_ENC_F16:
+        case EDGE_ENC_BF16:
+            return items * 2;
+        case EDGE_ENC_U4O8:
+        case EDGE_ENC_U4:
+        case EDGE_ENC_NF4:
+            return items / 2;
+        default:
+            return items;
+    }
+}
+
+// The bytes of a buffer for all tokens of the largest step.
+struct Region {
+    const float *begin, *end;
+    int64_t width;
+};
+
+Region region(const edge_program& program, const float* buffer, int64_t width) {
+    return {buffer, buffer == nullptr ? nullptr : buffer + program.max_tokens * width, width};
+}
+
+bool touches(const Region& a, const std::vector<Region>& others) {
+    return std::any_of(others.begin(), others.end(),
+                       [&](const Region& b) { return a.begin < b.end && b.begin < a.end; });
+}
+
+// Touches with another token stride or start, so that one token's row lies over another's.
+bool clashes(const Region& a, const std::vector<Region>& others) {
+    return std::any_of(others.begin(), others.end(), [&](const Region& b) {
+        return a.begin < b.end && b.begin < a.end && (a.begin != b.begin || a.width != b.width);
+    });
+}
+
+Stage linear_stage(const edge_op* begin, const edge_op* end, int threads, const Kernels& kernels) {
+    Stage stage{};
+    stage.kind = begin->kind == EDGE_OP_LOGITS ? Stage::kLogits : Stage::kLinear;
+    for (const edge_op* op = begin; op < end; ++op) {
+        const LinearKernel kernel = kernels.linear(op->weight);
+        if (kernel == nullptr) throw std::invalid_argument("no kernel for a weight's format");
+        const int64_t panels = panels_of(op->weight);
+        int64_t chunk = kChunkBytes / std::max<int64_t>(1, panel_bytes(op->weight));
+        if (threads > 1) chunk = std::min(chunk, panels / (4 * threads));
+        chunk = std::max<int64_t>(1, chunk);
+        stage.linears.push_back({op, kernel, panels, chunk, stage.units});
+        stage.units += static_cast<uint32_t>((panels + chunk - 1) / chunk);
+    }
+    return stage;
+}
+
+}  // namespace
+
+int64_t padded_cols(const edge_matrix& w) { return (w.cols + w.group - 1) / w.group * w.group; }
+
+std::vector<Stage> compile(const edge_program& program, const std::vector<edge_op>& ops,
+                           const std::vector<edge_op>& tables, const Kernels& kernels) {
+    std::vector<Stage> stages;
+    Stage tokens{};
+    tokens.kind = Stage::kTokens;
+    for (const edge_op& table : tables) tokens.steps.push_back({TokenStep::kAngles, &table});
+    std::vector<Region> used;  // by the steps of `tokens`
+    const auto flush = [&] {
+        if (!tokens.steps.empty()) stages.push_back(std::move(tokens));
+        tokens = Stage{};
+        tokens.kind = Stage::kTokens;
+        used.clear();
+    };
+    const edge_op* const end = ops.data() + ops.size();
+    for (const edge_op* op = ops.data(); op < end; ++op) {
+        if (op->kind != EDGE_OP_LINEAR && op->kind != EDGE_OP_ATTENTION && op->kind != EDGE_OP_LOGITS) {
+            const Region out = region(program, op->out, op->out_width);
+            // A dead buffer's bytes may be written again in another width: first all tokens must be done with
+            // it.
+            if (clashes(out, used)) flush();
+            tokens.steps.push_back({TokenStep::kOp, op});
+            used.push_back(region(program, op->x, op->x_width));
+            used.push_back(region(program, op->y, op->x_width));
+            used.push_back(out);
+            continue;
+        }
+        const bool logits = op->kind == EDGE_OP_LOGITS;
+        const bool quantized = op->kind != EDGE_OP_ATTENTION && quantizes(op->weight.encoding);
+        if (quantized && !logits) tokens.steps.push_back({TokenStep::kQuantize, op});
+        flush();
+        if (op->kind == EDGE_OP_ATTENTION) {
+            Stage stage{};
+            stage.kind = Stage::kAttention;
+            stage.attention = op;
+            stages.push_back(std::move(stage));
+        } else if (logits) {
+            Stage rows{};
+            rows.kind = Stage::kLogitRows;
+            rows.steps.push_back({TokenStep::kGather, op});
+            if (quantized) rows.steps.push_back({TokenStep::kQuantize, op});
+            stages.push_back(std::move(rows));
+            stages.push_back(linear_stage(op, op + 1, program.threads, kernels));
+        } else {  // matrices that read the same codes, or none, run together
+            const edge_op* last = op + 1;
+            std::vector<Region> outs = {region(program, op->out, op->out_width)};
+            for (; last < end && shares_input(*op, *last); ++last) {
+                const Region out = region(program, last->out, last->out_width);
+                if (touches(out, outs)) break;
+                outs.push_back(out);
+            }
+            stages.push_back(linear_stage(op, last, program.threads, kernels));
+            op = last - 1;
+        }
+    }
+    return stages;
+}
+
+}  // namespace edge
