@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 from edge_runtime.cli.output import Parser
 from edge_runtime.engine.kv import KV_FORMATS
 from edge_runtime.errors import BadConfig
+from edge_runtime.serving.guessing import AUTO, DRAFT_LENGTH, WAYS
 from edge_runtime.serving.open import open_engine
 from edge_runtime.serving.sampling import Sampling
 from edge_runtime.serving.session import Session
@@ -17,26 +19,36 @@ _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def add_open_options(parser: Parser) -> None:
-    """--backend, --threads, --kv, --context, --memory-limit, --no-verify."""
+    """--backend, --threads, --kv, --context, --speculate, --draft-length, --memory-limit, --no-verify."""
     add = parser.add_argument_group("engine").add_argument
     add("--backend", default="auto", metavar="NAME", help="auto (as planned), cpu, reference [auto]")
     add("--threads", type=integer, default=0, metavar="N", help="threads of the backend [all cores]")
     add("--kv", metavar="FORMAT", help=f"KV cache: {', '.join(KV_FORMATS)}, or K,V [as planned]")
     add("--context", type=integer, metavar="N", help="longest sequence, at most the planned one [as planned]")
+    add(
+        "--speculate",
+        default=AUTO,
+        metavar="WAY",
+        help=f"guess ahead: {', '.join(WAYS)}, or auto: what the engine has parts for [auto]",
+    )
+    add("--draft-length", type=integer, metavar="N", help=f"tokens guessed ahead at most [{DRAFT_LENGTH}]")
     add("--memory-limit", metavar="SIZE", help="bytes it may take, such as 512MiB [what is free]")
     add("--no-verify", action="store_true", help="do not check the digests of the file's data")
 
 
-def open_with(args: argparse.Namespace) -> Session:
-    """Open args.engine as the options say. Raises as open_engine does."""
+def open_with(args: argparse.Namespace, **more: Any) -> Session:
+    """Open args.engine as the options say; `more`: further arguments of open_engine, whose errors it raises."""
     return open_engine(
         args.engine,
         backend=args.backend,
         threads=args.threads,
         kv=args.kv,
         context=args.context,
+        speculate=args.speculate,
+        draft_length=args.draft_length,
         verify=not args.no_verify,
         memory_limit=None if args.memory_limit is None else _nbytes(args.memory_limit),
+        **more,
     )
 
 

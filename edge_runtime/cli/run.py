@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,11 +14,13 @@ from edge_runtime.cli.options import (
     add_open_options,
     add_sampling_options,
     integer,
+    number,
     open_with,
     sampling_of,
 )
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command, size
 from edge_runtime.errors import BadConfig, EdgeError, NumericError
+from edge_runtime.serving.grammar import Grammar
 from edge_runtime.serving.request import DEFAULT_MAX_TOKENS, Completion, Request
 from edge_runtime.serving.sampling import Sampling
 from edge_runtime.serving.session import Session
@@ -27,6 +30,7 @@ EXAMPLES = (
     'edge-run model.edge "bring me the red mug" --system "You plan robot skills." --max-tokens 64',
     "edge-run model.edge --temperature 0.7 --top-p 0.9                   (a chat)",
     'edge-run orin.edge "hello" --backend cpu --json                     (try it on a laptop)',
+    'edge-run planner.edge "follow Anna" --json-schema plan.schema.json --deadline 0.5 --speculate draft',
     "edge-run model.edge --verify                                        (known answer)",
 )
 _HELP = "/reset forgets the conversation, /quit or end of input ends"
@@ -50,6 +54,14 @@ def make_parser() -> Parser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     add("--stop-id", action="append", default=[], type=integer, metavar="ID", help="end at this token")
     add("--ignore-eos", action="store_true", help="go on after the model's end token")
+    add("--deadline", type=number, metavar="SECONDS", help="end in time with what there is")
+    add("--priority", type=integer, default=0, metavar="N", help="higher goes first [0]")
+    add("--lora", metavar="NAME", help="adapter of the engine, or NAME=FOLDER of PEFT")
+    add("--prefix", type=Path, metavar="FILE", help="saved prefix [ENGINE.prefix beside the engine, if any]")
+    form = answer.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON of this schema")
+    form.add_argument("--regex", metavar="PATTERN", help="the answer matches this pattern, whole")
+    form.add_argument("--ebnf", type=Path, metavar="FILE", help="the answer follows this grammar")
     mode = answer.add_mutually_exclusive_group()
     mode.add_argument(
         "--chat", action="store_true", default=None, help="PROMPT is a user's turn [if there is a template]"
@@ -72,7 +84,11 @@ def run(args: argparse.Namespace) -> Answer:
     if args.prompt is None and args.json and not args.verify:
         raise BadConfig("--json needs a PROMPT: a chat has no single answer")
     sampling = sampling_of(args)  # a bad value should not wait for a large engine to load
-    with open_with(args) as session:
+    args.grammar = _grammar(args)
+    name, folder = _lora(args.lora)
+    args.adapter = name
+    adapters = {} if name is None or folder is None else {name: folder}
+    with open_with(args, adapters=adapters, prefix=args.prefix) as session:
         for notice in session.notices:
             progress(f"note: {notice}")
         if args.verify:
@@ -102,6 +118,11 @@ def _answer(session: Session, sampling: Sampling, args: argparse.Namespace) -> A
         "finish_reason": done.finish_reason,
         "timing": msgspec.to_builtins(done.timing),
         "usage": msgspec.to_builtins(done.usage),
+        "speculation": {
+            "way": session.speculate,
+            "drafted": done.usage.drafted,
+            "accepted": done.usage.accepted,
+        },
         "memory": _memory(session),
         "backend": session.backend,
         "kv": {"k": session.kv.k, "v": session.kv.v},
@@ -175,13 +196,46 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "stop": args.stop,
         "stop_ids": args.stop_id,
         "ignore_eos": args.ignore_eos,
+        "deadline": args.deadline,
+        "priority": args.priority,
+        "grammar": args.grammar,
+        "adapter": args.adapter,
     }
 
 
+def _grammar(args: argparse.Namespace) -> Grammar | None:
+    """Raises BadConfig for a file that cannot be read, BadRequest for a grammar that is none."""
+    if args.json_schema is not None:
+        return Grammar.json_schema(_text(args.json_schema, "--json-schema"))
+    if args.ebnf is not None:
+        return Grammar.ebnf(_text(args.ebnf, "--ebnf"))
+    return None if args.regex is None else Grammar.regex(args.regex)
+
+
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise BadConfig(f"{option} {path}: {why}") from None
+
+
+def _lora(text: str | None) -> tuple[str | None, str | None]:
+    """(name, folder) of NAME or NAME=FOLDER."""
+    if text is None:
+        return None, None
+    name, equals, folder = text.partition("=")
+    if not name or (equals and not folder):
+        raise BadConfig(f"--lora {text!r:.60}: expected NAME, or NAME=FOLDER")
+    return name, folder or None
+
+
 def _timings(session: Session, done: Completion) -> str:
-    t = done.timing
+    t, usage = done.timing, done.usage
+    guesses = f"{usage.accepted} of {usage.drafted} guesses stood · " if usage.drafted else ""
+    ended = f"ended by {done.finish_reason} · " if done.finish_reason in ("deadline", "cancelled") else ""
     return (
-        f"first token {t.ttft_ms:.1f} ms · {t.tokens_per_s:.1f} tokens/s · "
+        f"{ended}first token {t.ttft_ms:.1f} ms · {t.tokens_per_s:.1f} tokens/s · {guesses}"
         f"memory planned {size(session.memory.need)}, used {size(session.memory_used)}"
     )
 
