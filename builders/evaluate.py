@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from builders import evaluation_text
 from builders.comparison import BLOCK_ITEMS, Comparison, compare, logits
 from builders.sources import Source
-from builders.sources.jsonfile import read_capped
 from builders.weights import EngineWeights, Weights, row_blocks
 from edge_runtime.backends.protocol import Backend, Executor, PackedTensor, Part, StepBatch
 from edge_runtime.backends.reference import ReferenceExecutor
+from edge_runtime.engine.folder import read_capped
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import KnownAnswer, Vocabulary
 from edge_runtime.engine.ops import Logits

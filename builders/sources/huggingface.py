@@ -6,13 +6,12 @@ a JSON file may not leave the folder. Spec: https://huggingface.co/docs/safetens
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from builders.sources.jsonfile import (
+from edge_runtime.engine.folder import (
     MAX_CONFIG,
     MAX_INDEX,
     MAX_TOKENIZER,
@@ -20,8 +19,9 @@ from builders.sources.jsonfile import (
     open_regular,
     parse_object,
     read_capped,
+    sha256_of,
 )
-from builders.sources.shard import Array, Entry, Shard, sniff
+from edge_runtime.engine.shard import Array, Entry, Shard, sniff
 from edge_runtime.errors import BadCheckpoint, Unsupported, nearest
 
 _SHARD_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")
@@ -74,7 +74,7 @@ class Source:
 
     def sha256(self) -> dict[str, str]:
         """Hex digest of every file that the build reads, by file name."""
-        return {name: _digest(contained(self.folder, name)) for name in sorted(self._files)}
+        return {name: sha256_of(contained(self.folder, name)) for name in sorted(self._files)}
 
     def close(self) -> None:
         for shard in self._shards.values():
@@ -230,11 +230,3 @@ def check_config(config: dict[str, Any], notices: list[str]) -> dict[str, Any]:
             "config.json names code (auto_map); it was not run, the model is read by its model_type"
         )
     return config
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Literal
@@ -25,6 +26,7 @@ Triple = tuple[str, str, str]  # (verb, object or person, place)
 
 HELDOUT_SEED = 20_251
 HELDOUT_COUNT = 2_400
+CHATS_SEED = 77
 RESERVED_PER_256 = 26  # about a tenth of all combinations
 CLAUSES = (0.5, 0.34, 0.16)  # how often a command has one, two and three clauses
 
@@ -198,13 +200,31 @@ def write_heldout(path: Path, count: int = HELDOUT_COUNT) -> None:
             out.write(json.dumps({"prompt": command.prompt, "expected": command.expected}) + "\n")
 
 
+def write_chats(path: Path, split: Split, count: int) -> None:
+    """One chat a line, as builders.medusa reads them; the held-out ones are those of heldout.jsonl."""
+    source = iter(heldout(count)) if split == "heldout" else islice(commands(CHATS_SEED), count)
+    with path.open("w", encoding="utf-8") as out:
+        for command in source:
+            said = (("user", command.prompt), ("assistant", command.expected))
+            messages = [{"role": role, "content": content} for role, content in said]
+            out.write(json.dumps({"messages": messages}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N training commands and stop")
+    parser.add_argument(
+        "--chats", type=Path, metavar="FILE", help="write commands and plans as chats and stop"
+    )
+    parser.add_argument("--count", type=int, default=40_000, help="chats to write [40000]")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="of --chats [train]")
     options = parser.parse_args()
+    if options.chats:
+        write_chats(options.chats, options.split, options.count)
+        return
     if options.show:
         for _, command in zip(range(options.show), commands(0), strict=False):
             print(f"{command.prompt}\n    {command.expected}")

@@ -1,7 +1,11 @@
-"""Small files of a model folder, read strictly: capped size, regular files only, UTF-8, no duplicate keys."""
+"""Files of a foreign folder, read strictly: they lie inside it, are regular, capped, and plain JSON.
+
+Builders read checkpoints with it, the runtime PEFT folders.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -53,6 +57,15 @@ def read_capped(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise BadCheckpoint(f"{path.name} is larger than {limit >> 20} MiB, which no model needs")
     return data
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a regular file of any size."""
+    sha = hashlib.sha256()
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:

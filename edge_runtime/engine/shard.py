@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from builders.sources.jsonfile import open_regular, parse_object
+from edge_runtime.engine.folder import open_regular, parse_object
 from edge_runtime.errors import BadCheckpoint
 
 Array = npt.NDArray[Any]
@@ -94,10 +94,11 @@ def sniff(head: bytes, name: str) -> None:
 
 
 class Shard:
-    """An open .safetensors file; `read` gives f32 rows."""
+    """An open .safetensors file; `read` gives f32 rows. `max_header`: bytes of header that are believed."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, max_header: int = MAX_HEADER) -> None:
         self.name = name
+        self._max_header = max_header
         self._fd = open_regular(path)
         try:
             self.entries = self._read_entries(path)
@@ -109,7 +110,11 @@ class Shard:
         sniff(os.pread(self._fd, 64, 0), self.name)
         size = os.fstat(self._fd).st_size
         (length,) = struct.unpack("<Q", os.pread(self._fd, 8, 0))
-        if length > MAX_HEADER or 8 + length > size:
+        if length > self._max_header:
+            raise BadCheckpoint(
+                f"{self.name}: header of {length} bytes, expected at most {self._max_header}; it is damaged"
+            )
+        if 8 + length > size:
             raise BadCheckpoint(f"{self.name}: header of {length} bytes in a file of {size}; it is truncated")
         try:
             with safe_open(path, framework="numpy") as checked:  # the library's own validation; reads no data
@@ -166,6 +171,12 @@ class Shard:
                 raise BadCheckpoint(f"{self.name}: the file ended inside tensor {key!r}; it is truncated")
             done += got
         return np.asarray(convert(raw), dtype=np.float32).reshape(shape)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self._fd >= 0:
