@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import Generator, Philox  # here rather than lazily in the first request
 
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadRequest
+from edge_runtime.errors import BadRequest, GrammarError
 
 MAX_LOGPROBS = 20
 _CANDIDATES = 1024  # top-p nearly always ends among these; sorting a whole vocabulary takes milliseconds
@@ -84,12 +84,17 @@ class Sampler:
         if sampling.penalizes:
             self._seen[prompt] = True
 
-    def choose(self, logits: Array) -> Choice:
-        """Pick from logits f32 (vocab,) and remember the pick."""
+    def choose(self, logits: Array, mask: Array | None = None) -> Choice:
+        """Pick from logits f32 (vocab,) and remember the pick.
+
+        mask: bool (vocab,), the tokens that a grammar allows; log probabilities stay those of the model
+        alone. Raises GrammarError when it allows none.
+        """
         s = self.sampling
+        allowed = logits if mask is None else masked(logits, mask)
         if s.temperature == 0.0 and not s.penalizes and s.logprobs is None:
-            return Choice(int(logits.argmax()))
-        scores = logits.astype(np.float64)
+            return Choice(int(allowed.argmax()))
+        scores = allowed.astype(np.float64)
         if s.penalizes:
             scores = penalize(scores, s, self._seen, self._counts)
         if s.temperature == 0.0:
@@ -104,6 +109,13 @@ class Sampler:
         logs = log_softmax(logits)
         top = top_indices(logs, s.logprobs)
         return Choice(token, float(logs[token]), tuple((int(i), float(logs[i])) for i in top))
+
+
+def masked(scores: Array, mask: Array) -> Array:
+    """Scores (vocab,) where mask is true, -inf elsewhere. Raises GrammarError when that is everywhere."""
+    if not mask.any():
+        raise GrammarError("the grammar allows none of the model's tokens here; no token was emitted")
+    return np.where(mask, scores, -np.inf)
 
 
 def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> Array:

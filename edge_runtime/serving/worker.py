@@ -1,5 +1,5 @@
-"""A child process for work on untrusted input that no limit inside this process can end: it may hang, eat memory
-or crash, and nothing is lost. Talks in lines of JSON, one object there, one back.
+"""A child process for work on untrusted input that no limit inside this process can end: it may hang, eat
+memory or crash, and nothing is lost. Talks in lines of JSON, one object there, one back.
 """
 
 from __future__ import annotations
