@@ -35,13 +35,13 @@ $(VENV)/.ready:
 
 $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 	@echo "make: installing edge-runtime into $(VENV) (builds the native library)"
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[build,chat,plot]'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[build,chat,plot,structured]'
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
 	@echo "make: installing what the tests need (torch, transformers)"
 	@$(BIN)/python -m pip install -q torch==2.13.0 -c constraints.txt
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[build,chat,plot,test]'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[build,chat,plot,structured,test]'
 	@touch $@
 
 $(VENV)/.linted: $(VENV)/.installed

@@ -48,6 +48,10 @@ class BadRequest(EdgeError):
     """A request to a session is invalid (empty prompt, token id out of range, bad sampling value)."""
 
 
+class GrammarError(EdgeError):
+    """An answer cannot go on under its grammar: nothing is allowed, or the parser reached a limit."""
+
+
 class QueueFull(EdgeError):
     """The session's waiting line is full; try again once a request has ended."""
 

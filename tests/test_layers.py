@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("errors", "engine", "backends", "serving", "cli")  # each imports only what lies before it
 RUNTIME_NEEDS = {"numpy", "safetensors", "tokenizers", "yaml", "msgspec"}
-LAZY = {"minijinja": {"serving/template_worker.py"}, "matplotlib": {"cli/bench.py"}}
+LAZY = {
+    "minijinja": {"serving/template_worker.py"},
+    "llguidance": {"serving/grammar.py", "serving/constraint.py", "serving/grammar_worker.py"},
+    "matplotlib": {"cli/bench.py"},
+}
 # What the builder may know of the runtime beyond the engine and the manner of commands
 EVALUATION = {"edge_runtime", "edge_runtime.backends.protocol", "edge_runtime.backends.reference"}
 

@@ -37,7 +37,7 @@ def add_open_options(parser: Parser) -> None:
 
 
 def open_with(args: argparse.Namespace, **more: Any) -> Session:
-    """Open args.engine as the options say; `more`: further arguments of open_engine, whose errors it raises."""
+    """Open args.engine as the options say; `more`: other arguments of open_engine, whose errors come."""
     return open_engine(
         args.engine,
         backend=args.backend,

@@ -104,7 +104,7 @@ def adapter_nbytes(program: Program, ranks: Mapping[str, int]) -> int:
     """Bytes of an adapter as stored, each plane rounded up to 64; `ranks`: tensor -> rank of its update."""
     specs = {name: program.tensors[name] for name in ranks}
     sizes = (n for name, s in specs.items() for n in adapter_planes(ranks[name], s.rows, s.cols).values())
-    return sum(-(-n // ALIGN) * ALIGN for n in sizes)
+    return sum(round_up(n) for n in sizes)
 
 
 def memory_plan(

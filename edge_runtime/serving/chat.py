@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import secrets
-import select
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +11,13 @@ from typing import Any
 
 from edge_runtime.errors import BadEngineFile, BadRequest, Unsupported, nearest
 from edge_runtime.serving.tokenizer import Tokenizer, check_text
+from edge_runtime.serving.worker import Worker
 
 MAX_MESSAGES = 1024
 RENDER_SECONDS = 2.0
-START_SECONDS = 30.0  # a busy robot starts an interpreter slowly
 _EDGE = "\ufdd0"  # a noncharacter: no text that is interchanged holds it
 _ROLE = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_WORKER = Path(__file__).with_name("template_worker.py")
+_SCRIPT = Path(__file__).with_name("template_worker.py")
 
 
 class ChatTemplate:
@@ -33,7 +28,7 @@ class ChatTemplate:
             self._source = source.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadEngineFile(f"the chat template is not UTF-8 text (byte {error.start})") from None
-        self._process: subprocess.Popen[str] | None = None
+        self._worker = Worker(_SCRIPT)
         self._lock = threading.Lock()
 
     def encode(
@@ -86,62 +81,25 @@ class ChatTemplate:
     def close(self) -> None:
         """End the process. A later `render` starts another."""
         with self._lock:
-            self._stop()
+            self._worker.close()
 
     def _ask(self, variables: dict[str, Any]) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
+        if not self._worker.alive:
             self._start()
-        answer = self._exchange(variables, RENDER_SECONDS)
+        answer = self._worker.ask(variables, RENDER_SECONDS)
         if answer is None:
-            self._stop()
             return {"error": f"it needs more than {RENDER_SECONDS:g} seconds or too much memory"}
         return answer
 
     def _start(self) -> None:
-        self._stop()
-        self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        answer = self._exchange({"template": self._source}, START_SECONDS)
-        if answer is None or "ready" not in answer:
-            self._stop()
-            if answer is not None and "missing" in answer:
-                raise Unsupported("chat needs minijinja; install it with: pip install 'edge-runtime[chat]'")
-            why = "its process does not start" if answer is None else answer["error"]
-            raise BadRequest(f"the engine's chat template cannot be used: {why}; give a prompt instead")
-
-    def _exchange(self, question: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """One object there, one back; None when the process died or took too long."""
-        process = self._process
-        assert (
-            process is not None and process.stdin is not None and process.stdout is not None
-        )  # _start did it
-        try:
-            process.stdin.write(json.dumps(question) + "\n")
-            process.stdin.flush()
-            if not select.select([process.stdout], [], [], seconds)[0]:
-                return None
-            line = process.stdout.readline()  # the answer is written in one go
-            answer: dict[str, Any] | None = json.loads(line) if line.endswith("\n") else None
-            return answer
-        except (OSError, ValueError):
-            return None
-
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
+        answer = self._worker.start({"template": self._source})
+        if answer is not None and "ready" in answer:
             return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was still to be written has no reader
-                    pipe.close()
+        self._worker.close()
+        if answer is not None and "missing" in answer:
+            raise Unsupported("chat needs minijinja; install it with: pip install 'edge-runtime[chat]'")
+        why = "its process does not start" if answer is None else answer["error"]
+        raise BadRequest(f"the engine's chat template cannot be used: {why}; give a prompt instead")
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

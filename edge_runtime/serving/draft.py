@@ -15,8 +15,8 @@ import numpy as np
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.plan import StepShape
+from edge_runtime.serving.constraint import Constraint
 from edge_runtime.serving.gate import expected
-from edge_runtime.serving.grammar import Constraint
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.sequence import Sequence

@@ -176,7 +176,7 @@ def _open(engine: Engine, options: _Options) -> Session:
         gated=options.gated,
         grammars=grammars,
         part=options.part,
-        read_adapter=lambda folder: read_peft(folder, part.origins, part.program),
+        read_adapter=lambda folder: read_peft(Path(folder), part.origins, part.program),
         notices=notices,
         max_waiting=options.max_waiting,
         clock=options.clock,
@@ -195,7 +195,7 @@ def _adapters(engine: Engine, part: EnginePart, options: _Options) -> dict[str, 
         if entry.part == options.part and name not in options.adapters
     }
     given = {
-        name: read_peft(a, part.origins, part.program) if isinstance(a, str | os.PathLike) else a
+        name: read_peft(Path(a), part.origins, part.program) if isinstance(a, str | os.PathLike) else a
         for name, a in options.adapters.items()
     }
     return {**carried, **given}

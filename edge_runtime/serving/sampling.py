@@ -13,8 +13,8 @@ import numpy as np
 from numpy.random import Generator, Philox  # here rather than lazily in the first request
 
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadRequest, NumericError
-from edge_runtime.serving.grammar import Constraint
+from edge_runtime.errors import BadRequest, GrammarError, NumericError
+from edge_runtime.serving.constraint import Constraint
 
 MAX_LOGPROBS = 20
 _CANDIDATES = 1024  # top-p nearly always ends among these; sorting a whole vocabulary takes milliseconds
@@ -162,11 +162,10 @@ def check_finite(logits: Array) -> None:
 
 
 def masked(scores: Array, mask: Array) -> Array:
-    """Scores f64 (vocab,), -inf where `mask` (vocab,) is False. Raises NumericError when nothing is left."""
+    """Scores (vocab,) where mask is true, -inf elsewhere. Raises GrammarError when that is everywhere."""
     if not mask.any():
-        raise NumericError("the grammar allows no token here; no token was emitted")
-    out: Array = np.where(mask, scores, -np.inf)
-    return out
+        raise GrammarError("the grammar allows none of the model's tokens here; no token was emitted")
+    return np.where(mask, scores, -np.inf)
 
 
 def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> Array:

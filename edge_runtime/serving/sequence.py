@@ -6,8 +6,8 @@ from collections import deque
 from time import perf_counter
 
 from edge_runtime.engine.formats import Array
+from edge_runtime.serving.constraint import Constraint
 from edge_runtime.serving.gate import Record
-from edge_runtime.serving.grammar import Constraint
 from edge_runtime.serving.metrics import Clock, Stopwatch
 from edge_runtime.serving.ngrams import NgramIndex
 from edge_runtime.serving.pages import PageTable

@@ -22,7 +22,8 @@ from edge_runtime.errors import BadRequest, NumericError, QueueFull
 from edge_runtime.serving import sequence as sequences
 from edge_runtime.serving.adapters import Adapters, ReadAdapter
 from edge_runtime.serving.chat import ChatTemplate, check_messages
-from edge_runtime.serving.grammar import Constraint, GrammarCompiler
+from edge_runtime.serving.constraint import Constraint
+from edge_runtime.serving.grammar import GrammarCompiler
 from edge_runtime.serving.known_answer import agreement, check_agreement
 from edge_runtime.serving.loop import Loop
 from edge_runtime.serving.metrics import Clock, Metrics

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from time import perf_counter
 from typing import Protocol
 
-from edge_runtime.errors import NumericError
+from edge_runtime.errors import GrammarError, NumericError
 from edge_runtime.serving.gate import PROBE, Gate, Offer
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
@@ -155,7 +155,7 @@ class Speculation:
             table.extend(n)
         try:
             proposals = proposer.propose([(item.sequence, n) for item, n in asks])
-        except NumericError:  # a draft model's trouble is not the request's
+        except (NumericError, GrammarError):  # the guesser's trouble is not the request's
             self.failures += 1
             self.gate.note_failure()
             proposals = [None] * len(asks)

@@ -162,11 +162,11 @@ def test_the_process_ends_with_the_session_and_starts_again_when_it_died() -> No
     with session:
         message = [{"role": "user", "content": "hi"}]
         first = session.chat_prompt(message)
-        process = session._template._process  # type: ignore[union-attr]
+        process = session._template._worker._process  # type: ignore[union-attr]
         process.kill()
         process.wait()
         assert session.chat_prompt(message) == first
-        process = session._template._process  # type: ignore[union-attr]
+        process = session._template._worker._process  # type: ignore[union-attr]
     session._template.close()  # type: ignore[union-attr]
     assert process.poll() is not None
     with pytest.raises(ProcessLookupError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_runtime.errors import BadRequest
+from edge_runtime.errors import BadRequest, GrammarError
 from edge_runtime.serving import sampling as module
 from edge_runtime.serving.sampling import (
     Sampler,
     Sampling,
     draw,
     log_softmax,
+    masked,
     penalize,
     probabilities,
     top_indices,
@@ -180,3 +181,52 @@ def test_draw_never_gives_an_impossible_token() -> None:
 def test_bad_values_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(BadRequest, match=message.replace("(", r"\(")):
         Sampling(**options)  # type: ignore[arg-type]
+
+
+OPTIONS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1e-6},
+    {"temperature": 1.5, "top_k": 3, "repetition_penalty": 1.5},
+    {"temperature": 0.9, "top_p": 0.5, "frequency_penalty": 1.0},
+    {"temperature": 1.0, "min_p": 0.2, "presence_penalty": -1.0},
+    {"repetition_penalty": 0.5, "logprobs": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_mask_draws_as_if_the_other_tokens_were_not_there(options: dict[str, float]) -> None:
+    sampling = Sampling(seed=5, **options)  # type: ignore[arg-type]
+    rng = np.random.default_rng(6)
+    kept = np.sort(rng.choice(VOCAB, 7, replace=False))
+    mask = np.zeros(VOCAB, bool)
+    mask[kept] = True
+    prompt = [int(kept[2]), int(np.flatnonzero(~mask)[0])]
+    whole = Sampler(sampling, prompt, VOCAB)
+    small = Sampler(sampling, [2], len(kept))  # a vocabulary of the allowed tokens alone
+    for seed in range(50):
+        logits = logits_of(seed)
+        logits[~mask] += 20
+        choice = whole.choose(logits, mask)
+        assert choice.token == kept[small.choose(logits[kept]).token]
+        if sampling.logprobs is not None:
+            logs = log_softmax(logits)
+            assert choice.logprob == logs[choice.token]
+            assert [i for i, _ in choice.top] == list(top_indices(logs, 3))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_mask_of_everything_changes_nothing_and_of_nothing_is_an_error(options: dict[str, float]) -> None:
+    sampling = Sampling(seed=5, **options)  # type: ignore[arg-type]
+    one, other = Sampler(sampling, [3], VOCAB), Sampler(sampling, [3], VOCAB)
+    for seed in range(20):
+        everything = one.choose(logits_of(seed), np.ones(VOCAB, bool))
+        with pytest.raises(GrammarError, match="allows none of the model's tokens"):
+            other.choose(logits_of(seed), np.zeros(VOCAB, bool))
+        assert everything == other.choose(logits_of(seed))
+
+
+def test_masked_keeps_allowed_scores_bit_for_bit() -> None:
+    scores, mask = logits_of(1), np.arange(VOCAB) % 3 == 0
+    found = masked(scores, mask)
+    assert (found[mask] == scores[mask]).all() and np.isneginf(found[~mask]).all()
