@@ -73,7 +73,13 @@ def test_json_is_one_object_with_everything(folder: Path, capsys: pytest.Capture
     with open_engine(folder / "plain.edge", backend="reference") as session:
         want = session.complete("Once upon", sampling, max_tokens=6)
     assert (data["text"], data["tokens"], data["finish_reason"]) == (want.text, list(want.tokens), "length")
-    assert data["usage"] == {"prompt_tokens": want.usage.prompt_tokens, "completion_tokens": 6}
+    assert data["usage"] == {
+        "prompt_tokens": want.usage.prompt_tokens,
+        "completion_tokens": 6,
+        "cached_tokens": 0,
+        "drafted": 0,
+        "accepted": 0,
+    }
     assert data["logprobs"] == list(want.logprobs) and len(data["top_logprobs"][0]) == 2
     assert data["timing"]["ttft_ms"] > 0 and data["timing"]["tokens_per_s"] > 0
     assert data["memory"]["planned_bytes"] > 0 and data["memory"]["used_bytes"] > 0

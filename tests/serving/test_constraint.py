@@ -186,7 +186,7 @@ def test_brute_force_would_notice_a_token_too_many(planner: Model) -> None:
 def answer_of(model: Model, answer: Constraint, seed: int, closers: str = '"}]') -> str:
     """An answer drawn at temperature 1 from random logits, which favour an end more and more."""
     rng = np.random.default_rng(seed)
-    sampler = Sampler(Sampling(temperature=1.0, seed=seed), [1], model.vocabulary.size)
+    sampler = Sampler(Sampling(temperature=1.0, seed=seed), [1], model.vocabulary.size, answer)
     closing = np.array(
         [b is not None and any(c.encode() in b for c in closers) for b in model.bytes], np.float32
     )
@@ -195,8 +195,7 @@ def answer_of(model: Model, answer: Constraint, seed: int, closers: str = '"}]')
     while len(tokens) < 2000:
         logits = rng.normal(0, 2, model.vocabulary.size).astype(np.float32)
         logits += 0.05 * (len(tokens) - 10) * closing
-        token = sampler.choose(logits, answer.mask()).token
-        answer.advance(token)
+        token = sampler.choose(logits).token
         if token == 2:
             return model.text(tokens)
         tokens.append(token)
@@ -361,7 +360,7 @@ def test_no_token_of_the_model_continues_it() -> None:
     assert last and not answer.mask().any()
     assert answer.forced() == []
     with pytest.raises(GrammarError, match="allows none of the model's tokens"):
-        Sampler(Sampling(), [1], 924).choose(np.zeros(924, np.float32), answer.mask())
+        Sampler(Sampling(), [1], 924, answer).choose(np.zeros(924, np.float32))
     model.compiler.close()
 
 

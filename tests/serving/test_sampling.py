@@ -194,6 +194,21 @@ OPTIONS = [
 ]
 
 
+class Fixed:
+    """A grammar that always allows the same tokens, or none."""
+
+    is_done = False
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self._mask = mask
+
+    def mask(self) -> np.ndarray:
+        return self._mask
+
+    def advance(self, token: int) -> None:
+        assert self._mask[token]
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_mask_draws_as_if_the_other_tokens_were_not_there(options: dict[str, float]) -> None:
     sampling = Sampling(seed=5, **options)  # type: ignore[arg-type]
@@ -202,12 +217,12 @@ def test_a_mask_draws_as_if_the_other_tokens_were_not_there(options: dict[str, f
     mask = np.zeros(VOCAB, bool)
     mask[kept] = True
     prompt = [int(kept[2]), int(np.flatnonzero(~mask)[0])]
-    whole = Sampler(sampling, prompt, VOCAB)
+    whole = Sampler(sampling, prompt, VOCAB, Fixed(mask))
     small = Sampler(sampling, [2], len(kept))  # a vocabulary of the allowed tokens alone
     for seed in range(50):
         logits = logits_of(seed)
         logits[~mask] += 20
-        choice = whole.choose(logits, mask)
+        choice = whole.choose(logits)
         assert choice.token == kept[small.choose(logits[kept]).token]
         if sampling.logprobs is not None:
             logs = log_softmax(logits)
@@ -218,11 +233,15 @@ def test_a_mask_draws_as_if_the_other_tokens_were_not_there(options: dict[str, f
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_mask_of_everything_changes_nothing_and_of_nothing_is_an_error(options: dict[str, float]) -> None:
     sampling = Sampling(seed=5, **options)  # type: ignore[arg-type]
-    one, other = Sampler(sampling, [3], VOCAB), Sampler(sampling, [3], VOCAB)
+    one = Sampler(sampling, [3], VOCAB, Fixed(np.ones(VOCAB, bool)))
+    other = Sampler(sampling, [3], VOCAB)
+    nothing = Fixed(np.zeros(VOCAB, bool))
     for seed in range(20):
-        everything = one.choose(logits_of(seed), np.ones(VOCAB, bool))
+        everything = one.choose(logits_of(seed))
+        other.constraint = nothing
         with pytest.raises(GrammarError, match="allows none of the model's tokens"):
-            other.choose(logits_of(seed), np.zeros(VOCAB, bool))
+            other.choose(logits_of(seed))
+        other.constraint = None
         assert everything == other.choose(logits_of(seed))
 
 
