@@ -100,6 +100,7 @@ class DraftModel:
 
     def _forward(self, states: list[_State]) -> None:
         """One step of the draft model over as much of what is to be read as it takes."""
+        begin = self._clock()
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -121,7 +122,6 @@ class DraftModel:
             if not state.feed and len(done) < self._step.logits:
                 done.append(state)
                 last.append(len(tokens) - 1)
-        begin = self._clock()
         logits = self._executor.forward(
             StepBatch(
                 tokens=np.array(tokens, np.int32),
@@ -132,9 +132,9 @@ class DraftModel:
                 slots=np.array([state.sequence.slot for state in states[: len(tables)]], np.int32),
             )
         )
-        self.pace.note(len(tokens), self._clock() - begin)
         for state, row in zip(done, logits, strict=True):
             _guess(state, row)
+        self.pace.note(len(tokens), self._clock() - begin)
 
 
 def _guess(state: _State, logits: Array) -> None:

@@ -69,7 +69,8 @@ class Loop:
         self._clock = clock
         self._emit = emit
         self._keep_hidden = speculation.name == "medusa"
-        self._took = 0.0  # seconds of the last forward pass
+        self._began = 0.0  # when the running step began
+        self._apart = False  # whether its sequences had to run alone
 
     def step(self) -> None:
         """Run one step for all that can run. Raises what the backend raises beyond NumericError; every
@@ -77,6 +78,7 @@ class Loop:
         """
         for sequence in self._scheduler.too_late():
             self.end(sequence, "deadline")
+        self._began = self._clock()
         items = self._scheduler.schedule()
         if items:
             self._guess(items)
@@ -94,7 +96,6 @@ class Loop:
         self._speculation.propose(items, tokens, rows)
 
     def _execute(self, items: list[Item]) -> list[Rows]:
-        begin = self._clock()
         try:
             logits = self._executor.forward(self._batch(items))
         except NumericError as error:
@@ -102,8 +103,6 @@ class Loop:
         except Exception as error:
             self._fail_all(items, error)
             raise
-        self._took = self._clock() - begin
-        self._pace.note(sum(item.rows for item in items), self._took)
         hidden = self._executor.hidden if self._keep_hidden else None
         found: list[Rows] = []
         at = 0
@@ -119,7 +118,7 @@ class Loop:
         """One sequence spoiled the step. Appending the same keys and values again changes nothing, so each
         runs alone, and only those that fail alone, and without guesses, are at fault.
         """
-        self._took = 0.0
+        self._apart = True
         if len(items) == 1:
             if items[0].proposal is None:
                 return [error]
@@ -168,7 +167,7 @@ class Loop:
             accepted.append(stood)
             self._settle(item, outcome, stood)
             ends.append((s, events, outcome.error))
-        self._speculation.observe(items, accepted, self._took)
+        self._learn(items, accepted)
         for (s, events, error), item, stood in zip(ends, items, accepted, strict=True):
             self._metrics.speculated(item.guesses, stood)
             for event in events:
@@ -176,6 +175,14 @@ class Loop:
                 self._emit(s, event)
             if error is not None and s.finish_reason is None:
                 self.end(s, "error", error)
+
+    def _learn(self, items: list[Item], accepted: list[int]) -> None:
+        """A step's time, without what guessing took, is what its number of rows costs."""
+        took = self._clock() - self._began - self._speculation.spent
+        if not self._apart:
+            self._pace.note(sum(item.rows for item in items), took)
+        self._apart = False
+        self._speculation.observe(items, accepted, took)
 
     def _settle(self, item: Item, outcome: Outcome, stood: int) -> None:
         """The cache holds what stands and no more; full pages of it are known from now on."""

@@ -68,7 +68,7 @@ class Speculation:
         self._pace = pace
         self._gated = gated
         self._clock = clock
-        self._spent = 0.0  # seconds of guessing in the running step
+        self.spent = 0.0  # seconds of guessing in the running step
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Speculation:
 
     def propose(self, items: list[Item], tokens_left: int, rows_left: int) -> None:
         """Give items proposals, within what is left of the step; their tables make room for them."""
-        self._spent = 0.0
+        self.spent = 0.0
         proposer = self.proposer
         if proposer is None or (self._gated and self.gate.resting()):
             return
@@ -94,14 +94,14 @@ class Speculation:
             self._ask(proposer, [(item, min(length, most)) for item, most in wanted])
 
     def observe(self, items: list[Item], accepted: list[int], seconds: float) -> None:
-        """What became of the step's guesses, and what its forward pass took (seconds)."""
+        """What became of the step's guesses, and what the step took beside making them (seconds)."""
         if self.proposer is None:
             return
         decoding = [(item, n) for item, n in zip(items, accepted, strict=True) if item.choose]
         if any(item.guesses for item, _ in decoding):
             plain = self._pace.predict(sum(item.count for item in items))
             results = [(item.sequence.record, item.guesses, n) for item, n in decoding]
-            self.gate.note(results, seconds + self._spent, plain)
+            self.gate.note(results, seconds + self.spent, plain)
         elif len(decoding) == len(items):
             self.gate.note_plain(seconds)
         for item, n in zip(items, accepted, strict=True):
@@ -165,7 +165,7 @@ class Speculation:
             table = item.sequence.pages
             assert table is not None
             table.trim(item.start + item.rows)
-        self._spent = self._clock() - begin
+        self.spent = self._clock() - begin
 
 
 def _room(sequence: Sequence) -> int:
