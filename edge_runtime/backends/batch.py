@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 
 from edge_runtime.backends.protocol import StepBatch
@@ -61,6 +63,13 @@ def check_arrays(batch: StepBatch, program: Program) -> None:
         raise BadRequest(f"the program needs inputs f32 ({count}, {width}) with each step")
     elif inputs.dtype != np.float32 or inputs.shape != (count, width):
         raise BadRequest(f"inputs is {inputs.dtype} {inputs.shape}, expected float32 ({count}, {width})")
+
+
+def check_adapters(adapters: Array | None, loaded: Container[int]) -> None:
+    """Raises BadRequest on a sequence whose adapter is not loaded; -1 is none."""
+    for s, number in enumerate(() if adapters is None else adapters.tolist()):
+        if number != -1 and number not in loaded:
+            raise BadRequest(f"sequence {s} uses adapter {number}, which is not loaded")
 
 
 def check_page(page: int, kv: KvPlan) -> None:

@@ -9,15 +9,17 @@ import numpy as np
 
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends import page_bytes
-from edge_runtime.backends.batch import check_arrays, check_move, check_page
+from edge_runtime.backends.batch import check_adapters, check_arrays, check_move, check_page
+from edge_runtime.backends.cpu_adapters import CpuAdapter, pack_adapter
 from edge_runtime.backends.cpu_program import Arena, compile_ops
 from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.engine.adapter import Adapter, check_adapter, free_number
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BackendUnavailable, BadRequest, EdgeError, NumericError
 
 # Arrays of a StepBatch that hold int32; the second row may be absent
 _NEEDED = ("tokens", "positions", "sequence", "page_tables", "logit_rows")
-_OPTIONAL = ("parents", "places")
+_OPTIONAL = ("parents", "places", "adapters")
 
 
 class CpuExecutor:
@@ -55,6 +57,7 @@ class CpuExecutor:
         self._batch = rec.Batch()
         self._logits = self._arena.view("logits", np.float32, (step.logits, program.vocab_size))
         self._rows = self._arena.view("rows", np.float32, (step.logits, program.hidden_width))
+        self._adapters: dict[int, CpuAdapter] = {}
         self._row_count = 0  # rows of the last step that are valid
 
     def forward(self, batch: StepBatch) -> Array:
@@ -71,6 +74,7 @@ class CpuExecutor:
         inputs = None if batch.inputs is None else np.ascontiguousarray(batch.inputs)
         with self._lock:
             handle = self._open()
+            check_adapters(batch.adapters, self._adapters)
             b = self._batch
             for name in _OPTIONAL:
                 setattr(b, name, None)
@@ -130,10 +134,35 @@ class CpuExecutor:
             self._open()
             page_bytes.write_page(self._arena.cache_views, page, data, self._part.kv)
 
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Copy a low-rank adapter (`engine.memory.adapter_nbytes`); returns the lowest free number.
+
+        Raises BadRequest on a tensor that is no linear's weight, a wrong shape, or NaN/Inf.
+        """
+        check_adapter(adapter, self._part.program)
+        with self._lock:
+            handle = self._open()
+            made = pack_adapter(adapter, self._part.program, self._part.step)
+            number = free_number(self._adapters)
+            if not self._library.edge_cpu_set_adapter(handle, number, ctypes.byref(made.record)):
+                raise BackendUnavailable("the cpu backend has no memory for another adapter")
+            self._adapters[number] = made
+            return number
+
+    def drop_adapter(self, number: int) -> None:
+        """Free an adapter; its number may be given again. Raises BadRequest for one that is not loaded."""
+        with self._lock:
+            handle = self._open()
+            if number not in self._adapters:
+                raise BadRequest(f"adapter {number} is not loaded")
+            self._library.edge_cpu_set_adapter(handle, number, None)
+            del self._adapters[number]
+
     @property
     def memory_bytes(self) -> int:
-        """Bytes held beyond the mapped weights: KV arena, buffers, scratch, repacked weights."""
-        return self._arena.nbytes + self._keep.repacked_bytes
+        """Bytes held beyond the mapped weights: KV arena, buffers, scratch, repacked weights, adapters."""
+        adapters = sum(a.nbytes for a in self._adapters.values())
+        return self._arena.nbytes + self._keep.repacked_bytes + adapters
 
     def close(self) -> None:
         """End the threads and give the memory back; a second close does nothing."""
@@ -143,6 +172,7 @@ class CpuExecutor:
                 self._handle = None
                 self._arena.release()
                 self._keep.release()
+                self._adapters.clear()
                 self._logits = self._rows = np.empty((0, 0), np.float32)
 
     def _open(self) -> int:

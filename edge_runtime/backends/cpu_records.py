@@ -123,6 +123,31 @@ class ProgramRecord(Structure):
     ]
 
 
+class LowRank(Structure):
+    """edge_low_rank"""
+
+    _fields_ = [
+        ("op", c_int32),
+        ("rank", c_int32),
+        ("offset", c_int32),
+        ("scale", c_float),
+        ("a", c_void_p),
+        ("b", c_void_p),
+    ]
+
+
+class Adapter(Structure):
+    """edge_adapter"""
+
+    _fields_ = [
+        ("items", POINTER(LowRank)),
+        ("u", c_void_p),
+        ("stride", c_int64),
+        ("count", c_int32),
+        ("unused", c_int32),
+    ]
+
+
 class Batch(Structure):
     """edge_batch"""
 
@@ -134,6 +159,7 @@ class Batch(Structure):
         ("logit_rows", c_void_p),
         ("parents", c_void_p),
         ("places", c_void_p),
+        ("adapters", c_void_p),
         ("inputs", c_void_p),
         ("token_count", c_int32),
         ("sequence_count", c_int32),
@@ -157,6 +183,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "edge_cpu_create": (c_void_p, [POINTER(ProgramRecord)]),
         "edge_cpu_forward": (c_int32, [c_void_p, POINTER(Batch)]),
         "edge_cpu_move": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
+        "edge_cpu_set_adapter": (c_int32, [c_void_p, c_int32, POINTER(Adapter)]),
         "edge_cpu_destroy": (None, [c_void_p]),
     }
     for name, (result, arguments) in signatures.items():

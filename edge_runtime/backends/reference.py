@@ -12,10 +12,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from edge_runtime.backends import numpy_ops, page_bytes
-from edge_runtime.backends.batch import check_batch, places_seen, straight_below
+from edge_runtime.backends.batch import check_adapters, check_batch, places_seen, straight_below
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
+from edge_runtime.engine.adapter import Adapter, LowRank, check_adapter, free_number
 from edge_runtime.engine.formats import FORMATS, Array
 from edge_runtime.engine.ops import (
     Activation,
@@ -32,7 +33,7 @@ from edge_runtime.engine.ops import (
 )
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import BackendUnavailable, NumericError, Unsupported, nearest
+from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported, nearest
 
 Provider = Callable[[str], Array]
 
@@ -58,13 +59,14 @@ class ReferenceExecutor:
         self._step = step
         self._arena: KvArena | None = KvArena(program, kv)
         self._buffers: dict[str, Array] = {}
+        self._adapters: dict[int, Adapter] = {}
         self._hidden = np.empty((0, program.hidden_width), np.float32)
 
     def forward(self, batch: StepBatch) -> Array:
         """Logits f32 (L, vocab) of `batch.logit_rows`. Raises BadRequest, or NumericError on NaN/Inf."""
         self._hidden = self._hidden[:0]
         hidden = self.run_hidden(batch)[batch.logit_rows]
-        logits = self.logits(hidden)
+        logits = self.logits(hidden, _adapters(batch)[batch.logit_rows])
         self._hidden = hidden
         return logits
 
@@ -81,6 +83,7 @@ class ReferenceExecutor:
         """
         arena = self._open()
         check_batch(batch, self._program, self._kv, self._step)
+        check_adapters(batch.adapters, self._adapters)
         self._buffers = {}
         # Overflow is found by the finite checks below, not by a warning
         with np.errstate(over="ignore", invalid="ignore"):
@@ -91,13 +94,14 @@ class ReferenceExecutor:
         _finite(hidden, "the final hidden state")
         return hidden
 
-    def logits(self, hidden: Array) -> Array:
-        """Logits f32 (rows, vocab) of hidden rows (rows, hidden). Raises NumericError on NaN/Inf."""
+    def logits(self, hidden: Array, adapters: Array | None = None) -> Array:
+        """Logits f32 (rows, vocab) of hidden rows (rows, hidden), `adapters` (rows,) numbers or -1.
+
+        Raises NumericError on NaN/Inf.
+        """
         op = self._head
         with np.errstate(over="ignore", invalid="ignore"):
-            out = hidden @ self._provider(op.weight).T
-            if op.bias is not None:
-                out += self._provider(op.bias)
+            out = self._product(hidden, op, np.full(len(hidden), -1) if adapters is None else adapters)
             out *= np.float32(op.scale)
         _finite(out, "the logits")  # before a soft cap, which would make Inf finite
         if op.softcap is not None:
@@ -125,13 +129,35 @@ class ReferenceExecutor:
         """What `read_page` of this or the cpu backend gave. Raises BadRequest on a wrong page or size."""
         page_bytes.write_page(self._open().arrays, page, data, self._kv)
 
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Copy a low-rank adapter; returns its number, the lowest free one.
+
+        Raises BadRequest on a tensor that is no linear's weight, a wrong shape, or NaN/Inf.
+        """
+        self._open()
+        check_adapter(adapter, self._program)
+        number = free_number(self._adapters)
+        self._adapters[number] = {
+            name: LowRank(low.a.copy(), low.b.copy(), low.scale) for name, low in adapter.items()
+        }
+        return number
+
+    def drop_adapter(self, number: int) -> None:
+        """Free an adapter; its number may be given again. Raises BadRequest for one that is not loaded."""
+        self._open()
+        if number not in self._adapters:
+            raise BadRequest(f"adapter {number} is not loaded")
+        del self._adapters[number]
+
     @property
     def memory_bytes(self) -> int:
-        """KV arena and decoded weights. Buffers come and go with numpy and are not counted."""
+        """KV arena, decoded weights and adapters. Buffers come and go with numpy and are not counted."""
         kept = getattr(self._provider, "nbytes", 0)
-        return (self._arena.nbytes if self._arena is not None else 0) + int(kept)
+        adapters = sum(low.nbytes for adapter in self._adapters.values() for low in adapter.values())
+        return (self._arena.nbytes if self._arena is not None else 0) + int(kept) + adapters
 
     def close(self) -> None:
+        self._adapters = {}
         self._arena = None
         self._provider = _closed
 
@@ -163,9 +189,7 @@ class ReferenceExecutor:
                 shift = None if op.bias is None else weight(op.bias)[0]
                 b[op.out] = numpy_ops.norm(b[op.x], weight(op.weight)[0], shift, op.eps, op.kind, op.group)
             case Linear():
-                out = b[op.x] @ weight(op.weight).T
-                if op.bias is not None:
-                    out += weight(op.bias)
+                out = self._product(b[op.x], op, _adapters(batch))
                 _finite(out, f"the product with {op.weight!r}")
                 b[op.out] = out
             case Rope():
@@ -188,6 +212,19 @@ class ReferenceExecutor:
                 b[op.out] = b[op.a] + np.float32(op.scale) * b[op.b]
             case Logits():
                 pass  # `logits` does it, for the rows that are wanted
+
+    def _product(self, x: Array, op: Linear | Logits, adapters: Array) -> Array:
+        """weight @ x + bias for each row, and the update of the adapter that the row uses (-1 = none)."""
+        out: Array = x @ self._provider(op.weight).T
+        if op.bias is not None:
+            out += self._provider(op.bias)
+        for number in np.unique(adapters[adapters >= 0]).tolist():
+            low = self._adapters[number].get(op.weight)
+            if low is not None:
+                mine = adapters == number
+                inner = x[mine] @ low.a.astype(np.float32).T
+                out[mine] += np.float32(low.scale) * (inner @ low.b.astype(np.float32).T)
+        return out
 
     def _attention(self, op: Attention, batch: StepBatch, arena: KvArena) -> Array:
         q = self._buffers[op.q].reshape(-1, op.heads, op.head_dim)
@@ -215,6 +252,13 @@ class ReferenceExecutor:
                 softcap=op.softcap,
             )
         return out
+
+
+def _adapters(batch: StepBatch) -> Array:
+    """The adapter of each token (T,), -1 = none."""
+    if batch.adapters is None:
+        return np.full(len(batch.tokens), -1)
+    return batch.adapters[batch.sequence]
 
 
 def _finite(values: Array, what: str) -> None:

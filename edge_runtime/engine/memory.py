@@ -19,6 +19,7 @@ from edge_runtime.errors import DoesNotFit
 SMALLEST_GROUP = 32  # activations are quantized per group; the smallest group needs most scales
 GREATEST_GROUP = 128  # columns are padded to whole groups
 TILE = 16  # keys decoded at a time
+RANK_ROWS = 8  # rows of an adapter's A that are computed together
 ATTENTION_TOKENS = 4  # tokens of a sequence that attend together
 
 
@@ -49,6 +50,38 @@ def angle_tables(program: Program) -> dict[tuple[str, float], int]:
     """(inv_freq, scale) -> frequencies, of every table of cosines and sines that a step fills once."""
     ropes = (op for op in program.ops if isinstance(op, Rope))
     return {(op.inv_freq, op.scale): program.tensors[op.inv_freq].cols for op in ropes}
+
+
+def low_rank_layout(program: Program, ranks: Mapping[str, int]) -> tuple[dict[int, int], int]:
+    """Where A x of each updated op lies in a token's row of an adapter's scratch, and the row's f32 values.
+
+    Linears that follow each other and read the same buffer run together, so each has its own place.
+    `ranks`: tensor -> rank; the offsets are by index of the op.
+    """
+    offsets: dict[int, int] = {}
+    before: Linear | None = None
+    at = stride = 0
+    for i, op in enumerate(program.ops):
+        if not (isinstance(op, Linear) and before is not None and op.x == before.x):
+            at = 0
+        before = op if isinstance(op, Linear) else None
+        if isinstance(op, Linear | Logits) and op.weight in ranks:
+            offsets[i] = at
+            at += -(-ranks[op.weight] // RANK_ROWS) * RANK_ROWS
+            stride = max(stride, at)
+    return offsets, stride
+
+
+def adapter_nbytes(program: Program, step: StepShape, ranks: Mapping[str, int]) -> int:
+    """Bytes that the cpu backend takes for a low-rank adapter: A and B padded, and A x of a step."""
+    total = 0
+    for name, rank in ranks.items():
+        spec = program.tensors[name]
+        a = -(-rank // RANK_ROWS) * RANK_ROWS * (-(-spec.cols // TILE) * TILE)
+        b = rank * (-(-spec.rows // TILE) * TILE)
+        total += round_up(2 * a) + round_up(2 * b)
+    _, stride = low_rank_layout(program, ranks)
+    return total + round_up(max(step.tokens, step.logits) * stride * 4)
 
 
 def scratch_regions(program: Program, step: StepShape, threads: int) -> dict[str, int]:

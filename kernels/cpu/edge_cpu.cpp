@@ -94,5 +94,14 @@ void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t*
     executor->run.move(pages, sources, targets, count);
 }
 
+int32_t edge_cpu_set_adapter(edge_executor* executor, int32_t number, const edge_adapter* adapter) {
+    try {
+        executor->run.set_adapter(number, adapter);
+        return 1;
+    } catch (const std::exception&) {
+        return 0;
+    }
+}
+
 void edge_cpu_destroy(edge_executor* executor) { delete executor; }
 }

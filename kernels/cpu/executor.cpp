@@ -17,6 +17,7 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
       cache_(program.cache, program.cache + program.cache_count),
       stages_(compile(program, ops_, tables_, kernels)),
       batch_(program),
+      adapters_(program, ops_, stages_),
       paths_(static_cast<size_t>(program.threads) * static_cast<size_t>(program.max_tokens)) {
     for (const edge_op& op : ops_)
         if (op.kind == EDGE_OP_ATTENTION &&
@@ -28,6 +29,7 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
 int Executor::forward(edge_batch* batch) {
     const int bad = batch_.take(batch);
     if (bad != EDGE_OK) return bad;
+    adapters_.take(batch_);
     status_.store(EDGE_OK);
     tokens_.store(batch->token_count);
     logit_rows_.store(batch->logit_count);
@@ -67,6 +69,8 @@ uint32_t Executor::units(uint32_t stage) const {
             return static_cast<uint32_t>(tokens_.load(std::memory_order_relaxed));
         case Stage::kLogitRows:
             return static_cast<uint32_t>(logit_rows_.load(std::memory_order_relaxed));
+        case Stage::kLowRank:
+            return adapters_.units(stage);
         case Stage::kLogits:
             return logit_rows_.load(std::memory_order_relaxed) == 0 ? 0 : s.units;
         case Stage::kLinear:
@@ -84,6 +88,9 @@ void Executor::run(int thread, uint32_t stage, uint32_t unit) {
         case Stage::kTokens:
         case Stage::kLogitRows:
             for (const TokenStep& step : s.steps) run_step(step, unit);
+            break;
+        case Stage::kLowRank:
+            adapters_.run_in(kernels_, stage, unit, program_.scratch.rows);
             break;
         case Stage::kLinear:
             run_linear(s, unit, batch_->token_count);
@@ -198,6 +205,7 @@ void Executor::run_linear(const Stage& stage, uint32_t unit, int64_t tokens) {
     const int64_t begin = (unit - linear.first_unit) * linear.chunk;
     const int64_t end = std::min(begin + linear.chunk, linear.panels);
     linear.kernel(args, begin, end);
+    adapters_.run_out(kernels_, op, begin, end);
     if (!logits) return;
     const int64_t row = begin * kPanel, rows = std::min(end * kPanel, op.weight.rows) - row;
     for (int64_t t = 0; t < tokens; ++t)

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "adapters.h"
 #include "batch.h"
 #include "edge_cpu.h"
 #include "kernels.h"
@@ -20,6 +21,9 @@ class Executor final : public Work {
     int forward(edge_batch* batch);
     // Copies keys and values of one sequence from places to places, in all layers.
     void move(const int32_t* pages, const int32_t* sources, const int32_t* targets, int32_t count);
+
+    // See edge_cpu_set_adapter. Throws std::bad_alloc.
+    void set_adapter(int32_t number, const edge_adapter* adapter) { adapters_.set(number, adapter); }
 
   private:
     int64_t row(const edge_cache& cache, const int32_t* pages, int64_t head, int32_t place) const;
@@ -39,6 +43,7 @@ class Executor final : public Work {
     std::vector<edge_cache> cache_;
     std::vector<Stage> stages_;
     StepBatch batch_;
+    Adapters adapters_;
     std::vector<int32_t> paths_;  // (threads, max_tokens): where the keys of a bent block lie
     std::atomic<int> status_{EDGE_OK};
     // Sizes of the batch; a thread that comes late may read them after its run has ended.

@@ -71,6 +71,19 @@ struct QuantizeArgs {
     int32_t* sums;
 };
 
+constexpr int kRankRows = EDGE_RANK_ROWS;  // of A in one unit of work
+
+// A low-rank update of consecutive tokens with one adapter: u = A x, out += scale * B u.
+struct LowRankArgs {
+    const uint16_t* weight;  // A: (rank, cols padded to 16); B: panels of [rank][16 rows]; both f16
+    const float* x;          // (tokens, x_stride)
+    float* u;                // (tokens, u_stride)
+    float* out;              // (tokens, out_stride)
+    int64_t x_stride, u_stride, out_stride, tokens;
+    int64_t cols, rank, rows;
+    float scale;
+};
+
 struct Kernels {
     int simd;  // edge_simd
     // The kernel for a weight's format, or nullptr.
@@ -85,6 +98,10 @@ struct Kernels {
     // cs: cos then sin of each frequency
     void (*rope)(const edge_op& op, const float* cs, float* x);
     void (*attention)(const AttentionArgs& args);
+    // u of the rows [begin, end) of A, whole kRankRows
+    void (*low_rank_in)(const LowRankArgs& args, int64_t begin, int64_t end);
+    // the panels [begin, end) of B
+    void (*low_rank_out)(const LowRankArgs& args, int64_t begin, int64_t end);
     // y[i] = softcap(scale * y[i]) in place; false on NaN or Inf.
     bool (*finish_logits)(float* y, int64_t n, float scale, float softcap);
 };

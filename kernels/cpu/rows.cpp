@@ -163,10 +163,13 @@ LinearKernel linear(const edge_matrix& weight) {
 }  // namespace
 
 void attention(const AttentionArgs& args);
+void low_rank_in(const LowRankArgs& args, int64_t begin, int64_t end);
+void low_rank_out(const LowRankArgs& args, int64_t begin, int64_t end);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {EDGE_SIMD,  linear,   kTokenBlock, code_offset, quantize,     norm,
-                                        activation, add_rows, rope,        attention,   finish_logits};
+    static constexpr Kernels kernels = {EDGE_SIMD,   linear,       kTokenBlock,  code_offset, quantize,
+                                        norm,        activation,   add_rows,     rope,        attention,
+                                        low_rank_in, low_rank_out, finish_logits};
     return &kernels;
 }
 

@@ -57,7 +57,8 @@ bool clashes(const Region& a, const std::vector<Region>& others) {
     });
 }
 
-Stage linear_stage(const edge_op* begin, const edge_op* end, int threads, const Kernels& kernels) {
+void push_linear(std::vector<Stage>* stages, const edge_op* begin, const edge_op* end, int threads,
+                 const Kernels& kernels) {
     Stage stage{};
     stage.kind = begin->kind == EDGE_OP_LOGITS ? Stage::kLogits : Stage::kLinear;
     for (const edge_op* op = begin; op < end; ++op) {
@@ -70,7 +71,11 @@ Stage linear_stage(const edge_op* begin, const edge_op* end, int threads, const 
         stage.linears.push_back({op, kernel, panels, chunk, stage.units});
         stage.units += static_cast<uint32_t>((panels + chunk - 1) / chunk);
     }
-    return stage;
+    Stage low_rank{};
+    low_rank.kind = Stage::kLowRank;
+    low_rank.linears = stage.linears;
+    stages->push_back(std::move(low_rank));
+    stages->push_back(std::move(stage));
 }
 
 }  // namespace
@@ -118,7 +123,7 @@ std::vector<Stage> compile(const edge_program& program, const std::vector<edge_o
             rows.steps.push_back({TokenStep::kGather, op});
             if (quantized) rows.steps.push_back({TokenStep::kQuantize, op});
             stages.push_back(std::move(rows));
-            stages.push_back(linear_stage(op, op + 1, program.threads, kernels));
+            push_linear(&stages, op, op + 1, program.threads, kernels);
         } else {  // matrices that read the same codes, or none, run together
             const edge_op* last = op + 1;
             std::vector<Region> outs = {region(program, op->out, op->out_width)};
@@ -127,7 +132,7 @@ std::vector<Stage> compile(const edge_program& program, const std::vector<edge_o
                 if (touches(out, outs)) break;
                 outs.push_back(out);
             }
-            stages.push_back(linear_stage(op, last, program.threads, kernels));
+            push_linear(&stages, op, last, program.threads, kernels);
             op = last - 1;
         }
     }

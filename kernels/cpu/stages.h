@@ -22,7 +22,8 @@ struct LinearUnit {
 };
 
 struct Stage {
-    enum Kind { kTokens, kLinear, kAttention, kLogitRows, kLogits } kind;
+    // kLowRank: A x of adapters, for the linears of the stage that follows
+    enum Kind { kTokens, kLowRank, kLinear, kAttention, kLogitRows, kLogits } kind;
     std::vector<TokenStep> steps;
     std::vector<LinearUnit> linears;
     uint32_t units = 0;

@@ -122,12 +122,31 @@ typedef struct edge_batch {
     const int32_t* sequence;
     const int32_t* page_tables; /* (sequences, pages_per_sequence) */
     const int32_t* logit_rows;
-    const int32_t* parents; /* of a tree of tokens: row of the token before, -1 = in the cache; or NULL */
-    const int32_t* places;  /* where each token's key lies; NULL exactly when parents is: at its position */
-    const float* inputs;    /* (tokens, width of the input op); NULL exactly when the program has none */
+    const int32_t* parents;  /* of a tree of tokens: row of the token before, -1 = in the cache; or NULL */
+    const int32_t* places;   /* where each token's key lies; NULL exactly when parents is: at its position */
+    const int32_t* adapters; /* (sequences) number of the adapter that each uses, -1 = none; or NULL */
+    const float* inputs;     /* (tokens, width of the input op); NULL exactly when the program has none */
     int32_t token_count, sequence_count, pages_per_sequence, logit_count;
     int32_t index, value; /* out: what was wrong */
 } edge_batch;
+
+/* What an adapter adds to one linear or logits op: scale * B (A x). */
+typedef struct edge_low_rank {
+    int32_t op, rank; /* index of the op */
+    int32_t offset;   /* of its A x in a row of edge_adapter.u, whole EDGE_RANK_ROWS */
+    float scale;
+    const uint16_t* a; /* f16 (rank padded to EDGE_RANK_ROWS, cols padded to 16) */
+    const uint16_t* b; /* f16 panels of 16 rows: [rank][16] */
+} edge_low_rank;
+
+typedef struct edge_adapter {
+    const edge_low_rank* items;
+    float* u; /* (max_tokens or max_logits if there are more, stride) */
+    int64_t stride;
+    int32_t count, unused;
+} edge_adapter;
+
+enum { EDGE_RANK_ROWS = 8 };
 
 #pragma GCC visibility push(default)
 
@@ -148,6 +167,9 @@ int32_t edge_cpu_forward(edge_executor* executor, edge_batch* batch);
  */
 void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t* sources,
                    const int32_t* targets, int32_t count);
+/* Puts an adapter under a number or, with NULL, takes it away. The library keeps the pointers, not the items.
+ * Returns 0 when memory ran out. A batch may name only numbers in use. */
+int32_t edge_cpu_set_adapter(edge_executor* executor, int32_t number, const edge_adapter* adapter);
 void edge_cpu_destroy(edge_executor* executor);
 
 #pragma GCC visibility pop
