@@ -25,7 +25,7 @@ class Compiled:
         self.matcher = matcher
         self.known = tokenizer.vocab_size  # ids beyond it are the model's padding
         self.size = vocabulary.size
-        self.ends = vocabulary.eos
+        self.ends = np.array(vocabulary.eos, np.intp)
         self.broken = False
 
     def start(self) -> Constraint:
@@ -71,7 +71,7 @@ class Constraint:
             self._check()
             count = min(len(out), self._compiled.known)
             out[:count] = np.unpackbits(self._bits.view(np.uint8), count=count, bitorder="little")
-        out[list(self._compiled.ends)] = self._matcher.is_accepting()
+        out[self._compiled.ends] = self._matcher.is_accepting()
         return out
 
     def advance(self, token: int) -> None:

@@ -423,6 +423,20 @@ def test_masks_along_a_draft_are_those_of_stepping(model: Model) -> None:
     assert answer.masks([]).shape == (1, model.vocabulary.size)
 
 
+@pytest.mark.parametrize("whitespace", ["compact", "free"])
+def test_a_model_that_writes_compact_json_is_left_alone(whitespace: str, planner: Model) -> None:
+    """Each token of 200 held-out plans, as the planner was taught them, is among the allowed."""
+    grammar = Grammar.json_schema(PLAN, whitespace=whitespace)  # type: ignore[arg-type]
+    lines = (PLANNER / "heldout.jsonl").read_text().splitlines()[:200]
+    for line in lines:
+        tokens = planner.tokenizer.encode(json.loads(line)["expected"], start=False)
+        answer = planner.compiler.compile(grammar)
+        for token in tokens:
+            assert answer.mask()[token]
+            answer.advance(token)
+        assert answer.is_done and answer.mask()[2]
+
+
 def test_a_fork_goes_its_own_way(planner: Model) -> None:
     answer = planner.compiler.compile(Grammar.regex("[ab]{1,6}c"))
     a, b, c = (planner.bytes.index(x) for x in (b"a", b"b", b"c"))
