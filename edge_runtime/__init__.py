@@ -47,7 +47,6 @@ _HOMES = {
     "open_engine": "edge_runtime.serving.open",
     "Session": "edge_runtime.serving.session",
     "Sampling": "edge_runtime.serving.sampling",
-    "Grammar": "edge_runtime.serving.grammar",
     "Completion": _REQUEST,
     "Grammar": "edge_runtime.serving.grammar",
     "Request": _REQUEST,

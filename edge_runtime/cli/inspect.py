@@ -14,7 +14,7 @@ from edge_runtime.cli.output import Answer, Parser, profiles_answer, run_command
 from edge_runtime.engine import packing
 from edge_runtime.engine.file import Engine, read_engine
 from edge_runtime.engine.manifest import AdapterEntry, Manifest, PartEntry
-from edge_runtime.engine.memory import adapter_nbytes
+from edge_runtime.engine.memory import stored_adapter_nbytes
 from edge_runtime.engine.plan import MemoryPlan
 from edge_runtime.errors import BadConfig
 
@@ -127,7 +127,7 @@ def _adapter(adapter: AdapterEntry, part: PartEntry) -> dict[str, Any]:
         "part": adapter.part,
         "tensors": len(ranks),
         "ranks": sorted(set(ranks.values())),
-        "bytes": adapter_nbytes(part.program, ranks),
+        "bytes": stored_adapter_nbytes(part.program, ranks),
         "targets": msgspec.to_builtins(adapter.targets),
     }
 

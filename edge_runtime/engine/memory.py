@@ -133,7 +133,7 @@ def adapter_planes(rank: int, rows: int, cols: int) -> dict[str, int]:
     return {"a": 2 * rank * cols, "b": 2 * rows * rank}
 
 
-def adapter_nbytes(program: Program, ranks: Mapping[str, int]) -> int:
+def stored_adapter_nbytes(program: Program, ranks: Mapping[str, int]) -> int:
     """Bytes of an adapter as stored, each plane rounded up to 64; `ranks`: tensor -> rank of its update."""
     specs = {name: program.tensors[name] for name in ranks}
     sizes = (n for name, s in specs.items() for n in adapter_planes(ranks[name], s.rows, s.cols).values())

@@ -15,7 +15,7 @@ from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.file import Engine, EnginePart, read_engine
 from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.manifest import LANGUAGE
-from edge_runtime.engine.memory import check_fits, memory_plan
+from edge_runtime.engine.memory import adapter_nbytes, check_fits, memory_plan
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.peft import read_peft
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
@@ -139,8 +139,8 @@ def _open(engine: Engine, options: _Options) -> Session:
     speculate = options.speculate if options.part == LANGUAGE else "off"
     guessing = choose_guessing(engine, backend, speculate, options.draft_length, sizes.kv, sizes.step)
     have, source = _have(options.memory_limit)
-    extra = sum(u.nbytes for adapter in adapters.values() for u in adapter.values())
-    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), extra, have)
+    ranks = [{tensor: update.rank for tensor, update in a.items()} for a in adapters.values()]
+    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), ranks, have)
     check_fits(memory, have, source)
     tokenizer_json = bytes(engine.blob("tokenizer.json"))
     tokenizer = Tokenizer(tokenizer_json, manifest.vocabulary)
@@ -257,7 +257,12 @@ def _have(limit: int | None) -> tuple[int, str]:
 
 
 def _fit(
-    part: EnginePart, sizes: _Sizes, guessing: Guessing, repacked: int, adapters: int, have: int
+    part: EnginePart,
+    sizes: _Sizes,
+    guessing: Guessing,
+    repacked: int,
+    ranks: list[dict[str, int]],
+    have: int,
 ) -> tuple[_Sizes, MemoryPlan]:
     """The sizes with rows of logits for guesses, and their memory by the planner's own function; repacked
     weights count twice.
@@ -274,7 +279,7 @@ def _fit(
         reserve=0,
         context=0,
         draft=guessing.nbytes(sizes.threads),
-        adapters=adapters,
+        adapters=sum(adapter_nbytes(part.program, step, r) for r in ranks),
     )
     memory = msgspec.structs.replace(plan, weights=plan.weights + repacked)
     return _Sizes(sizes.kv, step, sizes.threads), memory
