@@ -73,7 +73,10 @@ class DraftModel:
             for s, n in asks
         ]
         while feeding := [state for state in states if state.feed]:
-            self._forward(feeding)
+            if all(len(state.feed) == 1 for state in feeding) and len(feeding) <= self._step.sequences:
+                self._ahead(feeding)
+            else:
+                self._read(feeding)
         return [Proposal(state.tokens, None, state.odds or None) for state in states]
 
     def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
@@ -98,7 +101,31 @@ class DraftModel:
         whole, rest = divmod(tokens, self._step.tokens)
         return whole * self.pace.predict(self._step.tokens) + (self.pace.predict(rest) if rest else 0.0)
 
-    def _forward(self, states: list[_State]) -> None:
+    def _ahead(self, states: list[_State]) -> None:
+        """Token by token, over one set of arrays as long as all of these sequences go on."""
+        count = len(states)
+        batch = StepBatch(
+            tokens=np.array([state.feed[0] for state in states], np.int32),
+            positions=np.array([state.sequence.draft_computed for state in states], np.int32),
+            sequence=np.arange(count, dtype=np.int32),
+            page_tables=_tables(states),
+            logit_rows=np.arange(count, dtype=np.int32),
+            slots=np.array([state.sequence.slot for state in states], np.int32),
+        )
+        going = True
+        while going:
+            begin = self._clock()
+            for state, row in zip(states, self._executor.forward(batch), strict=True):
+                state.sequence.draft_computed += 1
+                state.feed = []
+                _guess(state, row)
+                going = going and bool(state.feed)
+            if going:
+                batch.tokens[:] = [state.feed[0] for state in states]
+                batch.positions[:] += 1
+            self.pace.note(count, self._clock() - begin)
+
+    def _read(self, states: list[_State]) -> None:
         """One step of the draft model over as much of what is to be read as it takes."""
         begin = self._clock()
         tokens: list[int] = []
@@ -106,17 +133,16 @@ class DraftModel:
         rows: list[int] = []
         done: list[_State] = []
         last: list[int] = []
-        tables: list[Array] = []
+        running: list[_State] = []
         for state in states[: self._step.sequences]:
             s = state.sequence
             count = min(len(state.feed), self._step.tokens - len(tokens))
             if count <= 0:
                 break
-            assert s.pages is not None  # it runs
             tokens += state.feed[:count]
             positions += range(s.draft_computed, s.draft_computed + count)
-            rows += [len(tables)] * count
-            tables.append(s.pages.row)
+            rows += [len(running)] * count
+            running.append(state)
             s.draft_computed += count
             del state.feed[:count]
             if not state.feed and len(done) < self._step.logits:
@@ -127,14 +153,19 @@ class DraftModel:
                 tokens=np.array(tokens, np.int32),
                 positions=np.array(positions, np.int32),
                 sequence=np.array(rows, np.int32),
-                page_tables=np.stack(tables),
+                page_tables=_tables(running),
                 logit_rows=np.array(last, np.int32),
-                slots=np.array([state.sequence.slot for state in states[: len(tables)]], np.int32),
+                slots=np.array([state.sequence.slot for state in running], np.int32),
             )
         )
         for state, row in zip(done, logits, strict=True):
             _guess(state, row)
         self.pace.note(len(tokens), self._clock() - begin)
+
+
+def _tables(states: list[_State]) -> Array:
+    rows = [state.sequence.pages.row for state in states if state.sequence.pages is not None]  # all run
+    return np.stack(rows)
 
 
 def _guess(state: _State, logits: Array) -> None:
