@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_runtime.engine.formats import Array
+from edge_runtime.engine.manifest import Origin
 from edge_runtime.engine.program import Program
 
 
@@ -28,3 +29,13 @@ class Architecture:
 
     program: Program
     sources: dict[str, TensorSource]
+
+    def origins(self) -> dict[str, Origin]:
+        """Checkpoint module and first row of every matrix and head, for adapters."""
+        found = {}
+        for name, spec in self.program.tensors.items():
+            made = self.sources[name]
+            if spec.role in ("matrix", "head") and made.constant is None:
+                row = made.rows[0] if made.rows else 0
+                found[name] = Origin(key=made.key.removesuffix(".weight"), row=row)
+        return found

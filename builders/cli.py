@@ -7,20 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from builders import planner, report
+from builders import fitting, planner, report
+from builders.companions import DRAFT_LENGTH
 from builders.pack import engine_name
-from builders.pipeline import Options, build, read_architecture
+from builders.parts import Extras, read_architecture, read_companions
+from builders.pipeline import Options, build
 from builders.quantize import algorithms
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import KV_FORMATS, kv_pair
 from edge_runtime.engine.profile import load_profile
-from edge_runtime.errors import BadConfig, DoesNotFit
+from edge_runtime.errors import BadConfig
 
 _EXAMPLES = (
     "edge-build --profile orin-nano-8gb --weights int4_g64 --kv int8 path/to/model",
     "edge-build --profile auto --weights auto -o planner.edge path/to/model",
+    "edge-build --profile orin --draft path/to/small --lora tidy=path/to/peft path/to/model",
     "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
     "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
     "edge-build --profiles",
@@ -77,6 +80,30 @@ def make_parser() -> Parser:
     )
     add("--page-tokens", type=int, default=16, metavar="N", help="tokens of a KV page, 16 or 32 [16]")
     add("--power-mode", metavar="MODE", help="power mode of the profile to predict for [its default]")
+    beside = parser.add_argument_group("speculation and adapters")
+    add = beside.add_argument
+    add(
+        "--draft",
+        type=Path,
+        metavar="FOLDER",
+        help="smaller model with the same vocabulary; config.json will do for --dry-run",
+    )
+    add("--draft-weights", metavar="FORMAT", help="its weights [--weights]")
+    add("--draft-kv", metavar="FORMAT", help="its KV cache, one format or K,V [--kv]")
+    add(
+        "--draft-length",
+        type=int,
+        metavar="N",
+        help=f"tokens proposed at once; sizes the logits [{DRAFT_LENGTH} with --draft or --medusa, else 0]",
+    )
+    add("--medusa", type=Path, metavar="FOLDER", help="heads that builders.medusa trained on the model")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="PEFT folder that requests choose by name; may be repeated",
+    )
     quality = parser.add_argument_group("quality")
     add = quality.add_argument
     add(
@@ -112,19 +139,16 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
     profile = load_profile(args.profile)
     config, name = read_config(args.model)
-    program = read_architecture(config, request.context).program
-    plan, resolved = planner.choose(program, profile, request)
-    changes = [] if planner.fits(plan) else planner.changes_that_fit(program, profile, resolved)
-    error = None
-    if not planner.fits(plan):
-        error = DoesNotFit(
-            f"{name} does not fit {profile.name}; {planner.advice(changes)}",
-            need=plan.memory.need,
-            have=plan.memory.have,
-            source=profile.memory_source,
-        )
-    text = report.plan_text(name, program, plan, resolved, profile, changes)
-    return Answer(report.plan_data(name, program, plan, resolved, changes), text, error)
+    architecture = read_architecture(config, request.context)
+    beside = read_companions(_extras(args), architecture, request.context)
+    program = architecture.program
+    plans, resolved = planner.choose(program, profile, request, beside)
+    changes, error = [], None
+    if not planner.fits(plans):
+        changes = fitting.changes_that_fit(program, profile, resolved, beside)
+        error = fitting.does_not_fit(plans, profile, changes)
+    text = report.plan_text(name, program, plans, resolved, profile, changes)
+    return Answer(report.plan_data(name, program, plans, resolved, changes), text, error)
 
 
 def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
@@ -140,6 +164,7 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         output=output,
         profile=args.profile,
         request=request,
+        extras=_extras(args),
         algorithm=args.algorithm,
         text=args.eval,
         text_tokens=args.eval_tokens,
@@ -169,16 +194,38 @@ def _request(args: argparse.Namespace) -> planner.Request:
         step_tokens=args.step_tokens,
         page_tokens=args.page_tokens,
         power_mode=args.power_mode,
+        draft_weights=args.draft_weights,
+        draft_kv=None if args.draft_kv is None else kv_pair(args.draft_kv),
+        draft_length=args.draft_length,
     )
+
+
+def _extras(args: argparse.Namespace) -> Extras:
+    """Raises BadConfig for an option that has no meaning without another, or a name given twice."""
+    if args.draft is None and (args.draft_weights or args.draft_kv):
+        raise BadConfig("--draft-weights and --draft-kv need --draft")
+    adapters: dict[str, Path] = {}
+    for text in args.lora:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise BadConfig(f"--lora {text!r}: expected NAME=FOLDER")
+        if name in adapters:
+            raise BadConfig(f"--lora {name!r} is given twice")
+        adapters[name] = Path(folder)
+    return Extras(args.draft, args.medusa, adapters)
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, str]:
     """What was asked for, by option name; of files only the name, so that no path enters the engine."""
-    given = {k: v for k, v in sorted(vars(args).items()) if k not in _UNRECORDED and v not in (None, False)}
-    return {
-        k.replace("_", "-"): v.name if isinstance(v, Path) else str(v).rsplit("/", 1)[-1]
-        for k, v in given.items()
-    }
+    given = {k: v for k, v in sorted(vars(args).items()) if k not in _UNRECORDED}
+    return {k.replace("_", "-"): _pathless(v) for k, v in given.items() if v not in (None, False, [])}
+
+
+def _pathless(value: object) -> str:
+    if isinstance(value, list):  # NAME=FOLDER each
+        pairs = (str(item).partition("=") for item in value)
+        return ",".join(f"{name}={Path(folder).name}" for name, _, folder in pairs)
+    return value.name if isinstance(value, Path) else str(value).rsplit("/", 1)[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

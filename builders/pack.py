@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-from builders.sources import Source
+from builders.parts import Contents
+from builders.planner import Plans
 from edge_runtime.engine.formats import abi_hash
 from edge_runtime.engine.header import HEADER_LIMIT, OPENING
 from edge_runtime.engine.header import header_reserve as reserve_for
 from edge_runtime.engine.manifest import (
+    LANGUAGE,
     SCHEMA,
+    AdapterEntry,
+    AdapterTarget,
     Fingerprint,
     KnownAnswer,
     Manifest,
     PartEntry,
     Provenance,
     Quality,
-    Vocabulary,
 )
-from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
-from edge_runtime.engine.program import Program
+from edge_runtime.engine.proof import adapter_plane
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BuildError
 
@@ -57,9 +60,10 @@ def check_target(target: Path, model: Path, *, force: bool) -> None:
         raise BuildError(f"{target} exists and is not an engine; choose another -o, or --force to replace it")
 
 
-def check_disk(target: Path, plan: Plan, source: Source) -> None:
+def check_disk(target: Path, plans: Plans, contents: Contents) -> None:
     """Raise BuildError when the folder has no room for the engine beside the old one."""
-    need = plan.memory.weights + len(source.tokenizer_json) + HEADER_LIMIT
+    need = sum(plan.memory.weights + plan.memory.adapters for plan in plans.values())
+    need += len(contents.target.source.tokenizer_json) + HEADER_LIMIT
     free = shutil.disk_usage(target.parent).free
     if free < need:
         raise BuildError(
@@ -68,26 +72,32 @@ def check_disk(target: Path, plan: Plan, source: Source) -> None:
         )
 
 
-def header_reserve(program: Program, plan: Plan) -> int:
-    """Bytes to keep free for the header of an engine with this one part."""
-    part = len(msgspec.json.encode(PartEntry(program=program, plan=plan)))
-    return reserve_for(4 * len(plan.tensors), part + 48 * len(plan.tensors))
+def header_reserve(contents: Contents, plans: Plans) -> int:
+    """Bytes to keep free for the header of an engine with these parts and adapters."""
+    entries = (*_parts(contents, plans).values(), *_adapters(contents).values())
+    tensors = sum(len(plan.tensors) for plan in plans.values())
+    planes = 4 * tensors + 2 * sum(map(len, contents.adapters.values()))
+    return reserve_for(planes, sum(len(msgspec.json.encode(e)) for e in entries) + 48 * tensors)
 
 
-def finish(
-    writer: EngineWriter,
-    part: str,
-    source: Source,
-    program: Program,
-    plan: Plan,
-    profile: Profile,
-    vocabulary: Vocabulary,
-    quality: Quality | None,
-    known_answer: KnownAnswer | None,
-    algorithm: str,
-    recipe: dict[str, str],
-) -> Manifest:
-    """Phase 6. Add the blobs, write the manifest, put the file in place. No time and no path enters it."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a manifest says of a build beyond its parts and plans. `recipe`: options as given."""
+
+    profile: Profile
+    quality: Quality | None
+    known_answer: KnownAnswer | None
+    algorithm: str
+    recipe: dict[str, str]
+
+
+def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Record) -> Manifest:
+    """Phase 6. Add adapters and blobs, write the manifest, put the file in place. No time or path enters."""
+    source, profile = contents.target.source, record.profile
+    for name, adapter in contents.adapters.items():
+        for tensor, update in adapter.items():
+            writer.add(adapter_plane(name, tensor, "a"), update.a)
+            writer.add(adapter_plane(name, tensor, "b"), update.b)
     blobs = {"tokenizer.json": source.tokenizer_json}
     if source.chat_template:
         blobs["chat_template"] = source.chat_template.encode()
@@ -96,28 +106,44 @@ def finish(
     manifest = Manifest(
         schema=SCHEMA,
         name=engine_name(source.name),
-        parts={part: PartEntry(program=program, plan=plan)},
+        parts=_parts(contents, plans),
+        adapters=_adapters(contents),
         fingerprint=Fingerprint(
             profile=profile.name,
             backend=profile.backend,
             compute_capability=profile.compute_capability,
             abi=f"{abi_hash():016x}",
         ),
-        vocabulary=vocabulary,
+        vocabulary=contents.target.vocabulary,
         blobs={name: len(data) for name, data in blobs.items()},
-        quality=quality,
+        quality=record.quality,
         provenance=Provenance(
             source=source.name,
-            source_sha256=source.sha256(),
+            source_sha256=contents.sha256(),
             model_type=str(source.config["model_type"]),
-            algorithm=algorithm,
-            recipe=recipe,
+            algorithm=record.algorithm,
+            recipe=record.recipe,
             tools={name: _version(name) for name in _TOOLS},
         ),
-        known_answer=known_answer,
+        known_answer=record.known_answer,
         planes={},
     )
     return writer.finish(manifest)
+
+
+def _parts(contents: Contents, plans: Plans) -> dict[str, PartEntry]:
+    return {
+        p.name: PartEntry(program=p.program, plan=plans[p.name], origins=p.origins) for p in contents.parts
+    }
+
+
+def _adapters(contents: Contents) -> dict[str, AdapterEntry]:
+    return {
+        name: AdapterEntry(
+            part=LANGUAGE, targets={t: AdapterTarget(rank=u.rank, scale=u.scale) for t, u in adapter.items()}
+        )
+        for name, adapter in contents.adapters.items()
+    }
 
 
 def _version(package: str) -> str:

@@ -9,34 +9,29 @@ the temporary file of the engine, so a build never holds a model.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from builders import pack, planner
-from builders.architecture import Architecture
-from builders.archs import read_program
+from builders.encoding import encode
 from builders.evaluate import compare_models, known_answer, read_text
+from builders.fitting import require_fit
+from builders.parts import Contents, Extras, open_contents
+from builders.planner import Plans
 from builders.quantize import Algorithm, get_algorithm
-from builders.sources import Source, open_source, read_vocabulary
-from builders.weights import CheckpointWeights, EngineWeights, row_blocks
-from edge_runtime.engine.formats import Array, Format, get_format
-from edge_runtime.engine.manifest import KnownAnswer, Manifest, Quality, Vocabulary
+from builders.weights import EngineWeights, StoredPlanes
+from edge_runtime.engine.formats import get_format
+from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.packing import pack as pack_planes
-from edge_runtime.engine.packing import plane_items
-from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile, load_profile
-from edge_runtime.engine.program import Program
 from edge_runtime.engine.proof import plane_name
 from edge_runtime.engine.writer import EngineWriter, OsCalls
-from edge_runtime.errors import QualityLimit, ValueOutOfRange
-
-PART = "language"
+from edge_runtime.errors import QualityLimit
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +42,7 @@ class Options:
     output: Path
     profile: str
     request: planner.Request = field(default_factory=planner.Request)
+    extras: Extras = field(default_factory=Extras)
     algorithm: str = "rtn"
     text: Path | None = None
     text_tokens: int = 512
@@ -68,20 +64,6 @@ class Watcher:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What `read` found: the open source, its program, its f32 weights and special ids."""
-
-    source: Source
-    architecture: Architecture
-    weights: CheckpointWeights
-    vocabulary: Vocabulary
-
-    @property
-    def program(self) -> Program:
-        return self.architecture.program
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """A finished build: the manifest as written, the file's size and the seconds of each phase."""
 
@@ -98,96 +80,79 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
     seconds: dict[str, float] = {}
-    with open_source(options.model) as source:
+    with ExitStack() as stack:
         with _timed(seconds, "read"):
-            checkpoint = read(source, options.request.context)
+            contents = stack.enter_context(
+                open_contents(options.model, options.extras, options.request.context)
+            )
         with _timed(seconds, "plan"):
-            plan = planner.require_fit(checkpoint.program, profile, options.request)
-        pack.check_disk(options.output, plan, source)
-        _keep(options, "read", {"program": checkpoint.program, "vocabulary": checkpoint.vocabulary})
-        _keep(options, "plan", plan)
-        reserve = pack.header_reserve(checkpoint.program, plan)
-        with EngineWriter(options.output, reserve, calls) as writer:
-            with _timed(seconds, "quantize"):
-                sqnr = quantize(checkpoint, plan, get_algorithm(options.algorithm), writer, watcher)
-            _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
-            with _timed(seconds, "verify"):
-                quality, answer = verify(checkpoint, plan, profile, options, writer, sqnr, watcher)
-            _keep(options, "verify", {"quality": quality, "known_answer": answer})
-            if quality is not None and options.max_ppl_increase is not None:
-                check_rise(quality, options.max_ppl_increase)
-            with _timed(seconds, "pack"):
-                watcher.phase("pack", 1)
-                manifest = pack.finish(
-                    writer,
-                    PART,
-                    checkpoint.source,
-                    checkpoint.program,
-                    plan,
-                    profile,
-                    checkpoint.vocabulary,
-                    quality,
-                    answer,
-                    options.algorithm,
-                    options.recipe,
-                )
-                watcher.step(options.output.name)
+            beside = contents.companions()
+            plans, _ = require_fit(contents.target.program, profile, options.request, beside)
+        pack.check_disk(options.output, plans, contents)
+        programs = {part.name: part.program for part in contents.parts}
+        _keep(options, "read", {"parts": programs, "vocabulary": contents.target.vocabulary})
+        _keep(options, "plan", plans)
+        writer = stack.enter_context(
+            EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
+        )
+        with _timed(seconds, "quantize"):
+            sqnr = quantize(contents, plans, get_algorithm(options.algorithm), writer, watcher)
+        _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
+        with _timed(seconds, "verify"):
+            quality, answer = verify(contents, plans, profile, options, writer, sqnr[LANGUAGE], watcher)
+        _keep(options, "verify", {"quality": quality, "known_answer": answer})
+        if quality is not None and options.max_ppl_increase is not None:
+            check_rise(quality, options.max_ppl_increase)
+        with _timed(seconds, "pack"):
+            watcher.phase("pack", 1)
+            record = pack.Record(profile, quality, answer, options.algorithm, options.recipe)
+            manifest = pack.finish(writer, contents, plans, record)
+            watcher.step(options.output.name)
         _keep(options, "pack", {"file": options.output.name, "planes": manifest.planes})
-        return Report(options.output, options.output.stat().st_size, manifest, seconds, source.notices)
-
-
-def read(source: Source, context: int | None) -> Checkpoint:
-    """Phase 1. The program of an open source, with every tensor and special id checked."""
-    architecture = read_architecture(source.config, context)
-    weights = CheckpointWeights(architecture, source)
-    vocabulary = read_vocabulary(source, architecture.program.vocab_size)
-    return Checkpoint(source, architecture, weights, vocabulary)
-
-
-def read_architecture(config: dict[str, Any], context: int | None) -> Architecture:
-    """The architecture for the context that will be planned: some rotary tables depend on it."""
-    longest = read_program(config).program.max_context
-    architecture = read_program(config, context=planner.default_context(longest, context))
-    architecture.program.check()
-    return architecture
+        return Report(options.output, options.output.stat().st_size, manifest, seconds, contents.notices)
 
 
 def quantize(
-    checkpoint: Checkpoint, plan: Plan, algorithm: Algorithm, writer: EngineWriter, watcher: Watcher
-) -> dict[str, float]:
-    """Phase 4. Quantize, pack and write every tensor; returns SQNR in dB of those that are not exact."""
-    sqnr: dict[str, float] = {}
-    watcher.phase("quantize", len(plan.tensors))
-    for name, chosen in plan.tensors.items():
-        spec, fmt = checkpoint.program.tensors[name], get_format(chosen.format)
-        try:
-            planes, signal, noise = _encode(checkpoint.weights, name, fmt, algorithm)
-        except ValueOutOfRange as error:
-            raise ValueOutOfRange(f"tensor {name!r}: {error}") from error
-        for plane, data in pack_planes(chosen.format, chosen.packing, planes, spec.rows, spec.cols).items():
-            writer.add(plane_name(PART, name, plane), data)
-        if noise > 0.0 and signal > 0.0:
-            sqnr[name] = round(10.0 * float(np.log10(signal / noise)), 3)
-        watcher.step(name)
+    contents: Contents, plans: Plans, algorithm: Algorithm, writer: EngineWriter, watcher: Watcher
+) -> dict[str, dict[str, float]]:
+    """Phase 4. Quantize, pack and write every tensor of every part.
+
+    Returns part -> tensor -> SQNR in dB, of those that are not exact.
+    """
+    sqnr: dict[str, dict[str, float]] = {}
+    watcher.phase("quantize", sum(len(plan.tensors) for plan in plans.values()))
+    for part in contents.parts:
+        found = sqnr[part.name] = {}
+        for name, chosen in plans[part.name].tensors.items():
+            spec = part.program.tensors[name]
+            made = encode(part, name, get_format(chosen.format), algorithm)
+            packed = pack_planes(chosen.format, chosen.packing, made.planes, spec.rows, spec.cols)
+            for plane, data in packed.items():
+                writer.add(plane_name(part.name, name, plane), data)
+            if made.sqnr_db is not None:
+                found[name] = made.sqnr_db
+            watcher.step(f"{part.name} {name}")
     return sqnr
 
 
 def verify(
-    checkpoint: Checkpoint,
-    plan: Plan,
+    contents: Contents,
+    plans: Plans,
     profile: Profile,
     options: Options,
     writer: EngineWriter,
     sqnr: dict[str, float],
     watcher: Watcher,
 ) -> tuple[Quality | None, KnownAnswer | None]:
-    """Phase 5. Measure the planes as they lie in the file against the checkpoint; record a known answer."""
+    """Phase 5. Measure the language part's planes as they lie in the file against the checkpoint; record a
+    known answer. Companions change no answer, so they are not measured here."""
     watcher.phase("verify", 2)
+    checkpoint, plan = contents.target, plans[LANGUAGE]
     window = min(plan.step.context, options.text_tokens)
     text = read_text(
         checkpoint.source, checkpoint.vocabulary, options.text, limit=options.text_tokens, window=window
     )
-    stored = _StoredPlanes(checkpoint.program, plan, writer)
+    stored = StoredPlanes(LANGUAGE, checkpoint.program, plan, writer)
     quality = None
     if options.measure:
         engine = EngineWeights(checkpoint.program, plan.tensors, stored.of)
@@ -221,50 +186,6 @@ def check_rise(quality: Quality, most: float) -> None:
             f"perplexity rises by {rise:.2f}% on {quality.text}, at most {most:g}% is allowed; nothing was "
             "written; use a format with more bits or smaller groups"
         )
-
-
-class _StoredPlanes:
-    """Packed planes as they lie in the unfinished file; each call maps anew, so nothing stays in memory."""
-
-    def __init__(self, program: Program, plan: Plan, writer: EngineWriter) -> None:
-        self._program, self._plan, self._writer = program, plan, writer
-
-    def of(self, tensor: str) -> dict[str, Array]:
-        """plane -> 1-D array of its packed items."""
-        spec, chosen = self._program.tensors[tensor], self._plan.tensors[tensor]
-        stored = self._writer.planes()
-        items = plane_items(chosen.format, chosen.packing, spec.rows, spec.cols)
-        return {p: stored[plane_name(PART, tensor, p)].view(dtype) for p, (_, dtype) in items.items()}
-
-    def true_nbytes(self, tensor: str) -> int:
-        """Bytes of a tensor's numbers, without the padding of its packing."""
-        spec = self._program.tensors[tensor]
-        return get_format(self._plan.tensors[tensor].format).nbytes(spec.rows, spec.cols)
-
-
-def _encode(
-    weights: CheckpointWeights, name: str, fmt: Format, algorithm: Algorithm
-) -> tuple[dict[str, Array], float, float]:
-    """(planes, energy of values, energy of error); in blocks of rows where algorithm and format allow."""
-    spec = weights.program.tensors[name]
-    whole = not algorithm.ROW_WISE or any(p.per == "tensor" for p in fmt.planes)
-    blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
-    planes: dict[str, Array] = {}
-    signal = noise = 0.0
-    for start, stop in blocks:
-        values = weights.block(name, start, stop)
-        made = algorithm.quantize(values, fmt)
-        if not planes:
-            shapes = fmt.shapes(spec.rows, spec.cols)
-            planes = {p: np.empty(shapes[p], made[p].dtype) for p in shapes}
-        for p, data in made.items():
-            planes[p][start:stop] = data
-        for a, b in row_blocks(stop - start, spec.cols, 1 << 18):  # the f64 sums need little memory
-            part = {p: d if fmt.plane(p).per == "tensor" else d[a:b] for p, d in made.items()}  # type: ignore[union-attr]
-            error = fmt.decode(part, b - a, spec.cols) - values[a:b]
-            signal += float(np.square(values[a:b], dtype=np.float64).sum())
-            noise += float(np.square(error, dtype=np.float64).sum())
-    return planes, signal, noise
 
 
 @contextmanager

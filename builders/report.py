@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
+from builders.fitting import Change
 from builders.pipeline import Report, Watcher
-from builders.planner import Change, Request
+from builders.planner import Plans, Request
 from edge_runtime.cli.output import size, table
+from edge_runtime.engine.manifest import LANGUAGE, Manifest
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
@@ -21,6 +23,7 @@ _ROWS = (
     ("kv", "KV cache"),
     ("buffers", "buffers"),
     ("draft", "draft"),
+    ("adapters", "adapters"),
     ("device_code", "device code"),
     ("context", "context (driver)"),
 )
@@ -76,9 +79,10 @@ def formats_of(program: Program, plan: Plan) -> dict[str, str]:
 
 
 def plan_data(
-    name: str, program: Program, plan: Plan, request: Request, changes: list[Change]
+    name: str, program: Program, plans: Plans, request: Request, changes: list[Change]
 ) -> dict[str, Any]:
-    """The plan as one object of plain values; `fits` and `changes` say what to do."""
+    """The plan as one object of plain values; `fits` and `changes` say what to do; `companions` are bytes."""
+    plan = plans[LANGUAGE]
     memory = plan.memory
     return {
         "model": name,
@@ -90,6 +94,8 @@ def plan_data(
         "kv": {"k": plan.kv.k, "v": plan.kv.v, "page_tokens": plan.kv.page_tokens, "pages": plan.kv.pages},
         "step": msgspec.to_builtins(plan.step),
         "memory": {**msgspec.to_builtins(memory), "need": memory.need, "have": memory.have},
+        "companions": {name: plans[name].memory.need for name in plans if name != LANGUAGE},
+        "draft_length": request.draft_length,
         "predicted": msgspec.to_builtins(plan.predicted),
         "fits": memory.need <= memory.have,
         "changes": [{"options": c.options, "need": c.need} for c in changes],
@@ -101,9 +107,10 @@ def parameters(program: Program) -> int:
 
 
 def plan_text(
-    name: str, program: Program, plan: Plan, request: Request, profile: Profile, changes: list[Change]
+    name: str, program: Program, plans: Plans, request: Request, profile: Profile, changes: list[Change]
 ) -> str:
     """The table of a dry run."""
+    plan = plans[LANGUAGE]
     memory, predicted = plan.memory, plan.predicted
     fit = memory.need <= memory.have
     spare = memory.have - memory.need
@@ -121,6 +128,7 @@ def plan_text(
         f"formats: {formats}; KV {kv}",
         f"context {plan.step.context}, KV cache for {plan.kv.pages * plan.kv.page_tokens} tokens, "
         f"{plan.step.sequences} sequences, steps of {plan.step.tokens} tokens",
+        *_speculation(plans, request),
         "",
         table(rows, ("memory", "size"), right=(1,)),
         "",
@@ -138,16 +146,36 @@ def plan_text(
     return "\n".join(lines)
 
 
+def _speculation(plans: Plans, request: Request) -> list[str]:
+    """A line where the plan has room for tokens that are proposed and verified at once."""
+    if not request.draft_length:
+        return []
+    names = ", ".join(name for name in plans if name != LANGUAGE) or "look-up in the text"
+    rows = plans[LANGUAGE].step.logits
+    return [f"speculation: {names}; up to {request.draft_length} tokens a sequence, {rows} rows of logits"]
+
+
+def _carried(manifest: Manifest) -> dict[str, Any]:
+    """Bytes of the parts beside the language part, and of each adapter."""
+    companions = {
+        name: {"weights": part.plan.memory.weights, "need": part.plan.memory.need}
+        for name, part in manifest.parts.items()
+        if name != LANGUAGE
+    }
+    return {"companions": companions, "adapters": {n: len(a.targets) for n, a in manifest.adapters.items()}}
+
+
 def build_data(report: Report) -> dict[str, Any]:
-    """The finished build as one object of plain values."""
+    """The finished build as one object of plain values; adapters with the number of tensors they change."""
     manifest = report.manifest
-    (entry,) = manifest.parts.values()
+    entry = manifest.parts[LANGUAGE]
     memory = entry.plan.memory
     return {
         "path": str(report.path),
         "bytes": report.nbytes,
         "bits_per_weight": bits_per_weight(report),
         "formats": dict(Counter(t.format for t in entry.plan.tensors.values())),
+        **_carried(manifest),
         "quality": None if manifest.quality is None else msgspec.to_builtins(manifest.quality),
         "known_answer": None if manifest.known_answer is None else msgspec.to_builtins(manifest.known_answer),
         "plan": {
@@ -164,15 +192,15 @@ def build_data(report: Report) -> dict[str, Any]:
 
 
 def bits_per_weight(report: Report) -> float:
-    """Bytes of all weights as stored, over all matrix weights."""
-    (entry,) = report.manifest.parts.values()
+    """Bytes of the language part's weights as stored, over all its matrix weights."""
+    entry = report.manifest.parts[LANGUAGE]
     return 8.0 * entry.plan.memory.weights / parameters(entry.program)
 
 
 def build_text(report: Report) -> str:
     """The final report for people."""
     manifest = report.manifest
-    (entry,) = manifest.parts.values()
+    entry = manifest.parts[LANGUAGE]
     plan, quality = entry.plan, manifest.quality
     formats = ", ".join(f"{role} {fmt}" for role, fmt in formats_of(entry.program, plan).items())
     rows = [
@@ -182,6 +210,12 @@ def build_text(report: Report) -> str:
         ("memory", f"needs {size(plan.memory.need)} of {size(plan.memory.have)} on {plan.profile}"),
         ("predicted", f"{plan.predicted.decode_tokens_per_s:.1f} tokens/s in mode {plan.power_mode}"),
     ]
+    carried = _carried(manifest)
+    rows += [
+        (name, f"{size(of['weights'])} of weights, needs {size(of['need'])} in all")
+        for name, of in carried["companions"].items()
+    ]
+    rows += [("adapter", f"{name}, {n} tensors") for name, n in carried["adapters"].items()]
     if quality is not None:
         rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
         rows += [

@@ -14,8 +14,10 @@ from builders.architecture import Architecture
 from builders.sources import Source
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.packing import plane_items, unpack
-from edge_runtime.engine.plan import TensorPlan
+from edge_runtime.engine.plan import Plan, TensorPlan
 from edge_runtime.engine.program import Program
+from edge_runtime.engine.proof import plane_name
+from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BadCheckpoint
 
 # Tables that are computed from the config, and a head that is tied to the embedding
@@ -141,3 +143,23 @@ class EngineWeights:
             packed = {key: stored[key].view(dtype)[:n] for key, (n, dtype) in items.items()}
             self._last = name, unpack(plan.format, plan.packing, packed, spec.rows, spec.cols)
         return self._last[1]
+
+
+class StoredPlanes:
+    """A part's packed planes as they lie in the unfinished file; each call maps anew: none stay in memory."""
+
+    def __init__(self, part: str, program: Program, plan: Plan, writer: EngineWriter) -> None:
+        self._part, self._program, self._plan, self._writer = part, program, plan, writer
+
+    def of(self, tensor: str) -> dict[str, Array]:
+        """plane -> 1-D array of its packed items."""
+        spec, chosen = self._program.tensors[tensor], self._plan.tensors[tensor]
+        stored = self._writer.planes()
+        items = plane_items(chosen.format, chosen.packing, spec.rows, spec.cols)
+        names = {plane: plane_name(self._part, tensor, plane) for plane in items}
+        return {plane: stored[names[plane]].view(dtype) for plane, (_, dtype) in items.items()}
+
+    def true_nbytes(self, tensor: str) -> int:
+        """Bytes of a tensor's numbers, without the padding of its packing."""
+        spec = self._program.tensors[tensor]
+        return get_format(self._plan.tensors[tensor].format).nbytes(spec.rows, spec.cols)

@@ -41,6 +41,7 @@ class Source:
         self.name = model_name(self.folder)
         self.notices: list[str] = []
         self._files: list[str] = []
+        self._digests: dict[str, str] = {}
         self._shards: dict[str, Shard] = {}
         self._where: dict[str, Shard] = {}
         if not self.folder.is_dir():
@@ -74,7 +75,9 @@ class Source:
 
     def sha256(self) -> dict[str, str]:
         """Hex digest of every file that the build reads, by file name."""
-        return {name: sha256_of(contained(self.folder, name)) for name in sorted(self._files)}
+        if not self._digests:
+            self._digests = {name: sha256_of(contained(self.folder, name)) for name in sorted(self._files)}
+        return dict(self._digests)
 
     def close(self) -> None:
         for shard in self._shards.values():

@@ -12,8 +12,8 @@ from edge_runtime.errors import BadCheckpoint
 
 def read_vocabulary(source: Source, size: int) -> Vocabulary:
     """bos, pad and the union of all eos ids, generation_config first. Raises BadCheckpoint on a bad id."""
-    token_ids = _token_ids(source)
-    top = max(token_ids.values(), default=-1)
+    known = token_ids(source)
+    top = max(known.values(), default=-1)
     if top >= size:
         source.notices.append(
             f"tokenizer.json has token id {top}, the model ends at {size - 1}; such tokens cannot be used"
@@ -31,8 +31,8 @@ def read_vocabulary(source: Source, size: int) -> Vocabulary:
             ids += _ids(value, f"{name}: {kind}_token_id", size)
         token = source.tokenizer_config.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in token_ids and token_ids[text] < size:
-            ids.append(token_ids[text])
+        if text in known and known[text] < size:
+            ids.append(known[text])
     first = {kind: ids[0] if ids else None for kind, ids in found.items()}
     return Vocabulary(bos=first["bos"], eos=tuple(dict.fromkeys(found["eos"])), pad=first["pad"], size=size)
 
@@ -45,7 +45,7 @@ def _ids(value: Any, what: str, size: int) -> list[int]:
     return values
 
 
-def _token_ids(source: Source) -> dict[str, int]:
+def token_ids(source: Source) -> dict[str, int]:
     """Token text -> id of tokenizer.json, the vocabulary in any of the library's model layouts."""
     data = json.loads(source.tokenizer_json)
     ids: dict[str, int] = {}

@@ -117,7 +117,7 @@ def test_each_phase_leaves_one_json(model: Path, tmp_path: Path) -> None:
     build(options(model, tmp_path / "m.edge", keep_json=tmp_path / "json"))
     found = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "json").iterdir()}
     assert set(found) == {"read", "plan", "quantize", "verify", "pack"}
-    assert found["plan"]["profile"] == "cpu"
+    assert found["plan"]["language"]["profile"] == "cpu"
     assert found["verify"]["quality"]["tokens"] > 0
 
 
@@ -259,7 +259,7 @@ def test_peak_memory_stays_below_two_layers_and_the_embedding(tmp_path: Path) ->
 def test_the_rotary_table_is_the_one_for_the_planned_context() -> None:
     """Phi-3's longrope has two tables; a context within the original length takes the short one."""
     from builders.archs import read_program
-    from builders.pipeline import read_architecture
+    from builders.parts import read_architecture
 
     half = 4
     scaling = {"type": "longrope", "short_factor": [1.0] * half, "long_factor": [4.0] * half}

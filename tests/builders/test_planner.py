@@ -10,19 +10,10 @@ import pytest
 from hf_folders import llama_config, llama_shapes
 
 from builders.archs import read_program
-from builders.planner import (
-    QUALITY_ORDER,
-    Request,
-    advice,
-    changes_that_fit,
-    choose,
-    fits,
-    make_plan,
-    precision,
-    require_fit,
-    resolve,
-)
+from builders.fitting import advice, changes_that_fit, require_fit
+from builders.planner import QUALITY_ORDER, Request, choose, fits, make_plans, precision, resolve
 from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile, list_profiles, load_profile
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, DoesNotFit, Unsupported
@@ -41,6 +32,12 @@ LLAMA_8B = llama_config(
 
 def program_of(config: dict[str, Any]) -> Program:
     return read_program(config).program
+
+
+def make_plan(program: Program, profile: Profile, request: Request) -> Plan:
+    """The language part's, which is alone."""
+    (plan,) = make_plans(program, profile, request).values()
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +65,13 @@ def test_weights_and_kv_are_the_sums_done_by_hand(big: Program) -> None:
 @pytest.mark.parametrize("name", [p.name for p in list_profiles()])
 def test_auto_takes_the_best_format_that_fits_every_device(big: Program, name: str) -> None:
     profile = load_profile(name)
-    plan, request = choose(big, profile, Request(context=4096))
+    plans, request = choose(big, profile, Request(context=4096))
+    memory = plans["language"].memory
     allowed = [f for f in QUALITY_ORDER if precision(f) in profile.precisions]
-    fitting = [f for f in allowed if fits(make_plan(big, profile, Request(weights=f, context=4096)))]
+    fitting = [f for f in allowed if fits(make_plans(big, profile, Request(weights=f, context=4096)))]
     assert request.weights == (fitting[0] if fitting else allowed[-1])
-    assert fits(plan) == bool(fitting)
-    assert plan.memory.need <= plan.memory.have or not fitting
+    assert fits(plans) == bool(fitting)
+    assert memory.need <= memory.have or not fitting
 
 
 def test_formats_follow_the_roles(big: Program) -> None:
@@ -97,12 +95,12 @@ def test_formats_follow_the_roles(big: Program) -> None:
 def test_every_change_fits_and_is_the_smallest(big: Program) -> None:
     profile = load_profile("orin-nano-8gb")
     request = resolve(big, profile, Request(weights="int8_row", kv_k="f16", kv_v="f16", context=16384))
-    assert not fits(make_plan(big, profile, request))
+    assert not fits(make_plans(big, profile, request))
     (change,) = changes_that_fit(big, profile, replace(request, weights="int4_g32", context=32768))[-1:]
     context = int(change.options["context"])
     at = replace(request, weights="int4_g32", context=context)
     assert make_plan(big, profile, at).memory.need == change.need <= profile.memory_available()
-    assert not fits(make_plan(big, profile, replace(at, context=context + at.page_tokens)))
+    assert not fits(make_plans(big, profile, replace(at, context=context + at.page_tokens)))
 
 
 def test_single_changes_come_before_sets_of_changes(big: Program) -> None:
@@ -205,7 +203,8 @@ def test_wrong_options_are_named(
 
 
 def test_defaults_are_filled_in(big: Program) -> None:
-    plan, request = choose(big, load_profile("orin-nano-8gb"), Request())
+    plans, request = choose(big, load_profile("orin-nano-8gb"), Request())
+    plan = plans["language"]
     assert request.context == plan.step.context == 4096
     assert plan.kv.pages * plan.kv.page_tokens == 4096
     small = program_of(llama_config())

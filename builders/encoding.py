@@ -1,0 +1,62 @@
+"""One tensor quantized: its planes in a format, and how far they are from the values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from builders.parts import Part
+from builders.quantize import Algorithm
+from builders.weights import row_blocks
+from edge_runtime.engine.formats import Array, Format
+from edge_runtime.errors import ValueOutOfRange
+
+_PIECE = 1 << 18  # values of one f64 sum: it needs little memory
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Codec planes of a tensor; energies are sums of squares."""
+
+    planes: dict[str, Array]
+    signal: float
+    noise: float
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise, or None where the numbers are exact (or all zero)."""
+        if self.noise > 0.0 and self.signal > 0.0:
+            return round(10.0 * math.log10(self.signal / self.noise), 3)
+        return None
+
+
+def encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+    """Quantize a tensor, in blocks of rows where algorithm and format allow. Raises ValueOutOfRange."""
+    try:
+        return _encode(part, name, fmt, algorithm)
+    except ValueOutOfRange as error:
+        raise ValueOutOfRange(f"tensor {name!r} of {part.name}: {error}") from error
+
+
+def _encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+    spec = part.program.tensors[name]
+    whole = not algorithm.ROW_WISE or any(p.per == "tensor" for p in fmt.planes)
+    blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
+    planes: dict[str, Array] = {}
+    signal = noise = 0.0
+    for start, stop in blocks:
+        values = part.weights.block(name, start, stop)
+        made = algorithm.quantize(values, fmt)
+        if not planes:
+            shapes = fmt.shapes(spec.rows, spec.cols)
+            planes = {p: np.empty(shapes[p], made[p].dtype) for p in shapes}
+        for p, data in made.items():
+            planes[p][start:stop] = data
+        for a, b in row_blocks(stop - start, spec.cols, _PIECE):
+            piece = {p: d if fmt.plane(p).per == "tensor" else d[a:b] for p, d in made.items()}  # type: ignore[union-attr]
+            error = fmt.decode(piece, b - a, spec.cols) - values[a:b]
+            signal += float(np.square(values[a:b], dtype=np.float64).sum())
+            noise += float(np.square(error, dtype=np.float64).sum())
+    return Encoded(planes, signal, noise)
