@@ -159,8 +159,9 @@ class Loop:
         for item, outcome in zip(items, outcomes, strict=True):
             s = item.sequence
             events: list[Token] = []
-            for choice in outcome.choices:
-                events.append(s.commit(choice))
+            for i, choice in enumerate(outcome.choices):
+                last = i == len(outcome.choices) - 1  # the grammar's state is the one after it
+                events.append(s.commit(choice, done=last and s.sampler.is_done))
                 if events[-1].finish_reason is not None:
                     break
             stood = max(0, len(events) - 1)

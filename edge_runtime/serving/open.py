@@ -14,13 +14,15 @@ from edge_runtime.backends.protocol import Backend, Part
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.file import Engine, EnginePart, read_engine
 from edge_runtime.engine.kv import kv_pair
-from edge_runtime.engine.manifest import LANGUAGE
+from edge_runtime.engine.manifest import LANGUAGE, Origin
 from edge_runtime.engine.memory import adapter_nbytes, check_fits, memory_plan
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.peft import read_peft
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
 from edge_runtime.engine.probe import Machine, available_memory
+from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, BadEngineFile, BadPrefixFile
+from edge_runtime.serving.adapters import ReadAdapter
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.device import AUTO, check_supports, choose_backend
 from edge_runtime.serving.grammar import GrammarCompiler
@@ -176,7 +178,7 @@ def _open(engine: Engine, options: _Options) -> Session:
         gated=options.gated,
         grammars=grammars,
         part=options.part,
-        read_adapter=lambda folder: read_peft(Path(folder), part.origins, part.program),
+        read_adapter=_reader(part.origins, part.program),
         notices=notices,
         max_waiting=options.max_waiting,
         clock=options.clock,
@@ -185,6 +187,11 @@ def _open(engine: Engine, options: _Options) -> Session:
     for name, adapter in adapters.items():
         session.load_adapter(name, adapter)
     return session
+
+
+def _reader(origins: Mapping[str, Origin], program: Program) -> ReadAdapter:
+    """Reads PEFT folders; holds no weights, which would keep a closed engine's file open."""
+    return lambda folder: read_peft(Path(folder), origins, program)
 
 
 def _adapters(engine: Engine, part: EnginePart, options: _Options) -> dict[str, Adapter]:

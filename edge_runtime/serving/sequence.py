@@ -93,8 +93,8 @@ class Sequence:
         """Whether the answer ends with this token."""
         return token in self._ends
 
-    def commit(self, choice: Choice) -> Token:
-        """Take a chosen token; the event says whether the request ends with it."""
+    def commit(self, choice: Choice, done: bool = False) -> Token:
+        """Take a chosen token; the event says whether the request ends with it. done: nothing may follow."""
         self.tokens.append(choice.token)
         text = ""
         reason: FinishReason | None = None
@@ -102,7 +102,7 @@ class Sequence:
             reason = "stop"
         else:
             text = self._stop.add(self._text.add(choice.token))
-            if not self._stop.found and self.sampler.is_done:
+            if not self._stop.found and done:
                 reason = "stop"
             elif not self._stop.found and self.left == 0:
                 reason = "length"
