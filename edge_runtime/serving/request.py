@@ -82,6 +82,8 @@ class Request:
                 f"grammar is {type(self.grammar).__name__}, expected edge_runtime.Grammar, such as "
                 "Grammar.json_schema({...})"
             )
+        if self.grammar is not None and self.ignore_eos:
+            raise BadRequest("ignore_eos and a grammar exclude each other: the grammar says where it may end")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise BadRequest(f"adapter is {type(self.adapter).__name__}, expected the name of an adapter")
 

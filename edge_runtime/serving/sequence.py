@@ -62,7 +62,9 @@ class Sequence:
         self._ends = frozenset(request.stop_ids) | (
             frozenset() if request.ignore_eos else frozenset(tokenizer.vocabulary.eos)
         )
-        self._text = Detokenizer(tokenizer, prompt if request.continues else None)
+        # What a grammar allowed must come out as it is, a leading space too.
+        whole = request.continues or request.grammar is not None
+        self._text = Detokenizer(tokenizer, prompt if whole else None)
         self._stop = StopText(request.stop)
 
     @property
