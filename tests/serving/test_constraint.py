@@ -84,7 +84,7 @@ def model(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="module")
 def planner():
-    made = Model(FOLDERS["planner"])
+    made = Model(FOLDERS["planner"], padding=9)
     yield made
     made.compiler.close()
 
@@ -341,15 +341,13 @@ def test_any_of_several_end_tokens_ends_it() -> None:
 
 
 @pytest.mark.parametrize("token", [5, 1023, 1024, 1032, 1033, -1, 2**31])
-def test_a_token_that_does_not_follow_is_refused_and_changes_nothing(token: int) -> None:
-    model = Model(FOLDERS["planner"], padding=9)
-    answer = model.compiler.compile(Grammar.regex("[ab]c"))
+def test_a_token_that_does_not_follow_is_refused_and_changes_nothing(token: int, planner: Model) -> None:
+    answer = planner.compiler.compile(Grammar.regex("[ab]c"))
     before = answer.mask().copy()
     with pytest.raises(GrammarError, match=f"token {token} does not follow the grammar"):
         answer.advance(token)
     assert (answer.mask() == before).all()
     assert answer.allowed_prefix([token]) == 0
-    model.compiler.close()
 
 
 def test_no_token_of_the_model_continues_it() -> None:
