@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_runtime.backends.protocol import Executor, StepBatch
+from edge_runtime.backends.protocol import Executor
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.plan import StepShape
 from edge_runtime.errors import EdgeError, NumericError
+from edge_runtime.serving.batches import Batches
 from edge_runtime.serving.metrics import Clock, Metrics
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.prefix import PrefixTree
@@ -65,7 +66,7 @@ class Loop:
         self._metrics = metrics
         self._step = step
         self._page_tokens = page_tokens
-        self._tables: Array = np.full((step.sequences, width), -1, np.int32)
+        self._batches = Batches(step.sequences, width)
         self._clock = clock
         self._emit = emit
         self._keep_hidden = speculation.name == "medusa"
@@ -93,11 +94,11 @@ class Loop:
     def _guess(self, items: list[Item]) -> None:
         tokens = self._step.tokens - sum(item.count for item in items)
         rows = self._step.logits - sum(item.choose for item in items)
-        self._speculation.propose(items, tokens, rows)
+        self._speculation.propose(items, tokens, rows, self._scheduler.spare(items))
 
     def _execute(self, items: list[Item]) -> list[Rows]:
         try:
-            logits = self._executor.forward(self._batch(items))
+            logits = self._executor.forward(self._batches.make(items))
         except NumericError as error:
             return self._execute_apart(items, str(error))
         except Exception as error:
@@ -213,62 +214,8 @@ class Loop:
             assert item.sequence.pages is not None
             self._executor.move(item.sequence.pages.row, sources[apart], targets[apart])
 
-    def _batch(self, items: list[Item]) -> StepBatch:
-        """The items as plain arrays; rows of logits are in the order of the items that choose."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        sequence: list[int] = []
-        wanted: list[int] = []
-        for i, item in enumerate(items):
-            s, start, end = item.sequence, item.start, item.start + item.count
-            assert s.pages is not None  # the scheduler made room
-            self._tables[i] = s.pages.row
-            tokens += s.tokens[start:end]
-            positions += range(start, end)
-            if item.choose:
-                wanted += range(len(tokens) - 1, len(tokens) + item.guesses)
-            if item.proposal is not None:
-                tokens += item.proposal.tokens
-                positions += [end + depth for depth in item.proposal.depths()]
-            sequence += [i] * item.rows
-        trees = any(item.proposal is not None and item.proposal.parents is not None for item in items)
-        places, parents = _trees(items) if trees else (None, None)
-        return StepBatch(
-            tokens=np.array(tokens, np.int32),
-            positions=np.array(positions, np.int32),
-            sequence=np.array(sequence, np.int32),
-            page_tables=self._tables[: len(items)],
-            logit_rows=np.array(wanted, np.int32),
-            parents=parents,
-            places=places,
-            slots=np.array([item.sequence.slot for item in items], np.int32),
-            adapters=_adapters(items),
-        )
-
     def _fail_all(self, items: list[Item], error: Exception) -> None:
         """The backend itself failed: every sequence of the step ends, so that nothing stays behind."""
         why = str(error) if isinstance(error, EdgeError) else f"{type(error).__name__}: {error}"
         for item in items:
             self.end(item.sequence, "error", why)
-
-
-def _trees(items: list[Item]) -> tuple[Array, Array]:
-    """Places and parents, (tokens,) each, of a step in which some guesses are trees."""
-    places: list[int] = []
-    parents: list[int] = []
-    for item in items:
-        row = len(places)  # of the item's first token
-        places += range(item.start, item.start + item.rows)
-        parents += [-1, *range(row, row + item.count - 1)]
-        if item.proposal is not None:
-            last = row + item.count - 1
-            above = item.proposal.parents
-            for i in range(item.guesses):
-                parent = i - 1 if above is None else above[i]
-                parents.append(last + 1 + parent)
-    return np.array(places, np.int32), np.array(parents, np.int32)
-
-
-def _adapters(items: list[Item]) -> Array | None:
-    numbers = [item.sequence.adapter for item in items]
-    return np.array(numbers, np.int32) if any(n >= 0 for n in numbers) else None

@@ -8,6 +8,7 @@ never exceeds the plan's StepShape, for which all buffers were sized.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,17 +78,22 @@ class Scheduler:
         self.preempted = 0
         self._slots = list(range(step.sequences - 1, -1, -1))
         self._steps = 0
+        self._line = threading.RLock()  # submitting threads and the one that drives share the two lists
 
     def submit(self, sequence: Sequence) -> None:
         """Join the line. Raises QueueFull."""
-        if len(self.waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already; try again when one has ended")
-        self.waiting.append(sequence)
+        with self._line:
+            if len(self.waiting) >= self._max_waiting:
+                raise QueueFull(
+                    f"{len(self.waiting)} requests are waiting already; try again when one has ended"
+                )
+            self.waiting.append(sequence)
 
     def schedule(self) -> list[Item]:
         """The next step's work, [] when there is none. Room in the page tables is made here."""
         now = self._clock()
-        self._admit(now)
+        with self._line:
+            self._admit(now)
         self._steps += 1
         items = self._choose(now)
         for item in items:
@@ -99,20 +105,24 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is; all it holds is free after this."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        self._take_back(sequence)
+        with self._line:
+            if sequence in self.running:
+                self.running.remove(sequence)
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)
+            self._take_back(sequence)
 
     def too_late(self) -> list[Sequence]:
         """Those that must end now: their next token would come after their deadline."""
         now = self._clock()
-        return [
-            s
-            for s in (*self.running, *self.waiting)
-            if s.due is not None and now + self._next_token(s) >= s.due
-        ]
+        with self._line:
+            known = [*self.running, *self.waiting]
+        return [s for s in known if s.due is not None and now + self._next_token(s) >= s.due]
+
+    def spare(self, items: list[Item]) -> float:
+        """Seconds that a step of these items may take before one of them misses its deadline."""
+        dues = [item.sequence.due for item in items if item.sequence.due is not None]
+        return min(dues) - self._clock() if dues else math.inf
 
     def _next_token(self, s: Sequence) -> float:
         """Predicted seconds to the next token, once its turn has come."""
@@ -219,8 +229,9 @@ class Scheduler:
                 decoding = []
         items = [Item(s, s.computed, 1, True) for s in decoding[: min(tokens, rows)]]
         tokens, rows = tokens - len(items), rows - len(items)
+        spare = self.spare(items)
         for s in prompts:
-            count = min(s.pending, tokens)
+            count = self._in_time(min(s.pending, tokens), self._step.tokens - tokens, spare)
             choose = count == s.pending and rows > 0
             if count == s.pending and not choose:
                 count -= 1  # its last token takes its turn among the decoding ones
@@ -228,3 +239,9 @@ class Scheduler:
                 items.append(Item(s, s.computed, count, choose))
                 tokens, rows = tokens - count, rows - choose
         return items
+
+    def _in_time(self, count: int, others: int, spare: float) -> int:
+        """Tokens of a prompt, at most `count` and at least one, beside which `others` come out in time."""
+        while count > 1 and self._pace.predict(others + count) > spare:
+            count //= 2
+        return count

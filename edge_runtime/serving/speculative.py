@@ -74,7 +74,7 @@ class Speculation:
     def name(self) -> str:
         return "off" if self.proposer is None else self.proposer.name
 
-    def propose(self, items: list[Item], tokens_left: int, rows_left: int) -> None:
+    def propose(self, items: list[Item], tokens_left: int, rows_left: int, seconds_left: float) -> None:
         """Give items proposals, within what is left of the step; their tables make room for them."""
         self.spent = 0.0
         proposer = self.proposer
@@ -89,7 +89,7 @@ class Speculation:
                     wanted.append((item, most))
         if not wanted:
             return
-        length = self._length(proposer, wanted, items, min(tokens_left, rows_left))
+        length = self._length(proposer, wanted, items, min(tokens_left, rows_left), seconds_left)
         if length > 0:
             self._ask(proposer, [(item, min(length, most)) for item, most in wanted])
 
@@ -120,7 +120,12 @@ class Speculation:
             self.proposer.close()
 
     def _length(
-        self, proposer: Proposer, wanted: list[tuple[Item, int]], items: list[Item], budget: int
+        self,
+        proposer: Proposer,
+        wanted: list[tuple[Item, int]],
+        items: list[Item],
+        budget: int,
+        seconds_left: float,
     ) -> int:
         """Guesses for each sequence that wants some."""
         count = len(wanted)
@@ -128,8 +133,6 @@ class Speculation:
         lengths = [n for n in proposer.lengths if n <= most]
         if not lengths:
             return 0
-        if not self._gated:
-            return lengths[-1]
         sequences = [item.sequence for item, _ in wanted]
         base = sum(item.count for item in items)
         usual = self.gate.usual.chance(0.5)
@@ -140,11 +143,15 @@ class Speculation:
             tokens = others + sum(proposer.tokens(s, n, usual) for s in sequences)
             each, once = proposer.cost(sequences, n)
             time = self._pace.predict(base + count * n) + each
+            if time > seconds_left:
+                break
             brought = tokens / max(1, count + others)
             rounds = max(1.0, min(_REWARD, max(s.left for s in sequences)) / brought)
             offers.append(Offer(n, tokens, time + once / rounds))
             if trial is None or n <= PROBE:
                 trial = Offer(n, tokens, time + once)
+        if not self._gated:
+            return offers[-1].length if offers else 0
         return self.gate.choose(plain, offers, trial)
 
     def _ask(self, proposer: Proposer, asks: list[tuple[Item, int]]) -> None:
