@@ -172,8 +172,9 @@ class Loop:
         self._learn(items, accepted)
         for (s, events, error), item, stood in zip(ends, items, accepted, strict=True):
             self._metrics.speculated(item.guesses, stood)
+            if events:
+                self._metrics.take(s.watch, len(events))
             for event in events:
-                self._metrics.token(s.watch)
                 self._emit(s, event)
             if error is not None and s.finish_reason is None:
                 self.end(s, "error", error)

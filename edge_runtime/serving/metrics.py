@@ -20,7 +20,9 @@ class Stopwatch:
     clock: Clock = perf_counter
     submitted: float = 0.0
     admitted: float | None = None
-    tokens: list[float] = field(default_factory=list)
+    first: float | None = None  # token
+    last: float | None = None
+    gaps: list[float] = field(default_factory=list)  # between one token and the next
     ended: float | None = None
     due: float | None = None  # the deadline
 
@@ -30,10 +32,19 @@ class Stopwatch:
     def admit(self) -> None:
         self.admitted = self.clock()
 
-    def token(self) -> float | None:
-        """Note a token; returns the interval since the one before, None for the first."""
-        self.tokens.append(self.clock())
-        return self.tokens[-1] - self.tokens[-2] if len(self.tokens) > 1 else None
+    def take(self, count: int) -> list[float]:
+        """Note `count` tokens of one step; returns the intervals that end with them.
+
+        Tokens that come together share the time since the one before: speculation makes bursts.
+        """
+        now = self.clock()
+        if self.last is None:
+            self.first, new = now, [0.0] * (count - 1)
+        else:
+            new = [(now - self.last) / count] * count
+        self.last = now
+        self.gaps += new
+        return new
 
     def end(self) -> None:
         self.ended = self.clock()
@@ -48,12 +59,11 @@ class Stopwatch:
         start = self.submitted
         admitted = self.admitted if self.admitted is not None else self.clock()
         ended = self.ended if self.ended is not None else self.clock()
-        if not self.tokens:
+        first, last, gaps = self.first, self.last, self.gaps
+        if first is None or last is None:
             return Timing(
                 queue_ms=1e3 * (admitted - start), total_ms=1e3 * (ended - start), missed=self.missed
             )
-        first, last = self.tokens[0], self.tokens[-1]
-        gaps = [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
         return Timing(
             queue_ms=1e3 * (admitted - start),
             ttft_ms=1e3 * (first - start),
@@ -84,16 +94,15 @@ class Metrics:
         self._first: deque[float] = deque(maxlen=_KEPT)
         self._queue: deque[float] = deque(maxlen=_KEPT)
 
-    def token(self, watch: Stopwatch) -> None:
-        """A request got a token now."""
-        self.tokens += 1
-        gap = watch.token()
-        if gap is not None:
-            self._gaps.append(gap)
-            return
-        self._first.append(watch.tokens[0] - watch.submitted)
-        if watch.admitted is not None:
-            self._queue.append(watch.admitted - watch.submitted)
+    def take(self, watch: Stopwatch, count: int) -> None:
+        """A request got `count` tokens of one step now."""
+        is_first = watch.first is None
+        self.tokens += count
+        self._gaps.extend(watch.take(count))
+        if is_first and watch.first is not None:
+            self._first.append(watch.first - watch.submitted)
+            if watch.admitted is not None:
+                self._queue.append(watch.admitted - watch.submitted)
 
     def speculated(self, drafted: int, accepted: int) -> None:
         self.drafted += drafted
