@@ -133,7 +133,7 @@ class DraftModel:
         rows: list[int] = []
         done: list[_State] = []
         last: list[int] = []
-        running: list[_State] = []
+        running: list[tuple[_State, int]] = []
         for state in states[: self._step.sequences]:
             s = state.sequence
             count = min(len(state.feed), self._step.tokens - len(tokens))
@@ -142,10 +142,8 @@ class DraftModel:
             tokens += state.feed[:count]
             positions += range(s.draft_computed, s.draft_computed + count)
             rows += [len(running)] * count
-            running.append(state)
-            s.draft_computed += count
-            del state.feed[:count]
-            if not state.feed and len(done) < self._step.logits:
+            running.append((state, count))
+            if count == len(state.feed) and len(done) < self._step.logits:
                 done.append(state)
                 last.append(len(tokens) - 1)
         logits = self._executor.forward(
@@ -153,11 +151,14 @@ class DraftModel:
                 tokens=np.array(tokens, np.int32),
                 positions=np.array(positions, np.int32),
                 sequence=np.array(rows, np.int32),
-                page_tables=_tables(running),
+                page_tables=_tables([state for state, _ in running]),
                 logit_rows=np.array(last, np.int32),
-                slots=np.array([state.sequence.slot for state in running], np.int32),
+                slots=np.array([state.sequence.slot for state, _ in running], np.int32),
             )
         )
+        for state, count in running:  # only now: a step that failed has stored nothing
+            state.sequence.draft_computed += count
+            del state.feed[:count]
         for state, row in zip(done, logits, strict=True):
             _guess(state, row)
         self.pace.note(len(tokens), self._clock() - begin)

@@ -82,8 +82,12 @@ class Loop:
         self._began = self._clock()
         items = self._scheduler.schedule()
         if items:
-            self._guess(items)
-            rows = self._execute(items)
+            try:
+                self._guess(items)
+                rows = self._execute(items)
+            except Exception as error:
+                self._fail_all(items, error)
+                raise
             outcomes = [self._choose(item, r) for item, r in zip(items, rows, strict=True)]
             self._commit(items, outcomes)
 
@@ -101,9 +105,6 @@ class Loop:
             logits = self._executor.forward(self._batches.make(items))
         except NumericError as error:
             return self._execute_apart(items, str(error))
-        except Exception as error:
-            self._fail_all(items, error)
-            raise
         hidden = self._executor.hidden if self._keep_hidden else None
         found: list[Rows] = []
         at = 0
@@ -193,9 +194,9 @@ class Loop:
         assert table is not None  # it ran
         if outcome.error is None or outcome.choices:
             s.computed += item.count + stood
-        if item.proposal is not None:
-            if item.proposal.parents is not None and stood:
-                self._gather(item, list(outcome.path[:stood]))
+        if item.proposal is not None and item.proposal.parents is not None and stood:
+            self._gather(item, list(outcome.path[:stood]))
+        if table.tokens > s.computed:  # guesses, also those that were given up
             table.trim(s.computed)
         size = self._page_tokens
         while outcome.error is None and (len(s.nodes) + 1) * size <= s.computed:

@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.formats import Array
+from edge_runtime.errors import NumericError
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.sampling import log_softmax, masked, top_indices
@@ -103,6 +104,8 @@ class MedusaHeads:
             widest = _WIDEST if self._trees else 1
             best = top_indices(logs, widest)
             tops.append([(float(logs[i]), int(i)) for i in best if np.isfinite(logs[i])])
+        if not all(tops):
+            raise NumericError("the logits of a Medusa head hold NaN or Inf")
         heap = [(-tops[0][0][0], -1, 0, 0)]  # (-log of the path's probability, parent, depth, rank)
         tokens: list[int] = []
         parents: list[int] = []

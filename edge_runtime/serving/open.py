@@ -21,7 +21,7 @@ from edge_runtime.engine.peft import read_peft
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
 from edge_runtime.engine.probe import Machine, available_memory
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import BadConfig, BadEngineFile, BadPrefixFile
+from edge_runtime.errors import BadConfig, BadEngineFile, BadPrefixFile, BadRequest
 from edge_runtime.serving.adapters import ReadAdapter
 from edge_runtime.serving.chat import ChatTemplate
 from edge_runtime.serving.device import AUTO, check_supports, choose_backend
@@ -217,7 +217,7 @@ def _load_prefix(session: Session, engine: Path, prefix: str | os.PathLike[str] 
     if beside.is_file():
         try:
             session.load_prefix(beside)
-        except BadPrefixFile as error:
+        except (BadPrefixFile, BadRequest) as error:  # damaged, another engine's, or too long for this cache
             session.add_notice(f"the saved prefix beside the engine is not used: {error}")
 
 

@@ -126,6 +126,16 @@ class PageTable:
         self.tokens = len(shared) * pool.page_tokens
 
     @property
+    def pages(self) -> list[int]:
+        """The pages that it holds, in order."""
+        return [int(page) for page in self.row[: self._held]]
+
+    @property
+    def promised(self) -> int:
+        """Pages that it may still take."""
+        return self._limit - self._held
+
+    @property
     def room(self) -> int:
         """Tokens that it may grow to."""
         return self._limit * self._pool.page_tokens

@@ -120,7 +120,8 @@ class Sampler:
     def guess(self, logits: Array, constraint: Constraint | None) -> tuple[int, Array | None]:
         """A draft model's token after logits f32 (vocab,), and the odds it was drawn from (None: greedy).
 
-        constraint: the grammar's state after the guesses before. Nothing is remembered.
+        constraint: the grammar's state after the guesses before. Nothing is remembered. Raises NumericError,
+        GrammarError.
         """
         s = self.sampling
         if s.temperature == 0.0:
@@ -128,7 +129,10 @@ class Sampler:
         if self._guessing is None:
             self._guessing = Generator(Philox(None if s.seed is None else [s.seed, 1]))
         odds = probabilities(self._scores(logits, constraint), s)
-        return draw(odds, float(self._guessing.random())), odds
+        token = draw(odds, float(self._guessing.random()))
+        if not math.isfinite(odds[token]):  # one NaN or Inf is one in all of them
+            raise NumericError("the draft model's logits hold NaN or Inf")
+        return token, odds
 
     def _greedy(self, logits: Array, constraint: Constraint | None) -> int:
         if constraint is None and not self.sampling.penalizes:

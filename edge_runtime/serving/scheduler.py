@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -139,13 +140,11 @@ class Scheduler:
     # --- admission ---
 
     def _admit(self, now: float) -> None:
-        if len(self.waiting) > 1:
-            self.waiting.sort(key=lambda s: (*self._urgency(s, now), s.id))
         while self.waiting:
-            sequence = self.waiting[0]
-            if not self._enter(sequence) and not (self._make_way(sequence) and self._enter(sequence)):
+            sequence = min(self.waiting, key=lambda s: (*self._urgency(s, now), s.id))
+            if not self._enter(sequence) and not self._make_way(sequence):
                 return  # its turn comes when a running one ends; nobody overtakes it
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             if sequence.watch.admitted is None:
                 sequence.watch.admit()
             self.running.append(sequence)
@@ -161,11 +160,15 @@ class Scheduler:
         sequence.pages = table
         sequence.slot = self._slots.pop()
         sequence.nodes = list(known.nodes)
-        self._adopt_part(table, known)
+        try:
+            self._adopt_part(table, known)
+        except BaseException:
+            self._take_back(sequence)
+            raise
         sequence.computed = table.tokens
         drafted = next((i for i, n in enumerate(known.nodes) if not n.drafted), len(known.nodes))
         sequence.draft_computed = drafted * self._pool.page_tokens
-        if not sequence.answer:
+        if sequence.watch.admitted is None:  # what it finds again after it was pushed back is its own
             sequence.cached = sequence.computed
         return True
 
@@ -178,18 +181,16 @@ class Scheduler:
             return  # every idle page is promised to somebody, this one too
         at = len(known.nodes)
         self._pool.share(source.page)  # taking a page must not lose the one to copy
-        table.extend(known.part)
-        self._copy_page(source.page, int(table.row[at]))
-        self._pool.drop(source.page)
+        try:
+            table.extend(known.part)
+            self._copy_page(source.page, int(table.row[at]))
+        finally:
+            self._pool.drop(source.page)
 
     def _make_way(self, sequence: Sequence) -> bool:
-        """Push running sequences of lower priority back into the line, if that makes enough room."""
+        """Let it in by pushing running sequences of lower priority back into the line, as few as need be."""
         lower = [s for s in self.running if s.request.priority < sequence.request.priority]
-        if not lower:
-            return False
-        need = self._pool.pages_for(sequence.reach)
-        gain = sum(self._pool.pages_for(s.reach) for s in lower)  # at most: pages may be shared
-        if need > self._pool.available + gain or need > self._width:
+        if not lower or not self._would_fit(sequence, lower):
             return False
         lower.sort(key=lambda s: (s.request.priority, -s.id))
         for victim in lower:
@@ -197,11 +198,22 @@ class Scheduler:
             self._take_back(victim)
             victim.computed = victim.draft_computed = 0
             victim.hidden = None
-            self.waiting.insert(1, victim)
+            self.waiting.append(victim)
             self.preempted += 1
-            if self._slots and need <= self._pool.available:
-                break
-        return True
+            if self._enter(sequence):
+                return True
+        return False
+
+    def _would_fit(self, sequence: Sequence, without: list[Sequence]) -> bool:
+        """Whether the pool had room for it if those running ones were gone; nobody is pushed back in vain."""
+        pool = self._pool
+        tables = [s.pages for s in without if s.pages is not None]
+        theirs = Counter(page for table in tables for page in table.pages)
+        freed = sum(pool.references(page) == n for page, n in theirs.items())
+        freed += sum(table.promised for table in tables)
+        known = self._tree.match(sequence.request.adapter, sequence.tokens, len(sequence.tokens) - 1)
+        others = sum(pool.references(page) > theirs[page] for page in known.pages)  # stay held by somebody
+        return pool.pages_for(sequence.reach) - others <= pool.available + freed
 
     def _take_back(self, sequence: Sequence) -> None:
         if sequence.pages is not None:

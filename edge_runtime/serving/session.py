@@ -275,6 +275,8 @@ class Session:
         saved = self._prefixes.read(path, self.tokenizer.vocabulary.size, loaded)
         with self._turn:
             self._check_open()
+            if adapter is not None and self._adapters.get(adapter) != loaded:
+                raise BadRequest(f"the adapter {adapter!r:.60} was replaced meanwhile; load the prefix again")
             return self._prefixes.restore(saved, adapter)
 
     def load_adapter(self, name: str, adapter: str | os.PathLike[str] | Adapter) -> None:
@@ -396,12 +398,13 @@ class Session:
             limit,
             self.tokenizer,
             constraint=self._constraint(request),
-            adapter=-1 if request.adapter is None else self._adapters.get(request.adapter).number,
             clock=self._clock,
         )
         sequence.events = events
         with self._gate:
             self._check_open()
+            if request.adapter is not None:  # here, for its number is another one's once it was dropped
+                sequence.adapter = self._adapters.get(request.adapter).number
             try:
                 self._scheduler.submit(sequence)
             except QueueFull:

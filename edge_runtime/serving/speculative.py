@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from time import perf_counter
 from typing import Protocol
 
-from edge_runtime.errors import GrammarError, NumericError
+from edge_runtime.errors import EdgeError
 from edge_runtime.serving.gate import PROBE, Gate, Offer
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
@@ -40,7 +40,7 @@ class Proposer(Protocol):
         ...
 
     def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
-        """Guesses for each sequence, at most as many as asked for. Raises NumericError."""
+        """Guesses for each sequence, at most as many as asked for. Raises EdgeError."""
         ...
 
     def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
@@ -162,7 +162,7 @@ class Speculation:
             table.extend(n)
         try:
             proposals = proposer.propose([(item.sequence, n) for item, n in asks])
-        except (NumericError, GrammarError):  # the guesser's trouble is not the request's
+        except EdgeError:  # the guesser's trouble is not the request's
             self.failures += 1
             self.gate.note_failure()
             proposals = [None] * len(asks)
