@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builders import fitting, planner, report
-from builders.companions import DRAFT_LENGTH
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
@@ -17,6 +16,7 @@ from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import KV_FORMATS, kv_pair
+from edge_runtime.engine.plan import DRAFT_LENGTH
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BadConfig
 
