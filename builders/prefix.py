@@ -1,4 +1,4 @@
-"""edge-build --prefix: the KV pages of a system prompt, computed once and put into a file beside the engine."""
+"""edge-build --prefix: the KV pages of a system prompt, computed once, in a file beside the engine."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def read_prefix(path: Path) -> Prefix:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadConfig(f"{path.name} is not valid JSON: {str(error)[:200]}") from None
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict)
-        and m.keys() == {"role", "content"}
-        and all(isinstance(v, str) for v in m.values())
-        for m in messages
-    )
-    if not good or not messages:
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise BadConfig(f'{path.name}: expected chat messages, [{{"role": "system", "content": "..."}}]')
     return list(messages)
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"role", "content"}:
+        return False
+    return all(isinstance(text, str) for text in value.values())
 
 
 def write_prefix(engine: Path, prefix: Prefix, backend: str) -> tuple[Path, int]:
