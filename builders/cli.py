@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builders import fitting, planner, report
-from builders.companions import DRAFT_LENGTH
+from builders.evaluate import native_backend
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
+from builders.prefix import read_prefix, write_prefix
 from builders.quantize import algorithms
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import KV_FORMATS, kv_pair
+from edge_runtime.engine.plan import DRAFT_LENGTH
 from edge_runtime.engine.profile import load_profile
-from edge_runtime.errors import BadConfig
+from edge_runtime.errors import BackendUnavailable, BadConfig
 
 _EXAMPLES = (
     "edge-build --profile orin-nano-8gb --weights int4_g64 --kv int8 path/to/model",
@@ -104,6 +106,12 @@ def make_parser() -> Parser:
         metavar="NAME=FOLDER",
         help="PEFT folder that requests choose by name; may be repeated",
     )
+    add(
+        "--prefix",
+        type=Path,
+        metavar="FILE",
+        help="text, or .json with chat messages, whose KV pages go into ENGINE.prefix",
+    )
     quality = parser.add_argument_group("quality")
     add = quality.add_argument
     add(
@@ -174,11 +182,23 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         keep_json=args.keep_json,
         recipe=_recipe(args),
     )
+    beside = None if args.prefix is None else read_prefix(args.prefix)  # before the work of a build
+    backend = load_profile(args.profile).backend
+    if beside is not None and native_backend(load_profile(args.profile)) is None:
+        raise BackendUnavailable(
+            f"--prefix runs the engine, and backend {backend!r} cannot run here; build without it, and save "
+            "the prefix on the device with session.save_prefix()"
+        )
     with report.ProgressBar() as bar:
         done = build(options, bar)
     for notice in done.notices:
         progress(f"note: {notice}")
-    return Answer(report.build_data(done), report.build_text(done))
+    data, text = report.build_data(done), report.build_text(done)
+    if beside is not None:
+        path, tokens = write_prefix(done.path, beside, backend)
+        data["prefix"] = {"path": str(path), "tokens": tokens}
+        text += f"\nprefix          {path}, {tokens} tokens"
+    return Answer(data, text)
 
 
 def _request(args: argparse.Namespace) -> planner.Request:

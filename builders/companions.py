@@ -6,15 +6,14 @@ a sequence and step. A Medusa head sees one hidden row a sequence and step and h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_runtime.engine.manifest import DRAFT, MEDUSA
-from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.plan import DRAFT_LENGTH, MAX_DRAFT_LENGTH, KvPlan, StepShape
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig
 
-DRAFT_LENGTH = 8  # tokens proposed to the target at once, unless asked otherwise
-LONGEST_DRAFT = 64
 # Nodes of a Medusa tree: each is a row of every product of the step, so the least likely ones cost more than
 # they win. Four heads with 3, 2, 1 and 1 choices make 3 + 6 + 6 + 6 = 21.
 TREE_NODES = 32
@@ -22,11 +21,11 @@ TREE_NODES = 32
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """Programs beside the language part's, and bytes of the adapters' planes as stored."""
+    """Programs beside the language part's, and the adapters by their ranks: tensor -> rank."""
 
     draft: Program | None = None
     heads: tuple[Program, ...] = ()
-    adapter_nbytes: int = 0
+    adapters: tuple[Mapping[str, int], ...] = ()
 
     def programs(self) -> dict[str, Program]:
         """By part name, in file order."""
@@ -37,8 +36,8 @@ class Companions:
         """Tokens that are verified at once beyond the next one; 0 where nothing proposes any."""
         speculates = self.draft is not None or self.heads
         length = (DRAFT_LENGTH if speculates else 0) if asked is None else asked
-        if not 0 <= length <= LONGEST_DRAFT:
-            raise BadConfig(f"--draft-length is {length}, expected 0 to {LONGEST_DRAFT}")
+        if not 0 <= length <= MAX_DRAFT_LENGTH:
+            raise BadConfig(f"--draft-length is {length}, expected 0 to {MAX_DRAFT_LENGTH}")
         return length
 
     def logits(self, length: int, sequences: int, tokens: int) -> int:

@@ -172,7 +172,7 @@ def known_answer(
     # Numbers do not depend on the sizes of a step, so the least that serves is loaded.
     kv = msgspec.structs.replace(plan.kv, pages=-(-reach // plan.kv.page_tokens))
     step = StepShape(context=reach, sequences=1, tokens=len(prompt), logits=1)
-    backend = _native(profile)
+    backend = native_backend(profile)
     if backend is not None:
         formats = {name: chosen.format for name, chosen in plan.tensors.items()}
         if backend.supports(program, formats).ok:
@@ -194,7 +194,7 @@ def known_answer(
     return _continue(ReferenceExecutor(program, weights, kv, step), "reference", kv, prompt)
 
 
-def _native(profile: Profile) -> Backend | None:
+def native_backend(profile: Profile) -> Backend | None:
     """The profile's backend (a file of that name) when it can run here."""
     name = f"edge_runtime.backends.{profile.backend}"
     if importlib.util.find_spec(name) is None:

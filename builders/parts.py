@@ -26,7 +26,6 @@ from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE, MEDUSA, Origin, Vocabulary
-from edge_runtime.engine.memory import adapter_nbytes
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported, ValueOutOfRange
 
@@ -88,7 +87,7 @@ class Contents:
     notices: list[str]
 
     def companions(self) -> Companions:
-        return _companions([part.program for part in self.parts[1:]], self.adapters, self.target.program)
+        return _companions([part.program for part in self.parts[1:]], self.adapters)
 
     def sha256(self) -> dict[str, str]:
         """Digest of every file that was read, by name; those beside the model as `draft/…` and so on."""
@@ -151,7 +150,7 @@ def read_companions(extras: Extras, architecture: Architecture, context: int | N
     if extras.medusa is not None:
         programs += _head_programs(read_medusa_config(extras.medusa), program)
     adapters = {name: read_adapter(name, f, architecture) for name, f in extras.adapters.items()}
-    return _companions(programs, adapters, program)
+    return _companions(programs, adapters)
 
 
 def read_architecture(config: dict[str, Any], context: int | None) -> Architecture:
@@ -204,13 +203,13 @@ def _head_programs(config: MedusaConfig, target: Program) -> list[Program]:
     return [head_program(config.hidden_size, config.vocab_size, target.max_context)] * config.heads
 
 
-def _companions(programs: list[Program], adapters: Mapping[str, Adapter], target: Program) -> Companions:
+def _companions(programs: list[Program], adapters: Mapping[str, Adapter]) -> Companions:
     drafts = [program for program in programs if program.input_width is None]
     ranks = ({tensor: update.rank for tensor, update in adapter.items()} for adapter in adapters.values())
     return Companions(
         draft=drafts[0] if drafts else None,
         heads=tuple(program for program in programs if program.input_width is not None),
-        adapter_nbytes=sum(adapter_nbytes(target, of) for of in ranks),
+        adapters=tuple(ranks),
     )
 
 

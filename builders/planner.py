@@ -16,7 +16,7 @@ from builders.roofline import predict
 from edge_runtime.engine.formats import FORMATS, get_format
 from edge_runtime.engine.kv import PAGE_TOKENS, kv_format
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE
-from edge_runtime.engine.memory import memory_plan
+from edge_runtime.engine.memory import adapter_nbytes, memory_plan
 from edge_runtime.engine.packing import cpu_packing
 from edge_runtime.engine.plan import KvPlan, Plan, StepShape, TensorPlan
 from edge_runtime.engine.profile import Profile
@@ -128,7 +128,7 @@ def make_plans(program: Program, profile: Profile, request: Request, beside: Com
         context=profile.memory.context_bytes,
         device_code=DEVICE_CODE if profile.backend == "cuda" else 0,
         draft=sum(plan.memory.need for plan in others.values()),
-        adapters=beside.adapter_nbytes,
+        adapters=sum(adapter_nbytes(program, step, ranks) for ranks in beside.adapters),
     )
     language = Plan(
         profile=profile.name,

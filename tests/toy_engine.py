@@ -25,6 +25,7 @@ from edge_runtime.engine.manifest import (
     Quality,
     Vocabulary,
 )
+from edge_runtime.engine.memory import adapter_nbytes
 from edge_runtime.engine.ops import (
     Activation,
     Add,
@@ -154,6 +155,8 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
             chosen, "rows" if spec.role in ("vector", "embedding") else packing.cpu_packing(chosen)
         )
     kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8 if program.cache else 0)
+    step = StepShape(context=program.max_context, sequences=2, tokens=16, logits=2)
+    ranks = {name: update.rank for name, update in toy_adapter(program).items()}
     weights = sum(
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()
@@ -163,15 +166,13 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         power_mode="default",
         tensors=tensors,
         kv=kv,
-        step=StepShape(context=program.max_context, sequences=2, tokens=16, logits=2),
+        step=step,
         memory=MemoryPlan(
             weights=weights,
             kv=cache_nbytes(program, kv),
             buffers=1 << 16,
             draft=0,
-            adapters=sum(-(-x.nbytes // 64) * 64 for u in toy_adapter(program).values() for x in (u.a, u.b))
-            if adapter
-            else 0,
+            adapters=adapter_nbytes(program, step, ranks) if adapter else 0,
             device_code=0,
             context=0,
             reserve=1 << 20,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+DRAFT_LENGTH = 8  # tokens proposed to the target at once, unless asked otherwise
+MAX_DRAFT_LENGTH = 64
+
 
 class TensorPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Format (numbers) and packing (byte order) of one tensor."""
@@ -46,7 +49,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     kv: int
     buffers: int
     draft: int  # draft part and Medusa heads: weights, KV cache and buffers of each
-    adapters: int  # planes of the adapters that the engine carries
+    adapters: int  # those that the engine carries, as a backend holds them
     device_code: int
     context: int  # what the device's driver takes for itself (CUDA context)
     reserve: int  # kept free for the rest of the robot

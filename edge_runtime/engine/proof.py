@@ -27,7 +27,7 @@ from edge_runtime.engine.manifest import (
     PartEntry,
     medusa_parts,
 )
-from edge_runtime.engine.memory import adapter_planes
+from edge_runtime.engine.memory import adapter_nbytes, adapter_planes
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import MAX_DIM
 from edge_runtime.errors import BadEngineFile, EdgeError, nearest
@@ -145,7 +145,7 @@ def _check_origins(part: PartEntry) -> None:
 
 
 def _check_adapters(manifest: Manifest) -> dict[str, int]:
-    """Sizes of the adapters' planes; what each part's memory plan says of them must be their sum."""
+    """Sizes of the adapters' planes; each part's memory plan must say what they take when loaded."""
     if len(manifest.adapters) > MAX_ADAPTERS:
         raise BadEngineFile(f"{len(manifest.adapters)} adapters, expected at most {MAX_ADAPTERS}")
     sizes: dict[str, int] = {}
@@ -159,11 +159,13 @@ def _check_adapters(manifest: Manifest) -> dict[str, int]:
         except BadEngineFile as error:
             raise BadEngineFile(f"adapter {name!r}: {error}") from error
         sizes |= found
-        totals[adapter.part] += sum(padded(n) for n in found.values())
-    for part, total in totals.items():
-        said = manifest.parts[part].plan.memory.adapters
+        part = manifest.parts[adapter.part]
+        ranks = {tensor: target.rank for tensor, target in adapter.targets.items()}
+        totals[adapter.part] += adapter_nbytes(part.program, part.plan.step, ranks)
+    for name, total in totals.items():
+        said = manifest.parts[name].plan.memory.adapters
         if said != total:
-            raise BadEngineFile(f"part {part!r}: the plan says {said} bytes of adapters, they take {total}")
+            raise BadEngineFile(f"part {name!r}: the plan says {said} bytes of adapters, they take {total}")
     return sizes
 
 

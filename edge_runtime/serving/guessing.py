@@ -10,7 +10,7 @@ from edge_runtime.backends.protocol import Backend, Part
 from edge_runtime.engine.file import Engine, EnginePart
 from edge_runtime.engine.manifest import DRAFT, medusa_parts
 from edge_runtime.engine.memory import part_nbytes
-from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.plan import DRAFT_LENGTH, MAX_DRAFT_LENGTH, KvPlan, StepShape
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 from edge_runtime.serving.device import check_supports
 from edge_runtime.serving.draft import DraftModel
@@ -21,8 +21,6 @@ from edge_runtime.serving.speculative import Proposer
 
 AUTO = "auto"
 WAYS = ("off", "draft", "lookup", "medusa")
-DRAFT_LENGTH = 8
-MAX_DRAFT_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)

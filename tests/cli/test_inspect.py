@@ -48,12 +48,12 @@ def test_the_tables_tell_everything(engine_path: Path, capsys: pytest.CaptureFix
         "language 35 22 22,692 17.4 KiB 6.30 int4_g32 x14, f32 x6, int8_row x2",
         "tidy language 3 4 2.0 KiB",
         "plan of language",
-        "adapters 2.0 KiB",
+        "adapters 3.5 KiB",
         "profile cpu, power mode default",
         "step context 64, 2 sequences, 16 tokens a step",
         "KV cache K int8, V int8, 8 pages of 16 tokens",
         "weights 17.4 KiB",
-        "need 95.4 KiB",
+        "need 96.9 KiB",
         "have 1023.0 MiB (1.00 GiB less a reserve of 1.0 MiB): fits",
         "perplexity 12.5000, f32 12.0000",
         "worst tensors layers.0.q 21.5 dB",
@@ -97,7 +97,8 @@ def test_json_is_one_object_with_everything(engine_path: Path, capsys: pytest.Ca
     assert memory["need"] == memory["weights"] + memory["kv"] + memory["buffers"] + memory["adapters"]
     adapter = data["adapters"]["tidy"]
     assert (adapter["part"], adapter["tensors"], adapter["ranks"]) == ("language", 3, [4])
-    assert adapter["bytes"] == memory["adapters"] == 2048
+    assert adapter["bytes"] == 2048  # as stored; padded and with room for A x of a step it is more:
+    assert memory["adapters"] == 3584
     assert adapter["targets"]["layers.0.gate"] == {"rank": 4, "scale": 0.5}
     assert memory["have"] == memory["total"] - memory["reserve"]
 

@@ -300,9 +300,9 @@ REFUSALS = {
     '"targets":{"layers.0.q":': ('"targets":{"embed":', "'embed' has the role embedding, expected matrix or"),
     '"rank":4': ('"rank":0', "rank of 'layers.0.q' is 0, expected 1 to 512"),
     '"rank":4,': ('"rank":513,', "rank of 'layers.0.q' is 513"),
-    '"rank":4,"scale"': ('"rank":5,"scale"', "the plan says 2048 bytes of adapters, they take 2176"),
+    '"rank":4,"scale"': ('"rank":5,"scale"', "the plan says 3584 bytes of adapters, they take 3648"),
     '"scale":0.5}': ('"scale":-1e31}', "scale of 'layers.0.q' is -1e.31, expected at most 1e.30"),
-    '"adapters":2048': ('"adapters":0', "the plan says 0 bytes of adapters"),
+    '"adapters":3584': ('"adapters":0', "the plan says 0 bytes of adapters"),
     '"adapter.tidy/layers.0.q.a#w"': (
         '"adapter.tidy/layers.0.q.c#w"',
         "adapter 'tidy': plane 'adapter.tidy/layers.0.q.a#w' has no digest",
