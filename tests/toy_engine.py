@@ -158,15 +158,16 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()
     )
+    step = StepShape(context=program.max_context, sequences=2, tokens=16, logits=2)
     return Plan(
         profile="cpu",
         power_mode="default",
         tensors=tensors,
         kv=kv,
-        step=StepShape(context=program.max_context, sequences=2, tokens=16, logits=2),
+        step=step,
         memory=MemoryPlan(
             weights=weights,
-            kv=cache_nbytes(program, kv),
+            kv=cache_nbytes(program, kv, step),
             buffers=1 << 16,
             draft=0,
             adapters=sum(-(-x.nbytes // 64) * 64 for u in toy_adapter(program).values() for x in (u.a, u.b))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edge_runtime.engine.kv import per_channel
+
 
 class TensorPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Format (numbers) and packing (byte order) of one tensor."""
@@ -23,7 +25,7 @@ class KvPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def per_channel(self) -> bool:
         """Whether keys have scales per channel and page (KIVI), so that a page counts as a whole."""
-        return self.k.endswith("c")
+        return per_channel(self.k)
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
