@@ -98,8 +98,8 @@ def check_move(pages: Array, sources: Array, targets: Array, kv: KvPlan) -> None
 
 
 def refuse_tree(batch: StepBatch, kv: KvPlan) -> None:
-    """Raises BadRequest for a tree of tokens where K is per channel: which keys are quantized goes by position,
-    and a tree's places are none.
+    """Raises BadRequest for a tree of tokens where K is per channel: which keys are quantized goes by
+    position, and a tree's places are none.
     """
     if kv.per_channel and (batch.parents is not None or batch.places is not None):
         raise BadRequest(

@@ -248,14 +248,14 @@ def _error(part: Part, status: int, index: int, value: int) -> EdgeError:
             )
         case rec.BAD_RUN:
             return BadRequest(
-                f"token {index} at position {value}: with K in {kv.k} the tokens of a sequence must be one run "
-                "of consecutive positions"
+                f"token {index} at position {value}: with K in {kv.k} the tokens of a sequence must be one "
+                "run of consecutive positions"
             )
         case rec.NOT_HELD:
             return BadRequest(
-                f"token {index} at position {value} continues a page whose keys its slot does not hold; with K "
-                f"in {kv.k} a sequence keeps its slot, begins at a multiple of {kv.page_tokens} and is rolled "
-                "back no further than into the page before its last"
+                f"token {index} at position {value} continues a page whose keys its slot does not hold; with "
+                f"K in {kv.k} a sequence keeps its slot, begins at a multiple of {kv.page_tokens} and is "
+                "rolled back no further than into the page before its last"
             )
     what, most = (("tokens", step.tokens), ("logit rows", step.logits), ("sequences", step.sequences))[index]
     return BadRequest(f"the step has {value} {what}, the executor was sized for {most}")

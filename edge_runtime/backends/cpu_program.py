@@ -137,7 +137,10 @@ class Compiled:
 
 
 def compile_ops(part: Part, arena: Arena) -> Compiled:
-    """Records of ops, cache slots and tables of angles. Raises BadEngineFile on a plane of a wrong size, Unsupported."""
+    """Records of ops, cache slots and tables of angles.
+
+    Raises BadEngineFile on a plane of a wrong size, Unsupported where K cannot be per channel.
+    """
     program = part.program
     if part.kv.per_channel:
         _check_channels(program, part.kv.k)
@@ -272,8 +275,8 @@ def _check_channels(program: Program, name: str) -> None:
             last = op.layer
         elif isinstance(op, Attention) and op.layer != last:
             raise Unsupported(
-                f"K in {name}: attention reads layer {op.layer} after layer {last} was appended, which the cpu "
-                "backend cannot; use a K with a scale for each token"
+                f"K in {name}: attention reads layer {op.layer} after layer {last} was appended, which the "
+                "cpu backend cannot; use a K with a scale for each token"
             )
 
 

@@ -260,11 +260,15 @@ class ReferenceExecutor:
         return out
 
     def _groups(self, batch: StepBatch) -> list[Array]:
-        """Rows that attend together: those whose keys lie at their positions by sequence, and by page too where
-        K is per channel; the others one by one.
+        """Rows that attend together: those whose keys lie at their positions by sequence, and by page too
+        where K is per channel; the others one by one.
         """
         straight = batch.positions < straight_below(batch)
-        page = batch.positions // self._kv.page_tokens if self._kv.per_channel else np.zeros_like(batch.positions)
+        page = (
+            batch.positions // self._kv.page_tokens
+            if self._kv.per_channel
+            else np.zeros_like(batch.positions)
+        )
         kinds = np.unique(np.stack([batch.sequence, page])[:, straight], axis=1)
         groups = [np.flatnonzero(straight & (batch.sequence == s) & (page == p)) for s, p in kinds.T]
         return groups + [np.array([t]) for t in np.flatnonzero(~straight)]

@@ -1,4 +1,4 @@
-"""K per channel: the numbers against a direct sum, and the exactness contract whatever a step begins or ends."""
+"""K per channel: numbers against a direct sum, and the exactness contract wherever a step begins or ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attend_part(head_dim: int, kv: str, page_tokens: int) -> tuple[Part, Array]:
 
 
 def stored(name: str, x: Array, page_tokens: int) -> Array:
-    """x (tokens, heads, head_dim) as a cache of that name gives it back; whole pages where K is per channel."""
+    """x (tokens, heads, head_dim) as a cache of that name gives it back; per channel its whole pages."""
     fmt = get_format(K_FORMATS[name])
     if name not in CHANNEL_FORMATS:
         rows = x.reshape(-1, x.shape[2])
@@ -94,12 +94,17 @@ def test_attention_is_the_direct_sum(kv: str, head_dim: int, page_tokens: int) -
     limit = 2e-6 * np.abs(want).max()
     for backend in (BACKEND, REFERENCE):
         executor = backend.load(part)
-        got = [executor.forward(step((0, a, np.arange(a, b)))).copy() for a, b in ((0, 21), (21, 22), (22, 50))]
+        got = [
+            executor.forward(step((0, a, np.arange(a, b)))).copy() for a, b in ((0, 21), (21, 22), (22, 50))
+        ]
         got.append(executor.forward(step((0, 50, np.arange(50, 60)))).copy())
         assert np.abs(np.concatenate(got)[:, : want.shape[1]] - want).max() <= limit
         executor.close()
     # Or the bound could not tell which keys a token sees
-    for wrong in (attended(heads, keys, values, page_tokens, own=False), attended(heads, heads, values, 16, True)):
+    for wrong in (
+        attended(heads, keys, values, page_tokens, own=False),
+        attended(heads, heads, values, 16, True),
+    ):
         assert np.abs(wrong.reshape(60, -1) - want).max() > 30 * limit
 
 
@@ -217,7 +222,7 @@ def test_a_shared_prefix_equals_its_own(kv: str) -> None:
 @pytest.mark.parametrize("page_tokens", [16, 32])
 @pytest.mark.parametrize("kv", ["int8c,f16", "int4c,int4"])
 def test_rolled_back_guesses_leave_no_trace(kv: str, page_tokens: int) -> None:
-    """Speculation: wrong tokens follow right ones in a step, over page ends, and are written over by the next."""
+    """Speculation: wrong tokens follow right ones in a step, over page ends; the next writes over them."""
     part = exact_part(kv, page_tokens)
     want = plainly(part)
     for seed in range(8):
@@ -235,7 +240,7 @@ def test_rolled_back_guesses_leave_no_trace(kv: str, page_tokens: int) -> None:
 
 
 def test_a_page_is_filled_twice() -> None:
-    """The roll-back that crosses a page's end, with the bytes of the page proved to have changed in between."""
+    """The roll-back that crosses a page's end; the bytes of the page are proved to change in between."""
     part = exact_part("int4c,int4")
     want = plainly(part)
     executor = BACKEND.load(part, threads=2)
@@ -287,7 +292,9 @@ def test_a_step_spoiled_by_another_sequence_can_be_run_again(name: str) -> None:
     for _ in range(2):
         with pytest.raises(NumericError, match="NaN or Inf"):
             executor.forward(spoiled)
-    with pytest.raises(NumericError, match="NaN or Inf"):  # the one at fault, alone: at once, not at the page's end
+    with pytest.raises(
+        NumericError, match="NaN or Inf"
+    ):  # the one at fault, alone: at once, not at the page's end
         executor.forward(step((1, 0, np.array([3, 69]))))
     assert np.array_equal(executor.forward(step((0, 7, good[7:50]))), want[1])
     assert np.array_equal(executor.forward(step((0, 50, good[50:60]))), want[2])
@@ -341,9 +348,14 @@ def test_a_wrong_slot_is_noticed() -> None:
     executor = BACKEND.load(part, threads=1)
     executor.forward(rows([0, 2], [1, 0], {0: (0, TEXT[:9]), 2: (0, OTHER[:9])}))
     for slots in ([0, 1], [2, 0]):  # exchanged, and one that holds nothing
-        with pytest.raises(BadRequest, match="token 0 at position 9 continues a page whose keys its slot does not"):
+        with pytest.raises(
+            BadRequest, match="token 0 at position 9 continues a page whose keys its slot does not"
+        ):
             executor.forward(rows([0, 2], slots, {0: (9, TEXT[9:11])}))
-    for slots, message in (([1, 1], "sequence 1 has the slot 1"), ([3, 0], "slot 3, expected 0 to 2, each once")):
+    for slots, message in (
+        ([1, 1], "sequence 1 has the slot 1"),
+        ([3, 0], "slot 3, expected 0 to 2, each once"),
+    ):
         with pytest.raises(BadRequest, match=message):
             executor.forward(rows([0, 2], slots, {0: (9, TEXT[9:11]), 2: (9, OTHER[9:11])}))
     with pytest.raises(BadRequest, match="slots has 1 entries for 2 sequences"):
@@ -386,12 +398,16 @@ def test_a_roll_back_too_far_is_refused() -> None:
 def test_steps_that_are_no_runs_are_refused() -> None:
     executor = BACKEND.load(exact_part("int8c,f16"), threads=1)
     batch = step((0, 0, TEXT[:4]))
-    for positions, message in (((0, 1, 3, 4), "token 2 at position 3"), ((1, 0, 2, 3), "token 0 at position 1")):
+    for positions, message in (
+        ((0, 1, 3, 4), "token 2 at position 3"),
+        ((1, 0, 2, 3), "token 0 at position 1"),
+    ):
         with pytest.raises(BadRequest, match=message):
             executor.forward(replace(batch, positions=np.array(positions, np.int32)))
+    both = step((0, 0, TEXT[:2]), (1, 0, TEXT[:2]))
+    turns = {"sequence": (0, 1, 0, 1), "positions": (0, 0, 1, 1)}
     with pytest.raises(BadRequest, match="one run of consecutive positions"):
-        executor.forward(replace(step((0, 0, TEXT[:2]), (1, 0, TEXT[:2])), sequence=np.array([0, 1, 0, 1], np.int32),
-                                 positions=np.array([0, 0, 1, 1], np.int32)))  # fmt: skip
+        executor.forward(replace(both, **{n: np.array(a, np.int32) for n, a in turns.items()}))
     executor.close()
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
+from builders.archs import read_program
 from builders.comparison import Comparison
 from builders.evaluate import compare_models, read_text
-from builders.pipeline import read
-from builders.sources import open_source
+from builders.sources import open_source, read_vocabulary
 from builders.weights import CheckpointWeights
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import Attention, Linear
@@ -58,13 +57,13 @@ def measured(model: Path, *caches: str) -> dict[str, Comparison]:
     """Figures of the model with outliers for each "K,V", against the plain model with an f32 cache."""
     found = {}
     with open_source(model) as source:
-        checkpoint = read(source, None)
-        window = min(checkpoint.program.max_context, 400)
-        text = read_text(source, checkpoint.vocabulary, TEXT, limit=400, window=window)
+        weights = CheckpointWeights(read_program(source.config), source)
+        vocabulary = read_vocabulary(source, weights.program.vocab_size)
+        text = read_text(source, vocabulary, TEXT, limit=400, window=min(weights.program.max_context, 400))
         for cache in caches:
             k, v = cache.split(",")
             kv = KvPlan(k=k, v=v, page_tokens=16, pages=1)
-            found[cache] = compare_models(checkpoint.weights, WithOutliers(checkpoint.weights), kv, text)
+            found[cache] = compare_models(weights, WithOutliers(weights), kv, text)
     return found
 
 
