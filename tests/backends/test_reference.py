@@ -337,9 +337,7 @@ def test_unknown_cache_format_and_broken_program_are_refused() -> None:
 
 def test_a_closed_executor_refuses() -> None:
     e = executor()
-    assert e.memory_bytes == cache_nbytes(
-        toy(), kv_plan(), STEP
-    )  # every array of the toy is a multiple of 64
+    assert e.memory_bytes == cache_nbytes(toy(), kv_plan(), STEP)  # all arrays are multiples of 64
     e.close()
     e.close()
     assert e.memory_bytes == 0
