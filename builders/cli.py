@@ -17,7 +17,7 @@ from builders.quantize import algorithms
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
-from edge_runtime.engine.kv import KV_FORMATS, kv_pair
+from edge_runtime.engine.kv import K_FORMATS, kv_pair
 from edge_runtime.engine.plan import DRAFT_LENGTH
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BackendUnavailable, BadConfig
@@ -63,7 +63,7 @@ def make_parser() -> Parser:
         "--kv",
         default="int8",
         metavar="FORMAT",
-        help=f"{', '.join(KV_FORMATS)}, or K,V such as int8,int4 [int8]",
+        help=f"{', '.join(K_FORMATS)} (c: K per channel), or K,V such as int8,int4 [int8]",
     )
     add("--context", type=int, metavar="N", help="longest sequence, tokens [the model's, at most 4096]")
     add("--sequences", type=int, default=4, metavar="N", help="sequences served at once [4]")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from builders.companions import ALONE, Companions
 from builders.planner import Plans, Request, choose, fits, make_plans, usable
 from edge_runtime.engine.formats import get_format
-from edge_runtime.engine.kv import KV_FORMATS
+from edge_runtime.engine.kv import kv_pair, row_nbytes
 from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
@@ -121,18 +121,19 @@ def _lower_weights(profile: Profile, request: Request) -> list[Options]:
 
 
 def _lower_kv(request: Request) -> list[Options]:
-    def bits(name: str) -> float:
-        return get_format(KV_FORMATS[name]).bits_per_weight(1, 128)
+    def nbytes(k: str, v: str) -> float:
+        return row_nbytes(k, 128, request.page_tokens) + row_nbytes(v, 128, request.page_tokens)
 
-    now = bits(request.kv_k) + bits(request.kv_v)
-    return [{"kv": name} for name in KV_ORDER if 2 * bits(name) < now]
+    now = nbytes(request.kv_k, request.kv_v)
+    return [{"kv": names} for names in KV_ORDER if nbytes(*kv_pair(names)) < now]
 
 
 def _with(request: Request, options: Options) -> Request:
     changed = request
     for option, value in options.items():
         if option == "kv":
-            changed = replace(changed, kv_k=str(value), kv_v=str(value))
+            k, v = kv_pair(str(value))
+            changed = replace(changed, kv_k=k, kv_v=v)
         elif option == "context":
             changed = replace(changed, context=int(value), kv_tokens=None)
         elif option == "head-weights":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from builders.companions import ALONE, Companions, check_companions, companion_shapes
 from builders.roofline import predict
 from edge_runtime.engine.formats import FORMATS, get_format
-from edge_runtime.engine.kv import PAGE_TOKENS, kv_format
+from edge_runtime.engine.kv import PAGE_TOKENS, kv_format, v_format
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE
 from edge_runtime.engine.memory import adapter_nbytes, memory_plan
 from edge_runtime.engine.packing import cpu_packing
@@ -84,8 +84,9 @@ def resolve(program: Program, profile: Profile, request: Request, beside: Compan
         if not profile.supports(precision(str(name))):
             usable = ", ".join(f for f in FORMATS if profile.supports(precision(f)))
             raise Unsupported(f"profile {profile.name!r} has no {precision(str(name))}; it runs: {usable}")
-    for kv in (request.kv_k, request.kv_v, *(request.draft_kv or ())):
-        kv_format(kv)
+    for k, v in ((request.kv_k, request.kv_v), *([request.draft_kv] if request.draft_kv else ())):
+        kv_format(k)
+        v_format(v)
     context = default_context(program.max_context, request.context)
     if not 1 <= context <= program.max_context:
         raise BadConfig(f"context {context} is outside 1 to {program.max_context}, the model's longest")

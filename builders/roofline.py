@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edge_runtime.engine.formats import get_format
-from edge_runtime.engine.kv import kv_format
+from edge_runtime.engine.kv import row_nbytes
 from edge_runtime.engine.ops import Attention, Embed, Linear, Logits
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.plan import KvPlan, Prediction, StepShape, TensorPlan
@@ -53,7 +53,7 @@ def predict(
                     seen = before + (tokens + 1) / 2  # mean number of keys that a token of the step sees
                     seen = min(seen, op.window) if op.window else seen
                     reach = min(before + tokens, op.window + tokens - 1) if op.window else before + tokens
-                    row = sum(kv_format(f).nbytes(1, op.head_dim) for f in (kv.k, kv.v))
+                    row = sum(row_nbytes(f, op.head_dim, kv.page_tokens) for f in (kv.k, kv.v))
                     read += reach * op.kv_heads * row
                     compute += 4.0 * op.heads * op.head_dim * seen * tokens / (mode.compute.fp16 * 1e12)
         return max(read / bandwidth, compute / profile.efficiency.compute) + overhead

@@ -161,6 +161,7 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()
     )
+    step = StepShape(context=program.max_context, sequences=2, tokens=16, logits=2)
     return Plan(
         profile="cpu",
         power_mode="default",
@@ -169,7 +170,7 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         step=step,
         memory=MemoryPlan(
             weights=weights,
-            kv=cache_nbytes(program, kv),
+            kv=cache_nbytes(program, kv, step),
             buffers=1 << 16,
             draft=0,
             adapters=adapter_nbytes(program, step, ranks) if adapter else 0,

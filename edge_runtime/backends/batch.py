@@ -54,6 +54,7 @@ def check_arrays(batch: StepBatch, program: Program) -> None:
         raise BadRequest("the step has 0 tokens, expected at least one")
     for name in ("positions", "sequence", "parents", "places"):
         _counted(name, getattr(batch, name), count, "tokens")
+    _counted("slots", batch.slots, len(batch.page_tables), "sequences")
     _counted("adapters", batch.adapters, len(batch.page_tables), "sequences")
     width, inputs = program.input_width, batch.inputs
     if width is None:
@@ -79,7 +80,9 @@ def check_page(page: int, kv: KvPlan) -> None:
 
 
 def check_move(pages: Array, sources: Array, targets: Array, kv: KvPlan) -> None:
-    """Raises BadRequest unless rows of places ascend, none moves up and all have pages."""
+    """Raises BadRequest unless rows of places ascend, none moves up, all have pages and K is per token."""
+    if kv.per_channel:
+        raise BadRequest(f"keys in {kv.k} share scales with those of their page and cannot move out of it")
     for name, array in (("pages", pages), ("sources", sources), ("targets", targets)):
         _integers(name, array, 1)
     if len(sources) != len(targets):
@@ -92,6 +95,17 @@ def check_move(pages: Array, sources: Array, targets: Array, kv: KvPlan) -> None
             check_page(int(pages[place // kv.page_tokens]), kv)
     if (sources < targets).any():
         raise BadRequest("a key can only move down: each source must be at or above its target")
+
+
+def refuse_tree(batch: StepBatch, kv: KvPlan) -> None:
+    """Raises BadRequest for a tree of tokens where K is per channel: which keys are quantized goes by
+    position, and a tree's places are none.
+    """
+    if kv.per_channel and (batch.parents is not None or batch.places is not None):
+        raise BadRequest(
+            f"token trees do not work with K in {kv.k}, which is quantized by whole pages; verify a chain "
+            "(no parents, no places), or take a K with a scale for each token"
+        )
 
 
 def straight_below(batch: StepBatch) -> Array:

@@ -9,7 +9,13 @@ import numpy as np
 
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends import page_bytes
-from edge_runtime.backends.batch import check_adapters, check_arrays, check_move, check_page
+from edge_runtime.backends.batch import (
+    check_adapters,
+    check_arrays,
+    check_move,
+    check_page,
+    refuse_tree,
+)
 from edge_runtime.backends.cpu_adapters import CpuAdapter, pack_adapter
 from edge_runtime.backends.cpu_program import Arena, compile_ops
 from edge_runtime.backends.protocol import Part, StepBatch
@@ -19,7 +25,7 @@ from edge_runtime.errors import BackendUnavailable, BadRequest, EdgeError, Numer
 
 # Arrays of a StepBatch that hold int32; the second row may be absent
 _NEEDED = ("tokens", "positions", "sequence", "page_tables", "logit_rows")
-_OPTIONAL = ("parents", "places", "adapters")
+_OPTIONAL = ("parents", "places", "slots", "adapters")
 
 
 class CpuExecutor:
@@ -85,6 +91,7 @@ class CpuExecutor:
         """Point the record at a batch's arrays, whose values the library itself checks at each step."""
         self._prepared = None
         check_arrays(batch, self._part.program)
+        refuse_tree(batch, self._part.kv)
         arrays = {name: _int32(name, getattr(batch, name)) for name in _NEEDED}
         for name in _OPTIONAL:
             given = getattr(batch, name)
@@ -234,6 +241,21 @@ def _error(part: Part, status: int, index: int, value: int) -> EdgeError:
             return BadRequest(
                 f"token {index} has the place {value}, expected one from where its path leaves the cache to "
                 f"{context - 1} in its page table"
+            )
+        case rec.BAD_SLOT:
+            return BadRequest(
+                f"sequence {index} has the slot {value}, expected 0 to {step.sequences - 1}, each once"
+            )
+        case rec.BAD_RUN:
+            return BadRequest(
+                f"token {index} at position {value}: with K in {kv.k} the tokens of a sequence must be one "
+                "run of consecutive positions"
+            )
+        case rec.NOT_HELD:
+            return BadRequest(
+                f"token {index} at position {value} continues a page whose keys its slot does not hold; with "
+                f"K in {kv.k} a sequence keeps its slot, begins at a multiple of {kv.page_tokens} and is "
+                "rolled back no further than into the page before its last"
             )
     what, most = (("tokens", step.tokens), ("logit rows", step.logits), ("sequences", step.sequences))[index]
     return BadRequest(f"the step has {value} {what}, the executor was sized for {most}")

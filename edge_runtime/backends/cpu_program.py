@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.cpu_weights import ENCODING_ID, CpuWeights
 from edge_runtime.backends.protocol import Part
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.kv import cache_arrays, kv_format
+from edge_runtime.engine.kv import cache_arrays, kv_format, open_arrays, per_channel
 from edge_runtime.engine.layout import lay_out, round_up
 from edge_runtime.engine.memory import SMALLEST_GROUP, angle_tables, padded_cols, scratch_regions
 from edge_runtime.engine.ops import (
@@ -30,6 +31,8 @@ from edge_runtime.engine.ops import (
     Norm,
     Rope,
 )
+from edge_runtime.engine.program import Program
+from edge_runtime.errors import Unsupported
 
 Side = Literal["k", "v"]
 ACTIVATIONS = {"silu": rec.SILU, "gelu": rec.GELU, "gelu_tanh": rec.GELU_TANH, "relu": rec.RELU}
@@ -51,11 +54,16 @@ class Arena:
         layout = lay_out(part.program, part.step)
         self._regions = scratch_regions(part.program, part.step, threads)
         arrays = cache_arrays(part.program, part.kv)
+        beside = open_arrays(part.program, part.kv, part.step)
         at = 0
         starts: list[int] = []
         for array in arrays:
             starts.append(at)
             at += round_up(array.nbytes)
+        open_starts: list[int] = []  # of each layer's open pages, then of the step's own keys
+        for shape in (*beside.pages, beside.fresh) if beside is not None else ():
+            open_starts.append(at)
+            at += round_up(4 * math.prod(shape))
         buffers = at
         at += layout.nbytes
         self._offsets: dict[str, int] = {}
@@ -66,7 +74,7 @@ class Arena:
         self._bytes = allocate(at)
         self._base = self._bytes.ctypes.data
         self._buffers = {name: self._base + buffers + offset for name, offset in layout.offsets.items()}
-        # (pages, kv_heads, page_tokens, items) for each layer, k or v, and plane, in arena order
+        # (pages, kv_heads, rows, items) for each layer, k or v, and plane, in arena order
         self.cache_views = [
             self._bytes[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
             for start, a in zip(starts, arrays, strict=True)
@@ -74,9 +82,11 @@ class Arena:
         self._cache = {
             (a.layer, a.which, a.plane): view for a, view in zip(arrays, self.cache_views, strict=True)
         }
+        self._open = [self._base + start for start in open_starts]
         code_stride = padded_cols(part.program)
         self.scratch = rec.Scratch(
             **{name: self._base + offset for name, offset in self._offsets.items()},
+            fresh=self._open[-1] if self._open else None,
             code_stride=code_stride,
             group_stride=code_stride // SMALLEST_GROUP,
             attention_stride=self._regions["attention"] // threads // 4,
@@ -91,6 +101,10 @@ class Arena:
 
     def cache(self, layer: int, which: Side, plane: str) -> Array:
         return self._cache[layer, which, plane]
+
+    def open_pages(self, layer: int) -> int | None:
+        """Address of a layer's unquantized keys; None where K is not per channel."""
+        return self._open[layer] if self._open else None
 
     def view(self, region: str, dtype: Any, shape: tuple[int, ...]) -> Array:
         start = self._offsets[region]
@@ -123,8 +137,13 @@ class Compiled:
 
 
 def compile_ops(part: Part, arena: Arena) -> Compiled:
-    """Records of ops, cache slots and tables of angles. Raises BadEngineFile on a plane of a wrong size."""
+    """Records of ops, cache slots and tables of angles.
+
+    Raises BadEngineFile on a plane of a wrong size, Unsupported where K cannot be per channel.
+    """
     program = part.program
+    if part.kv.per_channel:
+        _check_channels(program, part.kv.k)
     weights = CpuWeights(part)
     keys = angle_tables(program)
     tables = (rec.Op * max(1, len(keys)))()
@@ -140,6 +159,7 @@ def compile_ops(part: Part, arena: Arena) -> Compiled:
                 v=_kv(arena, layer, "v", part.kv.v, slot.head_dim),
                 kv_heads=slot.kv_heads,
                 head_dim=slot.head_dim,
+                open=arena.open_pages(layer),
             )
             for layer, slot in enumerate(program.cache)
         )
@@ -247,6 +267,19 @@ def _op(
             )
 
 
+def _check_channels(program: Program, name: str) -> None:
+    """The step's own keys lie in one array, so a layer must attend before the next one appends."""
+    last = -1
+    for op in program.ops:
+        if isinstance(op, KvAppend):
+            last = op.layer
+        elif isinstance(op, Attention) and op.layer != last:
+            raise Unsupported(
+                f"K in {name}: attention reads layer {op.layer} after layer {last} was appended, which the "
+                "cpu backend cannot; use a K with a scale for each token"
+            )
+
+
 def _kv(arena: Arena, layer: int, which: Side, name: str, head_dim: int) -> rec.Kv:
     fmt = kv_format(name)
     planes = {p.name: arena.cache(layer, which, p.name) for p in fmt.planes}
@@ -260,4 +293,5 @@ def _kv(arena: Arena, layer: int, which: Side, name: str, head_dim: int) -> rec.
         row_bytes=codes.shape[3] * codes.itemsize,
         row_scales=0 if scale is None else scale.shape[3],
         group=fmt.group or head_dim,
+        per_channel=per_channel(name),
     )

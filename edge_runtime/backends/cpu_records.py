@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 2  # EDGE_CPU_VERSION
+VERSION = 3  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
@@ -17,7 +17,7 @@ SILU, GELU, GELU_TANH, RELU, ADD, LOGITS, INPUT = range(7, 14)
 # enum edge_status
 OK, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
 BAD_TOKEN, BAD_POSITION, BAD_SEQUENCE, BAD_PAGE, BAD_LOGIT_ROW, TWICE, BAD_SIZE = range(3, 10)
-BAD_PARENT, BAD_PLACE = 10, 11
+BAD_PARENT, BAD_PLACE, BAD_SLOT, BAD_RUN, NOT_HELD = range(10, 15)
 
 
 class Matrix(Structure):
@@ -47,13 +47,15 @@ class Kv(Structure):
         ("row_bytes", c_int32),
         ("row_scales", c_int32),
         ("group", c_int32),
+        ("per_channel", c_int32),
+        ("unused", c_int32),
     ]
 
 
 class Cache(Structure):
     """edge_cache"""
 
-    _fields_ = [("k", Kv), ("v", Kv), ("kv_heads", c_int32), ("head_dim", c_int32)]
+    _fields_ = [("k", Kv), ("v", Kv), ("kv_heads", c_int32), ("head_dim", c_int32), ("open", c_void_p)]
 
 
 class Op(Structure):
@@ -94,6 +96,7 @@ class Scratch(Structure):
         ("angles", c_void_p),
         ("rows", c_void_p),
         ("logits", c_void_p),
+        ("fresh", c_void_p),
         ("code_stride", c_int64),
         ("group_stride", c_int64),
         ("attention_stride", c_int64),
@@ -159,6 +162,7 @@ class Batch(Structure):
         ("logit_rows", c_void_p),
         ("parents", c_void_p),
         ("places", c_void_p),
+        ("slots", c_void_p),
         ("adapters", c_void_p),
         ("inputs", c_void_p),
         ("token_count", c_int32),

@@ -12,7 +12,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from edge_runtime.backends import numpy_ops, page_bytes
-from edge_runtime.backends.batch import check_adapters, check_batch, places_seen, straight_below
+from edge_runtime.backends.batch import (
+    check_adapters,
+    check_batch,
+    places_seen,
+    refuse_tree,
+    straight_below,
+)
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
@@ -84,6 +90,7 @@ class ReferenceExecutor:
         arena = self._open()
         check_batch(batch, self._program, self._kv, self._step)
         check_adapters(batch.adapters, self._adapters)
+        refuse_tree(batch, self._kv)
         self._buffers = {}
         # Overflow is found by the finite checks below, not by a warning
         with np.errstate(over="ignore", invalid="ignore"):
@@ -229,21 +236,20 @@ class ReferenceExecutor:
     def _attention(self, op: Attention, batch: StepBatch, arena: KvArena) -> Array:
         q = self._buffers[op.q].reshape(-1, op.heads, op.head_dim)
         out = np.empty((len(q), op.heads * op.head_dim), np.float32)
-        straight = batch.positions < straight_below(batch)
-        # Tokens whose keys lie at their positions attend together by sequence, the others one by one
-        groups = [np.flatnonzero(straight & (batch.sequence == s)) for s in np.unique(batch.sequence)]
-        groups += [np.array([t]) for t in np.flatnonzero(~straight)]
-        for mine in groups:
-            if len(mine) == 0:
-                continue
+        size = self._kv.page_tokens
+        for mine in self._groups(batch):
             positions = batch.positions[mine]
             # Keys that any of these tokens can see: the window's start to the last position
             first = 0 if op.window is None else max(int(positions.min()) - op.window + 1, 0)
             seen = places_seen(batch, int(mine[np.argmax(positions)]), first)
             table = batch.page_tables[batch.sequence[mine[0]]]
+            keys = arena.read(op.layer, "k", table, seen, op.head_dim)
+            if self._kv.per_channel:  # the group is of one page, which it sees as it came
+                own = seen >= positions[0] // size * size
+                keys[own] = arena.read_exact(op.layer, table, seen[own])
             out[mine] = numpy_ops.attention(
                 q[mine],
-                arena.read(op.layer, "k", table, seen, op.head_dim),
+                keys,
                 arena.read(op.layer, "v", table, seen, op.head_dim),
                 positions,
                 first,
@@ -252,6 +258,20 @@ class ReferenceExecutor:
                 softcap=op.softcap,
             )
         return out
+
+    def _groups(self, batch: StepBatch) -> list[Array]:
+        """Rows that attend together: those whose keys lie at their positions by sequence, and by page too
+        where K is per channel; the others one by one.
+        """
+        straight = batch.positions < straight_below(batch)
+        page = (
+            batch.positions // self._kv.page_tokens
+            if self._kv.per_channel
+            else np.zeros_like(batch.positions)
+        )
+        kinds = np.unique(np.stack([batch.sequence, page])[:, straight], axis=1)
+        groups = [np.flatnonzero(straight & (batch.sequence == s) & (page == p)) for s, p in kinds.T]
+        return groups + [np.array([t]) for t in np.flatnonzero(~straight)]
 
 
 def _adapters(batch: StepBatch) -> Array:

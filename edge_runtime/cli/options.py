@@ -7,9 +7,10 @@ import re
 from typing import Any
 
 from edge_runtime.cli.output import Parser
-from edge_runtime.engine.kv import KV_FORMATS
+from edge_runtime.engine.kv import K_FORMATS
+from edge_runtime.engine.plan import DRAFT_LENGTH
 from edge_runtime.errors import BadConfig
-from edge_runtime.serving.guessing import AUTO, DRAFT_LENGTH, WAYS
+from edge_runtime.serving.guessing import AUTO, WAYS
 from edge_runtime.serving.open import open_engine
 from edge_runtime.serving.sampling import Sampling
 from edge_runtime.serving.session import Session
@@ -23,7 +24,7 @@ def add_open_options(parser: Parser) -> None:
     add = parser.add_argument_group("engine").add_argument
     add("--backend", default="auto", metavar="NAME", help="auto (as planned), cpu, reference [auto]")
     add("--threads", type=integer, default=0, metavar="N", help="threads of the backend [all cores]")
-    add("--kv", metavar="FORMAT", help=f"KV cache: {', '.join(KV_FORMATS)}, or K,V [as planned]")
+    add("--kv", metavar="FORMAT", help=f"{', '.join(K_FORMATS)} (c: K per channel), or K,V [as planned]")
     add("--context", type=integer, metavar="N", help="longest sequence, at most the planned one [as planned]")
     add(
         "--speculate",

@@ -125,7 +125,7 @@ def part_nbytes(
 ) -> int:
     """Bytes of a part that is loaded beside the language part: weights, KV cache and buffers."""
     weights = weights_nbytes(program, tensors)
-    return weights + cache_nbytes(program, kv) + buffers_nbytes(program, step, threads)
+    return weights + cache_nbytes(program, kv, step) + buffers_nbytes(program, step, threads)
 
 
 def adapter_planes(rank: int, rows: int, cols: int) -> dict[str, int]:
@@ -158,7 +158,7 @@ def memory_plan(
     is the sum of `part_nbytes` of the draft and the Medusa heads, `adapters` that of `adapter_nbytes`."""
     return MemoryPlan(
         weights=weights_nbytes(program, tensors),
-        kv=cache_nbytes(program, kv),
+        kv=cache_nbytes(program, kv, step),
         buffers=buffers_nbytes(program, step, threads),
         draft=draft,
         adapters=adapters,

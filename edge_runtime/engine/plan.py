@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edge_runtime.engine.kv import per_channel
+
 DRAFT_LENGTH = 8  # tokens proposed to the target at once, unless asked otherwise
 MAX_DRAFT_LENGTH = 64
 
@@ -26,7 +28,7 @@ class KvPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def per_channel(self) -> bool:
         """Whether keys have scales per channel and page (KIVI), so that a page counts as a whole."""
-        return self.k.endswith("c")
+        return per_channel(self.k)
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -245,7 +245,7 @@ def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
     ):
         _bounded(value, what, least=1, most=most)
     _bounded(kv.pages, "kv.pages", least=1 if program.cache else 0, most=MAX_DIM)
-    cache = kv_cache.cache_nbytes(program, kv)  # checks page_tokens and the formats' names
+    cache = kv_cache.cache_nbytes(program, kv, step)  # checks page_tokens and the formats' names
     if program.cache and kv.pages * kv.page_tokens < step.context:
         raise BadEngineFile(
             f"{kv.pages} pages of {kv.page_tokens} tokens cannot hold a context of {step.context}"

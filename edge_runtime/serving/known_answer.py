@@ -11,11 +11,11 @@ from edge_runtime.errors import BadRequest, NumericError
 from edge_runtime.serving.pages import PagePool
 
 
-def agreement(executor: Executor, pool: PagePool, step: StepShape, known: KnownAnswer) -> int:
+def agreement(executor: Executor, pool: PagePool, step: StepShape, slot: int, known: KnownAnswer) -> int:
     """How many of the known tokens are the greedy choice after those before them. Leaves no page behind.
 
     All of them agree exactly when greedy decoding repeats the answer. Raises BadRequest when context or free
-    pages do not suffice.
+    pages do not suffice. `slot` must be no running sequence's.
     """
     tokens, prompt = [*known.prompt, *known.answer], len(known.prompt)
     if len(tokens) > step.context:
@@ -36,6 +36,7 @@ def agreement(executor: Executor, pool: PagePool, step: StepShape, known: KnownA
                     sequence=np.zeros(count, np.int32),
                     page_tables=pages.row[None],
                     logit_rows=np.array([count - 1], np.int32),
+                    slots=np.array([slot], np.int32),
                 )
             )
             at += count

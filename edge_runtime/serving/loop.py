@@ -205,6 +205,8 @@ class Loop:
             s.nodes.append(node)
             if node.page != own and not node.drafted:  # another sequence's page lacks the draft model's part
                 s.draft_computed = min(s.draft_computed, at)
+            elif node.page != own and s.draft_computed >= at:  # it has it: nothing is written there again
+                s.draft_computed = max(s.draft_computed, at + size)
 
     def _gather(self, item: Item, path: list[int]) -> None:
         """Bring an accepted path of a tree to its positions in the cache."""

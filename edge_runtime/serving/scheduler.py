@@ -113,6 +113,11 @@ class Scheduler:
                 self.waiting.remove(sequence)
             self._take_back(sequence)
 
+    @property
+    def free_slot(self) -> int | None:
+        """A slot that no running sequence has, None when all are taken."""
+        return self._slots[-1] if self._slots else None
+
     def too_late(self) -> list[Sequence]:
         """Those that must end now: their next token would come after their deadline."""
         now = self._clock()

@@ -348,7 +348,10 @@ class Session:
         same = known.backend == self.backend and (self.plan.kv.k, self.plan.kv.v) == (self.kv.k, self.kv.v)
         with self._turn:
             self._check_open()
-            agreed = agreement(self._executor, self._pool, self.step_shape, known)
+            slot = self._scheduler.free_slot
+            if slot is None:
+                raise BadRequest("every sequence is in use; verify while fewer requests are in flight")
+            agreed = agreement(self._executor, self._pool, self.step_shape, slot, known)
         check_agreement(agreed, known, self.backend, same)
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 // order, so the result of a query depends on its own position and keys alone.
 #include <climits>
 
-#include "half.h"
 #include "kernels.h"
+#include "kv_tiles.h"
 #include "linear.h"
 #include "math16.h"
 
@@ -12,84 +12,7 @@ namespace edge {
 namespace EDGE_ISA {
 namespace {
 
-constexpr int kTile = 16;
 constexpr int kQueryBlock = kRegisters == 32 ? 4 : 1;  // that share a load of values
-
-// One row of whole 16-lane parts (32 for nibbles).
-EDGE_INLINE void decode_row(const edge_kv& kv, int64_t row, int head_dim, float* out) {
-    const uint8_t* q = kv.codes + row * kv.row_bytes;
-    switch (kv.encoding) {
-        case EDGE_ENC_F32:
-            std::memcpy(out, q, static_cast<size_t>(head_dim) * 4);
-            return;
-        case EDGE_ENC_F16:
-            for (int i = 0; i < head_dim; i += 16) store(out + i, load_f16(q + 2 * i));
-            return;
-        case EDGE_ENC_I8: {
-            const f32x16 s = set1(static_cast<const float*>(kv.scale)[row]);
-            for (int i = 0; i < head_dim; i += 16) store(out + i, mul(to_f32(load_i8(q + i)), s));
-            return;
-        }
-        case EDGE_ENC_E4M3: {
-            const f32x16 s = set1(static_cast<const float*>(kv.scale)[row]);
-            for (int i = 0; i < head_dim; i += 16) store(out + i, mul(load_e4m3(q + i), s));
-            return;
-        }
-        default:  // u4 with zero points in groups of 32: column 2j in the low nibble, 2j + 1 in the high one
-            for (int g = 0; g < head_dim / 32; ++g) {
-                const f32x16 s = set1(half_at(kv.scale, row * kv.row_scales + g));
-                const i32x16 z = set1(static_cast<int32_t>(kv.zero[row * kv.row_scales + g]));
-                const i32x16 both = load_u8(q + 16 * g);
-                const i32x16 low = sub(bit_and(both, set1(15)), z);
-                const i32x16 high = sub(shift_right<4>(both), z);
-                store_pairs(out + 32 * g, mul(to_f32(low), s), mul(to_f32(high), s));
-            }
-    }
-}
-
-// The same values for a head_dim that is not whole vectors; never reads past the row.
-void decode_row_slow(const edge_kv& kv, int64_t row, int head_dim, float* out) {
-    const uint8_t* q = kv.codes + row * kv.row_bytes;
-    for (int i = 0; i < head_dim; ++i) {
-        switch (kv.encoding) {
-            case EDGE_ENC_F32:
-                std::memcpy(out + i, q + 4 * i, 4);
-                break;
-            case EDGE_ENC_F16:
-                out[i] = half_at(q, i);
-                break;
-            case EDGE_ENC_I8:
-                out[i] =
-                    static_cast<float>(static_cast<int8_t>(q[i])) * static_cast<const float*>(kv.scale)[row];
-                break;
-            case EDGE_ENC_E4M3:
-                out[i] = e4m3_to_float(q[i]) * static_cast<const float*>(kv.scale)[row];
-                break;
-            default: {
-                const int64_t g = row * kv.row_scales + i / kv.group;
-                const int code = i % 2 == 0 ? q[i / 2] & 15 : q[i / 2] >> 4;
-                out[i] = static_cast<float>(code - static_cast<int>(kv.zero[g])) * half_at(kv.scale, g);
-            }
-        }
-    }
-}
-
-void decode_tile(const edge_kv& kv, int64_t row, int count, int head_dim, int64_t stride, float* tile) {
-    const bool whole = head_dim % (kv.encoding == EDGE_ENC_U4 ? 32 : 16) == 0;
-    for (int j = 0; j < count; ++j) {
-        if (whole) {
-            decode_row(kv, row + j, head_dim, tile + j * stride);
-        } else {
-            decode_row_slow(kv, row + j, head_dim, tile + j * stride);
-        }
-    }
-}
-
-// Touches the next tile's keys or values, which the hardware cannot foresee: pages lie anywhere.
-EDGE_INLINE void prefetch_tile(const edge_kv& kv, int64_t row) {
-    const uint8_t* q = kv.codes + row * kv.row_bytes;
-    for (int i = 0; i < kTile * kv.row_bytes; i += 64) __builtin_prefetch(q + i);
-}
 
 // sum[c] += share[j] * values[j][c] in ascending j, for Q queries at once.
 template <int Q>
@@ -142,15 +65,30 @@ EDGE_INLINE Seen seen_from(int position, int tile, int window) {
     return {low, high};
 }
 
-// Scores of query i against the tile's keys, and the softmax state brought up to them.
-EDGE_INLINE void score(const edge_op& op, const State& s, int64_t stride, int i, Seen seen, f32x16 index) {
+// q . key of the tile's keys, one a lane: keys as rows (kTile, stride), or as columns (head_dim, kTile).
+EDGE_INLINE f32x16 dot_rows(const float* q, const float* keys, int64_t stride) {
     f32x16 dots[kTile];
     for (int j = 0; j < kTile; ++j) dots[j] = zero16();
     for (int64_t c = 0; c < stride; c += 16) {
-        const f32x16 a = load(s.q + i * stride + c);
-        for (int j = 0; j < kTile; ++j) dots[j] = fma(a, load(s.keys + j * stride + c), dots[j]);
+        const f32x16 a = load(q + c);
+        for (int j = 0; j < kTile; ++j) dots[j] = fma(a, load(keys + j * stride + c), dots[j]);
     }
-    f32x16 x = mul(set1(op.scale), sum_each(dots));
+    return sum_each(dots);
+}
+
+EDGE_INLINE f32x16 dot_columns(const float* q, const float* keys, int head_dim) {
+    f32x16 sums[4] = {zero16(), zero16(), zero16(), zero16()};
+    int c = 0;
+    for (; c + 4 <= head_dim; c += 4)
+        for (int n = 0; n < 4; ++n) sums[n] = fma(set1(q[c + n]), load(keys + (c + n) * kTile), sums[n]);
+    for (; c < head_dim; ++c) sums[0] = fma(set1(q[c]), load(keys + c * kTile), sums[0]);
+    return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
+// Scores of query i against the tile's keys, and the softmax state brought up to them.
+EDGE_INLINE void score(const edge_op& op, const State& s, int64_t stride, int i, Seen seen, f32x16 index,
+                       f32x16 dots) {
+    f32x16 x = mul(set1(op.scale), dots);
     if (op.softcap != 0.0f) x = mul(set1(op.softcap), tanh16(div(x, set1(op.softcap))));
     const bool partial = seen.low > 0 || seen.high < kTile;
     const mask16 above = greater(index, set1(static_cast<float>(seen.low) - 0.5f));
@@ -212,17 +150,36 @@ void attention(const AttentionArgs& args) {
     };
     const int bend = args.path == nullptr ? INT_MAX : args.bend;
 
+    const bool channels = cache.k.per_channel != 0;
+    const int own = args.positions[0] / args.page_tokens * args.page_tokens;  // the page seen unquantized
+    const int64_t open_stride = static_cast<int64_t>(cache.kv_heads) * head_dim;
+    const auto channel_of = [&](int tile) {  // the row of a tile's first channel
+        const int64_t page = args.page_table[tile / args.page_tokens];
+        return (page * cache.kv_heads + args.kv_head) * head_dim;
+    };
     const int last = args.positions[args.tokens - 1];
     int start = 0;
     if (op.window > 0 && args.positions[0] >= op.window) start = args.positions[0] - op.window + 1;
     for (int tile = start / kTile * kTile; tile <= last; tile += kTile) {
         if (tile + kTile <= last && tile + kTile < bend) {
             const int64_t next = row_of(tile + kTile);
-            prefetch_tile(cache.k, next);
+            if (!channels) {
+                prefetch_tile(cache.k, next);
+            } else if (tile + kTile < own && (tile + kTile) % args.page_tokens == 0) {
+                prefetch_page(cache.k, channel_of(tile + kTile), head_dim);
+            }
             prefetch_tile(cache.v, next);
         }
         const int count = last - tile + 1 < kTile ? last - tile + 1 : kTile;
-        if (tile + count <= bend) {
+        const bool columns = channels && tile < own;
+        if (channels) {
+            decode_tile(cache.v, row_of(tile), count, head_dim, stride, s.values);
+            if (columns) decode_columns(cache.k, channel_of(tile), tile % args.page_tokens, head_dim, s.keys);
+            for (int j = 0; !columns && j < count; ++j) {
+                std::memcpy(s.keys + j * stride, args.open + (tile - own + j) * open_stride, row_bytes);
+                std::memset(s.keys + j * stride + head_dim, 0, stride_bytes - row_bytes);
+            }
+        } else if (tile + count <= bend) {
             const int64_t row = row_of(tile);
             decode_tile(cache.k, row, count, head_dim, stride, s.keys);
             decode_tile(cache.v, row, count, head_dim, stride, s.values);
@@ -235,7 +192,10 @@ void attention(const AttentionArgs& args) {
         }
         for (int i = 0; i < queries; ++i) {
             const Seen seen = seen_from(args.positions[i / heads], tile, op.window);
-            if (seen.low < seen.high) score(op, s, stride, i, seen, index);
+            if (seen.low >= seen.high) continue;
+            const float* q = s.q + i * stride;
+            score(op, s, stride, i, seen, index,
+                  columns ? dot_columns(q, s.keys, head_dim) : dot_rows(q, s.keys, stride));
         }
         for (int i = 0; i < queries;) {  // queries of one token see the same keys
             const Seen seen = seen_from(args.positions[i / heads], tile, op.window);

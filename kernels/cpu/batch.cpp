@@ -10,6 +10,7 @@ namespace edge {
 StepBatch::StepBatch(const edge_program& program)
     : program_(program),
       has_inputs_(program.op_count > 0 && program.ops[0].kind == EDGE_OP_INPUT),
+      by_page_(program.cache_count > 0 && program.cache[0].k.per_channel != 0),
       last_place_(static_cast<size_t>(program.max_sequences)),
       root_(static_cast<size_t>(program.max_tokens)),
       bend_(static_cast<size_t>(program.max_tokens)) {
@@ -110,6 +111,8 @@ void StepBatch::find_blocks() {
     const edge_batch& b = *batch_;
     const auto joins = [&](int32_t t) {
         if (b.sequence[t] != b.sequence[t - 1] || b.positions[t] != b.positions[t - 1] + 1) return false;
+        if (by_page_ && b.positions[t] % program_.page_tokens == 0)
+            return false;  // sees other keys quantized
         if (b.parents == nullptr || b.parents[t] == t - 1) return true;
         // Both see the cache below them; the later one must find the earlier one at its position
         return b.parents[t] == -1 && b.parents[t - 1] == -1 && b.places[t - 1] == b.positions[t - 1];

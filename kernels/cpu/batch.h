@@ -47,8 +47,8 @@ class StepBatch {
     void find_blocks();
 
     const edge_program program_;
-    const bool has_inputs_;
-    int32_t widest_window_ = 1;  // keys that some attention sees
+    const bool has_inputs_, by_page_;  // by_page_: K is per channel, blocks end with their page
+    int32_t widest_window_ = 1;        // keys that some attention sees
     edge_batch* batch_ = nullptr;
     std::vector<int32_t> last_place_;  // of each sequence so far
     std::vector<int32_t> root_;        // position of a token's topmost ancestor in the step

@@ -169,28 +169,40 @@ void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
     }
 }
 
-int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim) {
-    for (int i = 0; i < head_dim; ++i)
-        if (!std::isfinite(x[i])) return EDGE_NOT_FINITE;
+bool all_finite(const float* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i)
+        if (!std::isfinite(x[i])) return false;
+    return true;
+}
+
+int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int n) {
+    if (!all_finite(x, n)) return EDGE_NOT_FINITE;
     uint8_t* q = kv.codes + row * kv.row_bytes;
-    const float top = absmax(x, head_dim);
+    const float top = absmax(x, n);
     int status = EDGE_OK;
     switch (kv.encoding) {
         case EDGE_ENC_F32:
-            std::memcpy(q, x, static_cast<size_t>(head_dim) * 4);
+            std::memcpy(q, x, static_cast<size_t>(n) * 4);
             break;
         case EDGE_ENC_F16:
             if (top > 65504.0f) return EDGE_OUT_OF_RANGE;
-            for (int i = 0; i < head_dim; ++i) {
+            for (int i = 0; i < n; ++i) {
                 const uint16_t h = float_to_half(x[i]);
                 std::memcpy(q + 2 * i, &h, 2);
             }
             break;
         case EDGE_ENC_I8: {
-            const float scale = raise(top / 127.0f);
-            static_cast<float*>(kv.scale)[row] = scale;
+            float scale = raise(top / 127.0f);
+            if (kv.per_channel) {
+                const uint16_t h = half_above(top / 127.0f);
+                scale = half_to_float(h);
+                if (scale > 65504.0f) status = EDGE_OUT_OF_RANGE;
+                std::memcpy(static_cast<char*>(kv.scale) + 2 * row, &h, 2);
+            } else {
+                static_cast<float*>(kv.scale)[row] = scale;
+            }
             const float divisor = scale == 0.0f ? INFINITY : scale;
-            for (int i = 0; i < head_dim; ++i) {
+            for (int i = 0; i < n; ++i) {
                 float y = std::nearbyint(x[i] / divisor);
                 y = y < -127.0f ? -127.0f : (y > 127.0f ? 127.0f : y);
                 q[i] = static_cast<uint8_t>(static_cast<int8_t>(y));
@@ -201,12 +213,12 @@ int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim) {
             const float scale = raise(top / 448.0f);
             static_cast<float*>(kv.scale)[row] = scale;
             const float divisor = scale == 0.0f ? INFINITY : scale;
-            for (int i = 0; i < head_dim; ++i) q[i] = e4m3_code(x[i] / divisor);
+            for (int i = 0; i < n; ++i) q[i] = e4m3_code(x[i] / divisor);
             break;
         }
         default:
             for (int g = 0; g < kv.row_scales; ++g) {
-                const int left = head_dim - g * kv.group;
+                const int left = n - g * kv.group;
                 write_int4_group(kv, row, g, x + g * kv.group, left < kv.group ? left : kv.group, &status);
             }
     }

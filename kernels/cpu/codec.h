@@ -10,8 +10,11 @@ namespace edge {
 // out[k] = weight[row][k] * scale, from packing n16k4 or n16.
 void read_row(const edge_matrix& weight, int64_t row, float scale, float* out);
 
-// Encodes x (head_dim) as row `row` of a cache side, bit for bit as the numpy codec. Returns an edge_status.
-int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int head_dim);
+bool all_finite(const float* x, int64_t n);
+
+// Encodes x (head_dim, or page_tokens where K is per channel) as row `row` of a cache side, bit for bit as
+// the numpy codec. Returns an edge_status.
+int write_kv_row(const edge_kv& kv, int64_t row, const float* x, int n);
 
 // Copies one row of a cache side over another.
 void copy_kv_row(const edge_kv& kv, int64_t from, int64_t to);

@@ -1,7 +1,6 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -17,6 +16,7 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
       cache_(program.cache, program.cache + program.cache_count),
       stages_(compile(program, ops_, tables_, kernels)),
       batch_(program),
+      open_(program),
       adapters_(program, ops_, stages_),
       paths_(static_cast<size_t>(program.threads) * static_cast<size_t>(program.max_tokens)) {
     for (const edge_op& op : ops_)
@@ -27,13 +27,15 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
 }
 
 int Executor::forward(edge_batch* batch) {
-    const int bad = batch_.take(batch);
+    int bad = batch_.take(batch);
+    if (bad == EDGE_OK) bad = open_.begin(batch);
     if (bad != EDGE_OK) return bad;
     adapters_.take(batch_);
     status_.store(EDGE_OK);
     tokens_.store(batch->token_count);
     logit_rows_.store(batch->logit_count);
     block_count_.store(static_cast<int32_t>(batch_.blocks().size()));
+    closing_count_.store(static_cast<int32_t>(open_.closings().size()));
     pool_->run();
     return status_.load();
 }
@@ -75,6 +77,9 @@ uint32_t Executor::units(uint32_t stage) const {
             return logit_rows_.load(std::memory_order_relaxed) == 0 ? 0 : s.units;
         case Stage::kLinear:
             return s.units;
+        case Stage::kClose:
+            return static_cast<uint32_t>(closing_count_.load(std::memory_order_relaxed) *
+                                         s.attention->kv_heads);
         default: {
             const int32_t blocks = block_count_.load(std::memory_order_relaxed);
             return static_cast<uint32_t>(blocks * s.attention->kv_heads * head_parts(*s.attention, blocks));
@@ -97,6 +102,9 @@ void Executor::run(int thread, uint32_t stage, uint32_t unit) {
             break;
         case Stage::kLogits:
             run_linear(s, unit, batch_->logit_count);
+            break;
+        case Stage::kClose:
+            run_close(*s.attention, unit);
             break;
         case Stage::kAttention:
             run_attention(*s.attention, thread, unit);
@@ -148,8 +156,7 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             break;
         case EDGE_OP_INPUT: {
             const float* input = batch_->inputs + t * op.out_width;
-            for (int64_t i = 0; i < op.out_width; ++i)
-                if (!std::isfinite(input[i])) return fail(EDGE_NOT_FINITE);
+            if (!all_finite(input, op.out_width)) return fail(EDGE_NOT_FINITE);
             std::memcpy(out, input, static_cast<size_t>(op.out_width) * 4);
             break;
         }
@@ -167,9 +174,16 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             const edge_cache& cache = cache_[static_cast<size_t>(op.layer)];
             const int32_t token = static_cast<int32_t>(t);
             const float* v = op.y + t * op.x_width;
+            if (cache.k.per_channel) {
+                if (!all_finite(x, op.x_width)) fail(EDGE_NOT_FINITE);
+                open_.append(*batch_, cache, token, x);
+            }
             for (int64_t head = 0; head < cache.kv_heads; ++head) {
                 const int64_t at = row(cache, batch_.pages(token), head, batch_.place(token));
-                const int k_status = write_kv_row(cache.k, at, x + head * cache.head_dim, cache.head_dim);
+                const int k_status =
+                    cache.k.per_channel
+                        ? EDGE_OK
+                        : write_kv_row(cache.k, at, x + head * cache.head_dim, cache.head_dim);
                 const int v_status = write_kv_row(cache.v, at, v + head * cache.head_dim, cache.head_dim);
                 if (k_status != EDGE_OK) fail(k_status);
                 if (v_status != EDGE_OK) fail(v_status);
@@ -220,6 +234,13 @@ int32_t Executor::head_parts(const edge_op& op, int32_t blocks) const {
     return std::min(op.heads / op.kv_heads, program_.threads / items);
 }
 
+void Executor::run_close(const edge_op& attention, uint32_t unit) {
+    const uint32_t heads = static_cast<uint32_t>(attention.kv_heads);
+    const int status = open_.close(*batch_, cache_[static_cast<size_t>(attention.layer)],
+                                   open_.closings()[unit / heads], static_cast<int32_t>(unit % heads));
+    if (status != EDGE_OK) fail(status);
+}
+
 void Executor::run_attention(const edge_op& op, int thread, uint32_t unit) {
     const int32_t share = op.heads / op.kv_heads, blocks = static_cast<int32_t>(batch_.blocks().size());
     const int32_t parts = head_parts(op, blocks);
@@ -244,6 +265,11 @@ void Executor::run_attention(const edge_op& op, int thread, uint32_t unit) {
     args.head_end = args.kv_head * share + share * (part + 1) / parts;
     args.page_tokens = program_.page_tokens;
     args.scratch = program_.scratch.attention + thread * program_.scratch.attention_stride;
+    if (open_.any()) {
+        const OpenPages::Run& run = open_.run(batch_->sequence[block.first]);
+        args.open = open_.keys(*args.cache, run, args.positions[0] / program_.page_tokens) +
+                    static_cast<int64_t>(args.kv_head) * args.cache->head_dim;
+    }
     kernels_.attention(args);
 }
 

@@ -9,6 +9,7 @@
 #include "batch.h"
 #include "edge_cpu.h"
 #include "kernels.h"
+#include "open_pages.h"
 #include "pool.h"
 #include "stages.h"
 
@@ -33,6 +34,7 @@ class Executor final : public Work {
     void run_op(const edge_op& op, int64_t token);
     void run_linear(const Stage& stage, uint32_t unit, int64_t tokens);
     int32_t head_parts(const edge_op& op, int32_t blocks) const;
+    void run_close(const edge_op& attention, uint32_t unit);
     void run_attention(const edge_op& op, int thread, uint32_t unit);
     void fail(int status);
 
@@ -43,11 +45,12 @@ class Executor final : public Work {
     std::vector<edge_cache> cache_;
     std::vector<Stage> stages_;
     StepBatch batch_;
+    OpenPages open_;
     Adapters adapters_;
     std::vector<int32_t> paths_;  // (threads, max_tokens): where the keys of a bent block lie
     std::atomic<int> status_{EDGE_OK};
     // Sizes of the batch; a thread that comes late may read them after its run has ended.
-    std::atomic<int32_t> tokens_{0}, logit_rows_{0}, block_count_{0};
+    std::atomic<int32_t> tokens_{0}, logit_rows_{0}, block_count_{0}, closing_count_{0};
     std::unique_ptr<Pool> pool_;  // last: its threads use all of the above
 };
 

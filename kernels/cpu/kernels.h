@@ -57,6 +57,10 @@ struct AttentionArgs {
     int kv_head, head_begin, head_end;  // query heads, all of kv_head's group
     int page_tokens;
     float* scratch;
+    // Where K is per channel: the keys of the tokens' page, which is one for all, as they came: rows of
+    // kv_heads
+    // * head_dim values, beginning with kv_head's.
+    const float* open;
 };
 
 // x (n) of one token -> codes, scales and sums of every group up to `padded`; false on NaN or Inf.

@@ -114,8 +114,12 @@ std::vector<Stage> compile(const edge_program& program, const std::vector<edge_o
         flush();
         if (op->kind == EDGE_OP_ATTENTION) {
             Stage stage{};
-            stage.kind = Stage::kAttention;
             stage.attention = op;
+            if (program.cache[op->layer].k.per_channel) {
+                stage.kind = Stage::kClose;
+                stages.push_back(stage);
+            }
+            stage.kind = Stage::kAttention;
             stages.push_back(std::move(stage));
         } else if (logits) {
             Stage rows{};

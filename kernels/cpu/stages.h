@@ -23,11 +23,11 @@ struct LinearUnit {
 
 struct Stage {
     // kLowRank: A x of adapters, for the linears of the stage that follows
-    enum Kind { kTokens, kLowRank, kLinear, kAttention, kLogitRows, kLogits } kind;
+    enum Kind { kTokens, kLowRank, kLinear, kClose, kAttention, kLogitRows, kLogits } kind;
     std::vector<TokenStep> steps;
     std::vector<LinearUnit> linears;
     uint32_t units = 0;
-    const edge_op* attention = nullptr;
+    const edge_op* attention = nullptr;  // also of kClose, which quantizes the pages that the step fills
 };
 
 int64_t padded_cols(const edge_matrix& w);

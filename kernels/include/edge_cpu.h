@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 2 /* of these records; a change of any field raises it */
+#define EDGE_CPU_VERSION 3 /* of these records; a change of any field raises it */
 
 /* What one scale covers. Group scales are f16, row and tensor scales f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -52,6 +52,10 @@ enum edge_status {
     EDGE_BAD_SIZE = 9,    /* index says which count: 0 tokens, 1 logit rows, 2 sequences */
     EDGE_BAD_PARENT = 10, /* no earlier row of the sequence, one position before */
     EDGE_BAD_PLACE = 11,  /* beyond the context or page table, or below what the token sees of the cache */
+    /* Where K is per channel: */
+    EDGE_BAD_SLOT = 12, /* index = sequence, value = its slot: out of range, or another sequence's */
+    EDGE_BAD_RUN = 13,  /* a sequence's tokens are not one run of consecutive positions */
+    EDGE_NOT_HELD = 14, /* the page that a run continues is not in its slot */
 };
 
 /* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for I8/U4O8/U4, n16 for the others). */
@@ -64,17 +68,20 @@ typedef struct edge_matrix {
     int32_t group, unused;       /* columns are padded to whole groups */
 } edge_matrix;
 
-/* One side (k or v) of a cache slot; a row is one (page, kv head, token) of head_dim values. */
+/* One side (k or v) of a cache slot; a row is one (page, kv head, token) of head_dim values, or per channel
+ * one (page, kv head, channel) of page_tokens values with one scale. */
 typedef struct edge_kv {
     uint8_t* codes;
     void* scale;
     uint8_t* zero;
     int32_t encoding, row_bytes, row_scales, group;
+    int32_t per_channel, unused;
 } edge_kv;
 
 typedef struct edge_cache {
     edge_kv k, v;
     int32_t kv_heads, head_dim;
+    float* open; /* unquantized keys of open pages where K is per channel, as kv.py's OpenArrays.pages */
 } edge_cache;
 
 /* One op. Buffers hold `width` f32 values per token; what an op does not use is zero. */
@@ -102,6 +109,7 @@ typedef struct edge_scratch {
     float* angles;    /* per table: (tokens, 2*freqs): cos then sin */
     float* rows;      /* (logits, hidden) */
     float* logits;    /* (logits, vocab) */
+    float* fresh; /* (tokens, kv_heads * head_dim) of the layer at work: keys of the step, K per channel */
     int64_t code_stride, group_stride, attention_stride;
 } edge_scratch;
 
@@ -124,6 +132,7 @@ typedef struct edge_batch {
     const int32_t* logit_rows;
     const int32_t* parents;  /* of a tree of tokens: row of the token before, -1 = in the cache; or NULL */
     const int32_t* places;   /* where each token's key lies; NULL exactly when parents is: at its position */
+    const int32_t* slots;    /* (sequences), NULL = the row; only read where K is per channel */
     const int32_t* adapters; /* (sequences) number of the adapter that each uses, -1 = none; or NULL */
     const float* inputs;     /* (tokens, width of the input op); NULL exactly when the program has none */
     int32_t token_count, sequence_count, pages_per_sequence, logit_count;

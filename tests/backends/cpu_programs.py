@@ -12,6 +12,7 @@ from edge_runtime.backends.cpu import BACKEND
 from edge_runtime.backends.protocol import PackedTensor, Part, StepBatch
 from edge_runtime.engine import packing
 from edge_runtime.engine.formats import get_format
+from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.ops import (
     Activation,
     Add,
@@ -73,7 +74,8 @@ def part_of(
     page_tokens: int = 16,
 ) -> Part:
     program.check()
-    plan = KvPlan(k=kv, v=kv, page_tokens=page_tokens, pages=12)
+    k, v = kv_pair(kv)
+    plan = KvPlan(k=k, v=v, page_tokens=page_tokens, pages=12)
     step = StepShape(context=program.max_context, sequences=3, tokens=tokens, logits=tokens)
     return Part(program, weights, plan, step)
 

@@ -35,11 +35,12 @@ SIMD = instruction_sets()
 # --- memory ------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_the_plans() -> None:
-    part = llama("int4_g64", kv="int8")
+@pytest.mark.parametrize("kv", ["int8", "int4c"])
+def test_memory_is_the_plans(kv: str) -> None:
+    part = llama("int4_g64", kv=kv)
     for threads in (1, 3):
         executor = BACKEND.load(part, threads=threads)
-        need = cache_nbytes(part.program, part.kv) + lay_out(part.program, part.step).nbytes
+        need = cache_nbytes(part.program, part.kv, part.step) + lay_out(part.program, part.step).nbytes
         assert executor.memory_bytes == need + memory.scratch_nbytes(part.program, part.step, threads)
         executor.close()
 
@@ -72,7 +73,7 @@ def test_repacked_weights_are_counted_and_equal() -> None:
     plain.close()
 
 
-@pytest.mark.parametrize("kv", ["f16", "int4"])
+@pytest.mark.parametrize("kv", ["f16", "int4", "int8c", "int4c"])
 def test_nothing_is_written_outside_the_arena(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     guard = 4096
     blocks: list[Array] = []

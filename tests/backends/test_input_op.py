@@ -98,7 +98,7 @@ def test_memory_without_a_cache(backend: Backend) -> None:
     part = head("f16")
     part = replace(part, kv=msgspec.structs.replace(part.kv, pages=0))
     executor = backend.load(part)
-    assert cache_nbytes(part.program, part.kv) == executor.page_nbytes == 0
+    assert cache_nbytes(part.program, part.kv, part.step) == executor.page_nbytes == 0
     assert executor.forward(fed(rows(3))).shape == (3, VOCAB)
     executor.close()
 

@@ -337,7 +337,7 @@ def test_unknown_cache_format_and_broken_program_are_refused() -> None:
 
 def test_a_closed_executor_refuses() -> None:
     e = executor()
-    assert e.memory_bytes == cache_nbytes(toy(), kv_plan())  # every array of the toy is a multiple of 64
+    assert e.memory_bytes == cache_nbytes(toy(), kv_plan(), STEP)  # all arrays are multiples of 64
     e.close()
     e.close()
     assert e.memory_bytes == 0
@@ -388,8 +388,8 @@ def test_a_loaded_engine_computes_with_the_stored_numbers(fmt: str) -> None:
     lazy = ReferenceExecutor(program, DecodedWeights(stored, keep=0), kv_plan(), STEP)
     np.testing.assert_array_equal(lazy.forward(places), plain.forward(places))
     kept = sum(t.rows * t.cols * 4 for t in stored.values())
-    assert loaded.memory_bytes == cache_nbytes(program, kv_plan()) + kept
-    assert lazy.memory_bytes == cache_nbytes(program, kv_plan())
+    assert loaded.memory_bytes == cache_nbytes(program, kv_plan(), STEP) + kept
+    assert lazy.memory_bytes == cache_nbytes(program, kv_plan(), STEP)
 
 
 def test_weights_are_asked_for_one_at_a_time() -> None:

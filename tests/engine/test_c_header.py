@@ -13,7 +13,7 @@ import pytest
 from edge_runtime.engine.formats import FORMATS, abi_hash
 from edge_runtime.engine.formats.c_header import c_header
 from edge_runtime.engine.formats.nf4 import NF4
-from edge_runtime.engine.kv import KV_FORMATS
+from edge_runtime.engine.kv import K_FORMATS
 from edge_runtime.engine.packing import cpu_packing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def test_c_header_compiles_and_says_what_the_records_say(tmp_path: Path, compile
         f32 = scale is not None and scale.encoding == "f32"
         flags = f"{zero:d} {offset:d} {f32:d}"
         want.append(f"fmt {name} {group} {per} {flags} {group or 64} {cpu_packing(name)}")
-    want += [f"kv {name} {fmt_name}" for name, fmt_name in KV_FORMATS.items()]
+    want += [f"kv {name} {fmt_name}" for name, fmt_name in K_FORMATS.items()]
     assert done.stdout.splitlines() == [*want, "id int4_g64_zp"]
 
 

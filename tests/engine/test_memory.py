@@ -46,7 +46,7 @@ def test_kv_arena_by_hand() -> None:
     rows = 4 * 16 * 2  # pages, tokens, kv heads
     k = rows * (64 + 4)  # int8 codes and an f32 scale
     v = rows * (32 + 2 * (2 + 1))  # nibbles, two groups of f16 scale and u8 zero point
-    assert cache_nbytes(one_layer(), KV) == k + v
+    assert cache_nbytes(one_layer(), KV, STEP) == k + v
     assert {(a.which, a.plane) for a in cache_arrays(one_layer(), KV)} == {
         ("k", "q"), ("k", "scale"), ("v", "q"), ("v", "scale"), ("v", "zero"),
     }  # fmt: skip

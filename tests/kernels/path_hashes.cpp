@@ -235,6 +235,75 @@ void attention(const char* path, const edge::Kernels& k) {
     }
 }
 
+// K per channel: pages of channels, and the keys of the tokens' own page as they came.
+void channels(const char* path, const edge::Kernels& k) {
+    constexpr int kHeads = 6, kKvHeads = 2, kPages = 6, kPosition = 70, kTokens = 3;
+    for (int encoding : {EDGE_ENC_I8, EDGE_ENC_U4}) {
+        for (int page_tokens : {16, 32}) {
+            for (int head_dim : {64, 20}) {
+                state = 17;
+                edge_cache cache{};
+                cache.kv_heads = kKvHeads;
+                cache.head_dim = head_dim;
+                edge_kv& kv = cache.k;
+                kv.encoding = encoding;
+                kv.group = 32;
+                kv.row_scales = kv.per_channel = 1;
+                kv.row_bytes = encoding == EDGE_ENC_U4 ? page_tokens / 2 : page_tokens;
+                const int64_t rows = static_cast<int64_t>(kPages) * kKvHeads * head_dim;
+                std::vector<uint8_t> codes(static_cast<size_t>(rows * kv.row_bytes)),
+                    zero(static_cast<size_t>(rows));
+                std::vector<uint16_t> scale(static_cast<size_t>(rows));
+                kv.codes = codes.data();
+                kv.scale = scale.data();
+                kv.zero = zero.data();
+                for (int64_t row = 0; row < rows; ++row)
+                    edge::write_kv_row(kv, row, values(page_tokens).data(), page_tokens);
+                std::vector<float> v =
+                    values(static_cast<int64_t>(kPages) * kKvHeads * page_tokens * head_dim);
+                cache.v.encoding = EDGE_ENC_F32;
+                cache.v.codes = reinterpret_cast<uint8_t*>(v.data());
+                cache.v.row_bytes = 4 * head_dim;
+                const std::string name = std::to_string(encoding) + "_" + std::to_string(page_tokens) + "_" +
+                                         std::to_string(head_dim);
+                print(path, "channels_" + name, codes.data(), codes.size());
+                print(path, "channel_scales_" + name, scale.data(), scale.size());
+                const int32_t table[] = {3, 0, 5, 1, 2, 4};
+                const int32_t positions[] = {kPosition, kPosition + 1, kPosition + 2};
+                std::vector<float> q = values(kTokens * kHeads * head_dim), out(q.size());
+                const std::vector<float> open = values(9 * kKvHeads * head_dim);  // positions 64 to 72
+                std::vector<float> scratch(
+                    static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
+                edge_op op{};
+                op.x = q.data();
+                op.out = out.data();
+                op.x_width = op.out_width = kHeads * head_dim;
+                op.heads = kHeads;
+                op.kv_heads = kKvHeads;
+                op.head_dim = head_dim;
+                op.scale = 0.9f;
+                op.window = head_dim == 64 ? 37 : 0;
+                edge::AttentionArgs args{};
+                args.op = &op;
+                args.cache = &cache;
+                args.page_table = table;
+                args.positions = positions;
+                args.tokens = kTokens;
+                args.page_tokens = page_tokens;
+                args.scratch = scratch.data();
+                for (int head = 0; head < kKvHeads; ++head) {
+                    args.kv_head = head;
+                    args.head_begin = head * kHeads / kKvHeads;
+                    args.head_end = (head + 1) * kHeads / kKvHeads;
+                    args.open = open.data() + head * head_dim;
+                    k.attention(args);
+                }
+                print(path, "channel_attention_" + name, out.data(), out.size());
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -247,6 +316,7 @@ int main() {
         matrices(names[simd], *tables[simd]);
         rows(names[simd], *tables[simd]);
         attention(names[simd], *tables[simd]);
+        channels(names[simd], *tables[simd]);
     }
     return 0;
 }

@@ -25,6 +25,7 @@ from edge_runtime import (
 )
 from edge_runtime.backends import cpu
 from edge_runtime.engine.formats import abi_hash
+from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.manifest import Fingerprint, KnownAnswer
 from edge_runtime.engine.probe import Machine
 from edge_runtime.engine.profile import load_profile
@@ -46,11 +47,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kv", [None, "f16", "int8", "int4", "fp8", "f16,int4", "fp8, int8"])
+@pytest.mark.parametrize(
+    "kv", [None, "f16", "int8", "int4", "fp8", "f16,int4", "fp8, int8", "int4c", "int8c,fp8"]
+)
 def test_every_cache_format_generates(engine: Path, backend: str, kv: str | None) -> None:
     with open_engine(engine, backend=backend, kv=kv, threads=1) as session:
-        names = (kv or "int8").replace(" ", "").split(",")
-        assert (session.kv.k, session.kv.v) == (names[0], names[-1])
+        assert (session.kv.k, session.kv.v) == kv_pair(kv or "int8")
         told = [n for n in session.notices if n.startswith("KV cache in")]
         assert len(told) == (kv not in (None, "int8"))
         done = session.complete("Once upon a time", max_tokens=8)

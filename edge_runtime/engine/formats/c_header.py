@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, Format, abi_hash
 from edge_runtime.engine.formats.nf4 import NF4
-from edge_runtime.engine.kv import KV_FORMATS, PAGE_TOKENS
+from edge_runtime.engine.kv import K_FORMATS, OPEN_PAGES, PAGE_TOKENS, per_channel
 from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, cpu_packing
 
 _STRUCT = """\
@@ -69,9 +69,10 @@ def c_header() -> str:
         *(f"#define EDGE_FMT_{name.upper()} {i}" for i, name in enumerate(names)),
         f"#define EDGE_FORMAT_COUNT {len(names)}",
         "",
-        *(f"#define EDGE_KV_{name.upper()} EDGE_FMT_{fmt.upper()}" for name, fmt in KV_FORMATS.items()),
-        f"#define EDGE_KV_COUNT {len(KV_FORMATS)}",
+        *(f"#define EDGE_KV_{name.upper()} EDGE_FMT_{fmt.upper()}" for name, fmt in K_FORMATS.items()),
+        f"#define EDGE_KV_COUNT {len(K_FORMATS)}",
         f"#define EDGE_KV_PAGE_TOKENS_MAX {max(PAGE_TOKENS)}",
+        f"#define EDGE_OPEN_PAGES {OPEN_PAGES}",
         "",
         "#ifdef __cplusplus",
         "#define EDGE_TABLE static constexpr",
@@ -92,9 +93,10 @@ def c_header() -> str:
         "struct EdgeKvFormat {",
         "  const char* name; /* the cache's name */",
         "  int format;       /* EDGE_FMT_* */",
+        "  int per_channel;  /* of keys alone; a row is a channel of a page */",
         "};",
         "EDGE_TABLE struct EdgeKvFormat EDGE_KV_FORMATS[EDGE_KV_COUNT] = {",
-        *(f'  {{"{name}", EDGE_KV_{name.upper()}}},' for name in KV_FORMATS),
+        *(f'  {{"{name}", EDGE_KV_{name.upper()}, {int(per_channel(name))}}},' for name in K_FORMATS),
         "};",
         "",
         "#endif",
