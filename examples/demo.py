@@ -1,4 +1,4 @@
-"""`make demo`: build the robot command planner for this machine at INT4 and ask it for three plans."""
+"""`make demo`: build the robot command planner and its draft for this machine and ask for three plans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edge_runtime import Sampling, open_engine
+from edge_runtime import Grammar, open_engine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -32,18 +32,23 @@ def build(target: Path) -> None:
     plans = target.with_name("planner-plans.txt")
     with (HERE / "planner" / "heldout.jsonl").open(encoding="utf-8") as lines:
         plans.write_text("\n".join(json.loads(next(lines))["expected"] for _ in range(40)), encoding="utf-8")
-    what = ["--profile", "auto", "--weights", "int4_g64", "--kv", "int8"]
+    what = ["--profile", "auto", "--weights", "int4_g64", "--kv", "int8", "--draft", "examples/planner/draft"]
     model = "examples/planner/model"
     run("--dry-run", *what, model)
     run(*what, "--eval", str(plans.relative_to(ROOT)), "-o", str(target.relative_to(ROOT)), model)
 
 
 def ask(target: Path) -> bool:
-    """Print each plan; True when every answer is a JSON list of skill calls."""
+    """Print each plan; True when every answer is a JSON list of skill calls.
+
+    The schema makes every plan valid by construction, the draft guesses ahead without changing it, and the
+    deadline bounds the wait.
+    """
     good = True
+    schema = Grammar.json_schema((HERE / "planner" / "plan.schema.json").read_text(encoding="utf-8"))
     with open_engine(target) as session:
         for command in COMMANDS:
-            answer = session.chat([{"role": "user", "content": command}], Sampling(temperature=0.0))
+            answer = session.chat([{"role": "user", "content": command}], grammar=schema, deadline=5.0)
             print(f"\n> {command}")
             try:
                 plan = json.loads(answer.text)
@@ -54,8 +59,12 @@ def ask(target: Path) -> bool:
             for step in plan:
                 arguments = ", ".join(f"{k}={v!r}" for k, v in step.items() if k != "skill")
                 print(f"  {step['skill']}({arguments})")
-            timing = answer.timing
-            print(f"  [{len(answer.tokens)} tokens, first after {timing.ttft_ms:.1f} ms]")
+            timing, usage = answer.timing, answer.usage
+            guesses = f", {usage.accepted} of {usage.drafted} guesses stood" if usage.drafted else ""
+            print(
+                f"  [{len(answer.tokens)} tokens, first after {timing.ttft_ms:.1f} ms, "
+                f"{timing.tokens_per_s:.0f} tokens/s{guesses}]"
+            )
     return good
 
 
