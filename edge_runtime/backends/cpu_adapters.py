@@ -32,7 +32,7 @@ class CpuAdapter:
 
 
 def pack_adapter(adapter: Adapter, program: Program, step: StepShape) -> CpuAdapter:
-    """Copy a checked adapter: A with its rows padded, B in panels of sixteen rows, and room for A x."""
+    """Copy a checked adapter: A in tiles, B in panels of sixteen rows, and room for A x."""
     ranks = {name: low.rank for name, low in adapter.items()}
     offsets, stride = low_rank_layout(program, ranks)
     memory = allocate(adapter_nbytes(program, step, ranks))
@@ -45,7 +45,7 @@ def pack_adapter(adapter: Adapter, program: Program, step: StepShape) -> CpuAdap
         at += round_up(values.nbytes)
         return start
 
-    places = {name: (put(_padded(low.a, RANK_ROWS)), put(_panels(low.b))) for name, low in adapter.items()}
+    places = {name: (put(_tiles(low.a, RANK_ROWS)), put(_panels(low.b))) for name, low in adapter.items()}
     items = [
         rec.LowRank(
             op=i,
@@ -64,16 +64,16 @@ def pack_adapter(adapter: Adapter, program: Program, step: StepShape) -> CpuAdap
     return CpuAdapter(record, memory)
 
 
-def _padded(a: Array, rows: int) -> Array:
-    """A (rank, cols) f16, rows padded to whole units of work and columns to whole vectors with zeros."""
+def _tiles(a: Array, rows: int) -> Array:
+    """A (rank, cols) f16 as (rank / rows, cols / 16, rows, 16), padded with zeros."""
     rank, cols = a.shape
     out = np.zeros((-(-rank // rows) * rows, -(-cols // LANES) * LANES), np.float16)
     out[:rank, :cols] = a
-    return out
+    return np.ascontiguousarray(out.reshape(-1, rows, out.shape[1] // LANES, LANES).transpose(0, 2, 1, 3))
 
 
 def _panels(b: Array) -> Array:
-    """B (rows, rank) f16 as (panels, rank, 16)."""
+    """B (rows, rank) f16 as (rows / 16, rank, 16), padded with zeros."""
     rows, rank = b.shape
     out = np.zeros((-(-rows // LANES) * LANES, rank), np.float16)
     out[:rows] = b

@@ -6,16 +6,13 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import Linear, Logits
+from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadRequest, nearest
-
-if TYPE_CHECKING:
-    from edge_runtime.engine.program import Program
 
 MAX_RANK = 512
 

@@ -79,7 +79,7 @@ constexpr int kRankRows = EDGE_RANK_ROWS;  // of A in one unit of work
 
 // A low-rank update of consecutive tokens with one adapter: u = A x, out += scale * B u.
 struct LowRankArgs {
-    const uint16_t* weight;  // A: (rank, cols padded to 16); B: panels of [rank][16 rows]; both f16
+    const uint16_t* weight;  // A: [rank / 8][cols / 16][8 rows][16]; B: [rows / 16][rank][16 rows]; f16
     const float* x;          // (tokens, x_stride)
     float* u;                // (tokens, u_stride)
     float* out;              // (tokens, out_stride)

@@ -1,6 +1,6 @@
-// The update of an adapter, out += scale * B (A x), beside any linear. A lies row by row, so that a dot runs
-// along the inputs in sixteen lanes; B lies in panels, a row a lane, as the float weights. Each value is one
-// ascending chain of fma in f32, whatever shares the call.
+// The update of an adapter, out += scale * B (A x), beside any linear. A dot of A runs along the inputs in
+// sixteen lanes, whose sum is a fixed tree; in B a row is a lane, as in the float weights. Each value is one
+// ascending chain of fma in f32, whatever shares the call. Both lie in the order in which they are read.
 #include "kernels.h"
 #include "linear.h"
 
@@ -11,21 +11,23 @@ namespace {
 // Rows of A computed together, so that enough sums are in flight, and tokens that share a load of them.
 constexpr int kDots = kRegisters == 32 ? 8 : 4;
 constexpr int kDotTokens = kRegisters == 32 ? 2 : 1;
+constexpr int64_t kPrefetch = 1024;  // f16 values ahead
 static_assert(kRankRows % kDots == 0, "a unit of work is whole blocks");
 
 template <int T>
 EDGE_INLINE void dots(const LowRankArgs& p, int64_t token, int64_t row) {
-    const int64_t stride = (p.cols + 15) / 16 * 16;
-    const uint16_t* a = p.weight + row * stride;
+    const int64_t padded = (p.cols + 15) / 16 * 16;
+    const uint16_t* a = p.weight + row / kRankRows * kRankRows * padded + row % kRankRows * 16;
     const float* x = p.x + token * p.x_stride;
     f32x16 acc[T][kDots];
     for (int t = 0; t < T; ++t)
         for (int i = 0; i < kDots; ++i) acc[t][i] = zero16();
-    for (int64_t k = 0; k < p.cols; k += 16) {
+    for (int64_t k = 0; k < p.cols; k += 16, a += kRankRows * 16) {
         f32x16 v[T];
         for (int t = 0; t < T; ++t) v[t] = load_first(x + t * p.x_stride + k, p.cols - k);
         for (int i = 0; i < kDots; ++i) {
-            const f32x16 w = load_f16(a + i * stride + k);
+            const f32x16 w = load_f16(a + i * 16);
+            if (i % 2 == 0) __builtin_prefetch(a + i * 16 + kPrefetch);
             for (int t = 0; t < T; ++t) acc[t][i] = fma(w, v[t], acc[t][i]);
         }
     }
@@ -43,6 +45,7 @@ EDGE_INLINE void add_panels(const LowRankArgs& p, int64_t token, int64_t panel) 
     for (int64_t r = 0; r < p.rank; ++r) {
         for (int i = 0; i < P; ++i) {
             const f32x16 w = load_f16(b + (i * p.rank + r) * kPanel);
+            if (T == 1 && r % 2 == 0) __builtin_prefetch(b + ((i + P) * p.rank + r) * kPanel);
             for (int t = 0; t < T; ++t) acc[i][t] = fma(w, set1(u[t * p.u_stride + r]), acc[i][t]);
         }
     }

@@ -187,7 +187,10 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
 
 // p = a0 b0 a1 b1 ...: 32 values
 EDGE_INLINE void store_pairs(float* p, f32x16 a, f32x16 b) {
-    for (int i = 0; i < 4; ++i) vst2q_f32(p + 8 * i, float32x4x2_t{{a.v[i], b.v[i]}});
+    for (int i = 0; i < 4; ++i) {
+        const float32x4x2_t pair = {{a.v[i], b.v[i]}};  // clang's vst2q_f32 is a macro and takes no braces
+        vst2q_f32(p + 8 * i, pair);
+    }
 }
 
 // sixteen whole numbers in -127..127 as bytes

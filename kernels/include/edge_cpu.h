@@ -144,8 +144,8 @@ typedef struct edge_low_rank {
     int32_t op, rank; /* index of the op */
     int32_t offset;   /* of its A x in a row of edge_adapter.u, whole EDGE_RANK_ROWS */
     float scale;
-    const uint16_t* a; /* f16 (rank padded to EDGE_RANK_ROWS, cols padded to 16) */
-    const uint16_t* b; /* f16 panels of 16 rows: [rank][16] */
+    const uint16_t* a; /* f16 [rank / EDGE_RANK_ROWS][cols / 16][EDGE_RANK_ROWS][16], padded with zeros */
+    const uint16_t* b; /* f16 [rows / 16][rank][16], padded with zeros */
 } edge_low_rank;
 
 typedef struct edge_adapter {

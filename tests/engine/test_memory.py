@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.engine.kv import cache_arrays, cache_nbytes, kv_format
-from edge_runtime.engine.memory import check_fits, memory_plan, scratch_nbytes, weights_nbytes
+from edge_runtime.engine.memory import (
+    adapter_nbytes,
+    check_fits,
+    low_rank_layout,
+    memory_plan,
+    scratch_nbytes,
+    weights_nbytes,
+)
 from edge_runtime.engine.ops import Attention, Embed, KvAppend, Linear, Logits
 from edge_runtime.engine.plan import KvPlan, StepShape, TensorPlan
 from edge_runtime.engine.program import CacheSlot, Program, TensorSpec
@@ -57,6 +64,16 @@ def test_scratch_grows_with_threads_only_by_attention() -> None:
     tiles, queries = 2 * 16 * 64, 2 * 4  # keys and values; heads of a kv head times tokens of a block
     floats = tiles + queries * (2 * 64 + 32 + 1) + 8  # the last 8 round up to 64 bytes
     assert scratch_nbytes(program, STEP, 3) - scratch_nbytes(program, STEP, 2) == floats * 4
+
+
+def test_adapter_by_hand() -> None:
+    program = one_layer()
+    offsets, stride = low_rank_layout(program, {"k": 5, "embedding": 12})
+    # k and v read one buffer and run together, so their A x lie side by side; the head's is alone
+    assert offsets == {1: 0, 2: 8, 5: 0} and stride == 16
+    a = (8 * 256 + 16 * 256) * 2  # ranks padded to 8
+    b = (5 * 128 + 12 * 112) * 2  # rows padded to 16
+    assert adapter_nbytes(program, STEP, {"k": 5, "embedding": 12}) == a + b + STEP.tokens * 16 * 4
 
 
 def test_plan_adds_up_and_refuses_with_both_figures() -> None:

@@ -304,6 +304,77 @@ void channels(const char* path, const edge::Kernels& k) {
     }
 }
 
+// The keys of the last positions lie at other places than their positions, as in a tree of tokens.
+void bent_attention(const char* path, const edge::Kernels& k) {
+    state = 17;
+    constexpr int kHeadDim = 48, kRows = 48, kPosition = 37, kBend = 29;
+    edge_cache cache{};
+    cache.kv_heads = 1;
+    cache.head_dim = kHeadDim;
+    edge_kv kv{};
+    kv.encoding = EDGE_ENC_I8;
+    kv.group = kv.row_bytes = kHeadDim;
+    kv.row_scales = 1;
+    std::vector<uint8_t> codes(kRows * kHeadDim);
+    std::vector<float> scale(kRows);
+    kv.codes = codes.data();
+    kv.scale = scale.data();
+    cache.k = cache.v = kv;
+    for (int64_t row = 0; row < kRows; ++row) edge::write_kv_row(kv, row, values(kHeadDim).data(), kHeadDim);
+    const int32_t table[] = {1, 2, 0}, positions[] = {kPosition};
+    const int32_t places[] = {40, 29, 31, 38, 33, 47, 30, 44, 36};
+    std::vector<float> q = values(2 * kHeadDim), out(q.size());
+    std::vector<float> scratch(static_cast<size_t>(edge::attention_floats(2, kHeadDim)));
+    edge_op op{};
+    op.x = q.data();
+    op.out = out.data();
+    op.x_width = op.out_width = 2 * kHeadDim;
+    op.heads = 2;
+    op.kv_heads = 1;
+    op.head_dim = kHeadDim;
+    op.scale = 0.3f;
+    op.window = 30;
+    edge::AttentionArgs args{};
+    args.op = &op;
+    args.cache = &cache;
+    args.page_table = table;
+    args.positions = positions;
+    args.path = places;
+    args.bend = kBend;
+    args.tokens = 1;
+    args.head_end = 2;
+    args.page_tokens = 16;
+    args.scratch = scratch.data();
+    k.attention(args);
+    print(path, "attention_bent", out.data(), out.size());
+}
+
+void low_rank(const char* path, const edge::Kernels& k) {
+    state = 19;
+    constexpr int64_t kRows = 90, kCols = 75, kTokens = 7, kRank = 13, kPadded = 16, kPanels = 6;
+    const std::vector<uint16_t> a = halves(kPadded * 80), b = halves(kPanels * 16 * kRank);
+    const std::vector<float> x = values(kTokens * kCols);
+    std::vector<float> u(static_cast<size_t>(kTokens * kPadded)), out = values(kTokens * kRows);
+    edge::LowRankArgs args{};
+    args.weight = a.data();
+    args.x = x.data();
+    args.u = u.data();
+    args.out = out.data();
+    args.x_stride = kCols;
+    args.u_stride = kPadded;
+    args.out_stride = kRows;
+    args.tokens = kTokens;
+    args.cols = kCols;
+    args.rank = kRank;
+    args.rows = kRows;
+    args.scale = 0.7f;
+    k.low_rank_in(args, 0, kPadded);
+    print(path, "low_rank_in", u.data(), u.size());
+    args.weight = b.data();
+    k.low_rank_out(args, 0, kPanels);
+    print(path, "low_rank_out", out.data(), out.size());
+}
+
 }  // namespace
 
 int main() {
@@ -317,6 +388,8 @@ int main() {
         rows(names[simd], *tables[simd]);
         attention(names[simd], *tables[simd]);
         channels(names[simd], *tables[simd]);
+        bent_attention(names[simd], *tables[simd]);
+        low_rank(names[simd], *tables[simd]);
     }
     return 0;
 }
