@@ -76,11 +76,11 @@ class CpuExecutor:
         """
         with self._lock:
             handle = self._open()
-            check_adapters(batch.adapters, self._adapters)
+            self._row_count = 0
             if batch is not self._prepared:
                 self._prepare(batch)
+            check_adapters(batch.adapters, self._adapters)
             b = self._batch
-            self._row_count = 0
             status = self._library.edge_cpu_forward(handle, ctypes.byref(b))
             if status != rec.OK:
                 raise _error(self._part, status, b.index, b.value)

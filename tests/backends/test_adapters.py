@@ -300,9 +300,11 @@ def test_bad_adapters_are_refused(backend: Backend) -> None:
         (np.array([-2, -1, -1], np.int32), "sequence 0 uses adapter -2"),
         (np.array([-1, -1], np.int32), "adapters has 2 entries for 3 sequences"),
         (np.array([-1.0, -1, -1]), "adapters is 1-D float64"),
+        (np.full((3, 1), -1, np.int32), "adapters is 2-D int32"),
     ):
         with pytest.raises(BadRequest, match=message):
             executor.forward(replace(batch, page_tables=TABLES, adapters=bad))
+        assert len(executor.hidden) == 0
     executor.forward(batch)
     executor.close()
 

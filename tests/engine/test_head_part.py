@@ -42,10 +42,11 @@ def head(width: int = 32, vocab: int = 64) -> Program:
     )
 
 
-def entry(program: Program, pages: int) -> PartEntry:
+def entry(program: Program, pages: int, beside: int = 0) -> PartEntry:
+    """A part with so many pages; `beside`: bytes of the parts that help it."""
     plan = toy_plan(program)
     kv = msgspec.structs.replace(plan.kv, pages=pages)
-    memory = msgspec.structs.replace(plan.memory, kv=cache_nbytes(program, kv))
+    memory = msgspec.structs.replace(plan.memory, kv=cache_nbytes(program, kv, plan.step), draft=beside)
     return PartEntry(program=program, plan=msgspec.structs.replace(plan, kv=kv, memory=memory))
 
 
@@ -61,7 +62,9 @@ def write(path: Path, parts: dict[str, PartEntry]) -> None:
 
 @pytest.mark.parametrize("pages", [0, 8])
 def test_a_head_beside_its_model_is_written_read_and_run(tmp_path: Path, pages: int) -> None:
-    write(tmp_path / "a.edge", {"language": entry(toy_program(), 8), "medusa-1": entry(head(), pages)})
+    medusa = entry(head(), pages)
+    language = entry(toy_program(), 8, beside=medusa.plan.memory.need)
+    write(tmp_path / "a.edge", {"language": language, "medusa-1": medusa})
     with read_engine(tmp_path / "a.edge") as engine:
         part = engine.part("medusa-1")
         assert part.plan.memory.kv == 0
