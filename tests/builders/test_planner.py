@@ -10,6 +10,7 @@ import pytest
 from hf_folders import llama_config, llama_shapes
 
 from builders.archs import read_program
+from builders.companions import Companions
 from builders.fitting import advice, changes_that_fit, require_fit
 from builders.planner import QUALITY_ORDER, Request, choose, fits, make_plans, precision, resolve
 from edge_runtime.engine.formats import FORMATS
@@ -214,3 +215,36 @@ def test_defaults_are_filled_in(big: Program) -> None:
 def test_every_format_has_a_precision_that_some_device_lists() -> None:
     listed = {p for profile in list_profiles() for p in profile.precisions}
     assert {precision(f) for f in FORMATS} <= listed
+
+
+SHARED = {k: LLAMA_8B[k] for k in ("vocab_size", "max_position_embeddings")}
+
+
+def test_a_draft_counts_to_the_byte_and_changes_are_measured_with_it(big: Program) -> None:
+    beside = Companions(draft=program_of(llama_config(**SHARED, hidden_size=256)))
+    profile = load_profile("orin-nano-8gb")
+    request = resolve(big, profile, Request(weights="int4_g64", context=2048), beside)
+    assert request.draft_length == 8
+    plans = make_plans(big, profile, request, beside)
+    alone = make_plan(big, profile, request)
+    assert plans["language"].memory.need == alone.memory.need + plans["draft"].memory.need
+    tight = with_memory(profile, alone.memory.need + profile.memory.reserve_bytes)
+    assert fits(make_plans(big, tight, request))
+    assert not fits(make_plans(big, tight, request, beside))
+    with pytest.raises(DoesNotFit, match="to fit, use"):
+        require_fit(big, tight, request, beside)
+    for change in changes_that_fit(big, tight, request, beside):
+        assert plans["draft"].memory.need / 2 < change.need <= tight.memory_available()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 300}, "the draft has a vocabulary of 300 tokens, the model 128256"),
+        ({"max_position_embeddings": 1024}, "the draft reaches 1024 tokens, 2048 are planned; use --context"),
+    ],
+)
+def test_a_draft_of_another_kind_is_refused(big: Program, change: dict[str, Any], words: str) -> None:
+    beside = Companions(draft=program_of(llama_config(**(SHARED | change))))
+    with pytest.raises(BadConfig, match=words):
+        resolve(big, load_profile("orin"), Request(weights="int4_g64", context=2048), beside)
