@@ -18,11 +18,15 @@ _erfc = np.frompyfunc(math.erfc, 1, 1)
 def norm(
     x: Array, weight: Array, bias: Array | None, eps: float, kind: Literal["rms", "layer"], group: int
 ) -> Array:
-    """x (tokens, width), normalised in runs of `group` values (0 = the row); weight and bias have as many."""
+    """x (tokens, width), normalised in runs of `group` values (0 = the row); weight and bias have as many.
+
+    NaN where squares are beyond f32, which would give zeros.
+    """
     runs: Array = x.reshape(len(x), -1, group or x.shape[1])
     if kind == "layer":
         runs = runs - runs.mean(axis=-1, keepdims=True, dtype=np.float32)
     square = np.square(runs).mean(axis=-1, keepdims=True, dtype=np.float32)
+    square = np.where(np.isfinite(square), square, np.float32(np.nan))
     out: Array = runs / np.sqrt(square + np.float32(eps)) * weight
     if bias is not None:
         out = out + bias
@@ -58,7 +62,8 @@ def attention(
     """Causal grouped-query attention of one sequence's tokens.
 
     q (tokens, heads, head_dim) at `positions` (tokens,); keys and values (n, kv_heads, head_dim) at positions
-    first, first + 1, ... Returns (tokens, heads * head_dim). Softmax subtracts the row's maximum.
+    first, first + 1, ... Returns (tokens, heads * head_dim). Softmax subtracts the row's maximum. A
+    score that is not finite gives NaN.
     """
     tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
@@ -77,6 +82,7 @@ def attention(
         grouped = q[block].reshape(count, kv_heads, share, head_dim).transpose(1, 0, 2, 3)
         scores = np.matmul(grouped.reshape(kv_heads, count * share, head_dim), k[..., begin:end])
         scores *= np.float32(scale)
+        scores[~np.isfinite(scores)] = np.nan  # before a soft cap or exp(-Inf) loses it
         if softcap is not None:
             scores = capped(scores, softcap)
         distance = positions[block, None] - key_positions[begin:end]

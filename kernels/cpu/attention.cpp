@@ -88,7 +88,7 @@ EDGE_INLINE f32x16 dot_columns(const float* q, const float* keys, int head_dim) 
 // Scores of query i against the tile's keys, and the softmax state brought up to them.
 EDGE_INLINE void score(const edge_op& op, const State& s, int64_t stride, int i, Seen seen, f32x16 index,
                        f32x16 dots) {
-    f32x16 x = mul(set1(op.scale), dots);
+    f32x16 x = infinite_to_nan(mul(set1(op.scale), dots));
     if (op.softcap != 0.0f) x = mul(set1(op.softcap), tanh16(div(x, set1(op.softcap))));
     const bool partial = seen.low > 0 || seen.high < kTile;
     const mask16 above = greater(index, set1(static_cast<float>(seen.low) - 0.5f));

@@ -162,7 +162,7 @@ void Executor::run_op(const edge_op& op, int64_t t) {
         }
         case EDGE_OP_NORM_RMS:
         case EDGE_OP_NORM_LAYER:
-            kernels_.norm(op, x, out);
+            if (!kernels_.norm(op, x, out)) fail(EDGE_NOT_FINITE);
             break;
         case EDGE_OP_ROPE:
             kernels_.rope(op, tables_[static_cast<size_t>(op.angles)].out + t * 2 * op.freqs, out);

@@ -96,7 +96,8 @@ struct Kernels {
     // What the kernels of an encoding want each code's sum multiplied by.
     int32_t (*offset)(int encoding);
     bool (*quantize)(const QuantizeArgs& args);
-    void (*norm)(const edge_op& op, const float* x, float* out);
+    // false when a mean square is not finite: NaN or Inf in x, or squares beyond f32, which would give zeros.
+    bool (*norm)(const edge_op& op, const float* x, float* out);
     void (*activation)(int kind, const float* x, const float* up, float* out, int64_t n);
     void (*add)(const float* a, const float* b, float scale, float* out, int64_t n);
     // cs: cos then sin of each frequency

@@ -29,6 +29,9 @@ EDGE_INLINE f32x16 copy_sign(f32x16 magnitude, f32x16 sign) {
     return as_f32(bit_or(as_i32(magnitude), bit_and(as_i32(sign), set1(INT32_MIN))));
 }
 
+// x, but NaN for Inf, which a maximum, a soft cap or exp(-Inf) would lose. Finite values keep their bits.
+EDGE_INLINE f32x16 infinite_to_nan(f32x16 x) { return fma(x, zero16(), x); }
+
 // Cephes tanhf: a polynomial below 0.625, else 1 - 2 / (exp(2|x|) + 1).
 EDGE_INLINE f32x16 tanh16(f32x16 x) {
     const f32x16 a = abs16(x), z = mul(x, x);

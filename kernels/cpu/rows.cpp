@@ -50,7 +50,8 @@ bool quantize(const QuantizeArgs& p) {
     return worst < kInfBits;
 }
 
-void norm(const edge_op& op, const float* x, float* out) {
+bool norm(const edge_op& op, const float* x, float* out) {
+    bool finite = true;
     const int64_t n = op.group != 0 ? op.group : op.x_width;
     for (int64_t start = 0; start < op.x_width; start += n, x += n, out += n) {
         const float count = static_cast<float>(n);
@@ -72,7 +73,9 @@ void norm(const edge_op& op, const float* x, float* out) {
             }
             total = fma(v, v, total);
         }
-        const f32x16 inverse = set1(1.0f / __builtin_sqrtf(sum_lanes(total) / count + op.eps));
+        const float square = sum_lanes(total) / count + op.eps;
+        finite = finite && square < __builtin_inff();  // false of a NaN
+        const f32x16 inverse = set1(1.0f / __builtin_sqrtf(square));
         for (int64_t i = 0; i < n; i += 16) {
             f32x16 v = load_first(x + i, n - i);
             if (op.kind == EDGE_OP_NORM_LAYER) v = sub(v, middle);
@@ -81,6 +84,7 @@ void norm(const edge_op& op, const float* x, float* out) {
             store_first(out + i, v, n - i);
         }
     }
+    return finite;
 }
 
 EDGE_INLINE f32x16 activate(int kind, f32x16 x) {
@@ -96,7 +100,7 @@ EDGE_INLINE f32x16 activate(int kind, f32x16 x) {
             return mul(mul(set1(0.5f), x), add(one, tanh16(inner)));
         }
         default:
-            return max(zero16(), x);
+            return max(zero16(), infinite_to_nan(x));  // which keeps a NaN
     }
 }
 
