@@ -16,9 +16,10 @@ from edge_runtime.cli.plots import check_plot, draw
 from edge_runtime.cli.report import Findings
 from edge_runtime.cli.speedup import measure_speedup
 from edge_runtime.cli.workload import workload
+from edge_runtime.engine.plan import DRAFT_LENGTH, MAX_DRAFT_LENGTH
 from edge_runtime.errors import BadConfig, NumericError, Unsupported, nearest
 from edge_runtime.serving.device import get_backend
-from edge_runtime.serving.guessing import AUTO, DRAFT_LENGTH, MAX_DRAFT_LENGTH
+from edge_runtime.serving.guessing import AUTO
 from edge_runtime.serving.session import Session
 
 EXAMPLES = (
@@ -147,7 +148,7 @@ def _broken(found: Findings, backend: str) -> NumericError | None:
         return None
     if found.speedup is not None and found.speedup.different:
         return NumericError(
-            f"{found.speedup.different} of {found.speedup.answers} answers have other tokens with speculation; "
+            f"{found.speedup.different} of {found.speedup.answers} answers differ with speculation; "
             "this backend must give the same with and without: please report it"
         )
     if found.first is not None and not found.first.same:

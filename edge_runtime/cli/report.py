@@ -12,7 +12,6 @@ from edge_runtime.cli.measure import Level, Row
 from edge_runtime.cli.output import size, table
 from edge_runtime.cli.speedup import Speedup
 
-
 _LEVEL = (
     *("at once", "tokens/s", "each", "first p50", "p95", "next p50", "p95", "p99", "queue p95", "accepted"),
     *("pages", "missed"),
@@ -137,7 +136,7 @@ def _speculation(found: Speedup) -> str:
     return (
         f"speculation: {found.way} against plain decoding at {plain.brought / sum(plain.decoding):.0f} "
         f"tokens/s, in turn; {found.source}\n"
-        f"{found.answers} answers, {same} as plain decoding; a guess stands with chance {found.chance:.2f}\n\n"
+        f"{found.answers} answers, {same} as plain decoding; chance of a guess {found.chance:.2f}\n\n"
         f"{table(lines, head, right=range(1, 8))}"
     )
 

@@ -168,7 +168,7 @@ def _answer(session: Session, request: Request) -> Completion:
 
 
 def _guesses(way: str, asked: int, drafted: int, verified: int) -> int:
-    """Guesses of a step that had some: a draft model makes as many as it is asked for, others what they can."""
+    """Guesses of a step that had some: a draft model makes as many as asked for, others what they can."""
     return asked if way == "draft" or not verified else round(drafted / verified)
 
 
