@@ -79,7 +79,8 @@ def measure(engine: Path, rounds: int, threads: int, count: int, ways: list[str]
             all_sides |= {f"length {n}": session for n, session in fixed.items()}
         ratios: dict[str, list[float]] = {name: [] for name in all_sides}
         speeds: list[float] = []
-        before = {name: s.metrics.snapshot() for name, s in all_sides.items()}
+        for session in all_sides.values():
+            session.metrics.reset()
         for round_ in range(rounds + 1):  # the first round warms up and is not counted
             want, seconds = run(plain, asked)
             for name, session in all_sides.items():
@@ -92,8 +93,7 @@ def measure(engine: Path, rounds: int, threads: int, count: int, ways: list[str]
                 speeds.append(sum(map(len, want)) / seconds)
         found[kind] = {"tokens_per_s": statistics.median(speeds), "sides": {}}
         for name, session in all_sides.items():
-            after = session.metrics.snapshot()
-            drafted, accepted = (int(after[k]) - int(before[name][k]) for k in ("drafted", "accepted"))  # type: ignore[call-overload]
+            drafted, accepted = session.metrics.drafted, session.metrics.accepted
             found[kind]["sides"][name] = {
                 "speedup": statistics.median(ratios[name]),
                 "slowest": min(ratios[name]),
@@ -101,23 +101,18 @@ def measure(engine: Path, rounds: int, threads: int, count: int, ways: list[str]
                 "drafted": drafted,
                 "accepted": accepted,
             }
-    found["formula"] = formula(fixed[LENGTHS[-1]], found["commands"]["sides"])
+    found["formula"] = formula(plain, fixed)
     for session in (plain, *sides.values(), *fixed.values()):
         session.close()
     return found
 
 
-def formula(session: Session, sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+def formula(plain: Session, fixed: dict[int, Session]) -> dict[str, float]:
     """Speed-up of each draft length by Leviathan et al. 2023, from measured step times and acceptance."""
-    speculation = session._speculation
-    target, draft = speculation._pace, speculation.proposer.pace  # type: ignore[union-attr]
-    one = target.predict(1)
-    out = {}
-    for n in LENGTHS:
-        chance = speculation.gate.usual.chance(0.5)
-        time = target.predict(n + 1) + draft.predict(2) + (n - 1) * draft.predict(1)
-        out[str(n)] = expected(chance, n) * one / time
-    return out
+    sessions = fixed.values()
+    chance = sum(s.metrics.accepted for s in sessions) / sum(s.metrics.tried for s in sessions)
+    one = plain.speculation.step_seconds(0)
+    return {str(n): expected(chance, n) * one / s.speculation.step_seconds(n) for n, s in fixed.items()}
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

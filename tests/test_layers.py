@@ -15,7 +15,7 @@ RUNTIME_NEEDS = {"numpy", "safetensors", "tokenizers", "yaml", "msgspec"}
 LAZY = {
     "minijinja": {"serving/template_worker.py"},
     "llguidance": {"serving/grammar.py", "serving/constraint.py", "serving/grammar_worker.py"},
-    "matplotlib": {"cli/bench.py"},
+    "matplotlib": {"cli/plots.py"},
 }
 # What the builder may know of the runtime beyond the engine and the manner of commands
 RUNS = {

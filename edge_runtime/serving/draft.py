@@ -67,6 +67,9 @@ class DraftModel:
         each = self.pace.predict(min(behind, usual)) + (length - 1) * self.pace.predict(len(sequences))
         return each, self._reading(behind - usual) if behind > usual else 0.0
 
+    def seconds(self, length: int) -> float:
+        return self.pace.predict(2) + (length - 1) * self.pace.predict(1)
+
     def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
         states = [
             _State(s, n, s.tokens[s.draft_computed :], s.sampler.constraint and s.sampler.constraint.fork())

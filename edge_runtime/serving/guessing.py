@@ -25,7 +25,9 @@ WAYS = ("off", "draft", "lookup", "medusa")
 
 @dataclass(frozen=True, slots=True)
 class Guessing:
-    """way: one of WAYS; parts: the engine's parts that it takes, and the sizes to load them with."""
+    """way: one of WAYS; length: tokens guessed at most, the nodes of a tree; parts: the engine's parts that
+    it takes, and the sizes to load them with.
+    """
 
     way: str
     length: int
@@ -35,7 +37,7 @@ class Guessing:
     @property
     def rows(self) -> int:
         """Rows of logits that one sequence needs in a step."""
-        return 1 if self.way == "off" else 1 + (NODES[-1] if self.trees else self.length)
+        return 1 if self.way == "off" else 1 + self.length
 
     def nbytes(self, threads: int) -> int:
         """Bytes of weights, KV cache and buffers beside the language part's."""
@@ -55,7 +57,7 @@ class Guessing:
                 _, _, step = self.parts[0]
                 return DraftModel(executors[0], step, page_tokens, self.length, clock)
             case "medusa":
-                return MedusaHeads(executors, most=self.rows - 1, trees=self.trees, clock=clock)
+                return MedusaHeads(executors, most=self.length, trees=self.trees, clock=clock)
             case "lookup":
                 return Lookup(self.length)
             case _:
@@ -101,4 +103,5 @@ def choose_guessing(
     for part, _, _ in found:
         check_supports(backend, part.program, part.plan.tensors)
     trees = way == "medusa" and not kv.per_channel
-    return Guessing(way, length or DRAFT_LENGTH, tuple(found), trees)
+    longest = NODES[-1] if trees else DRAFT_LENGTH
+    return Guessing(way, length or longest, tuple(found), trees)

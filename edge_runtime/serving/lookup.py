@@ -35,6 +35,9 @@ class Lookup:
     def cost(self, sequences: Seq[Sequence], length: int) -> tuple[float, float]:
         return 0.0, 0.0
 
+    def seconds(self, length: int) -> float:
+        return 0.0
+
     def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
         found: list[Proposal | None] = []
         for s, n in asks:

@@ -57,6 +57,9 @@ class MedusaHeads:
     def cost(self, sequences: Seq[Sequence], length: int) -> tuple[float, float]:
         return self.pace.predict(len(sequences)), 0.0
 
+    def seconds(self, length: int) -> float:
+        return self.pace.predict(1)
+
     def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
         begin = self._clock()
         rows = np.stack([s.hidden for s, _ in asks if s.hidden is not None])  # (S, width); all have one

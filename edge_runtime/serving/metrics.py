@@ -78,9 +78,13 @@ class Stopwatch:
 
 
 class Metrics:
-    """Counters of a session since it was opened, and intervals of its last tokens."""
+    """Counters of a session since it was opened or reset, and intervals of its last tokens."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, as for a measurement; call it while no requests are in flight."""
         self.steps = 0
         self.tokens = 0
         self.prompt_tokens = 0
@@ -88,6 +92,8 @@ class Metrics:
         self.refused = 0
         self.drafted = 0
         self.accepted = 0
+        self.verified = 0  # steps of a sequence that had guesses
+        self.tried = 0  # guesses of chains that were put to the test: all before them stood
         self.missed = 0  # requests whose end came after their deadline
         self.finished: Counter[str] = Counter()
         self._gaps: deque[float] = deque(maxlen=_KEPT)
@@ -105,8 +111,11 @@ class Metrics:
                 self._queue.append(watch.admitted - watch.submitted)
 
     def speculated(self, drafted: int, accepted: int) -> None:
+        """A sequence's step had so many guesses, perhaps none, and so many of them stood."""
         self.drafted += drafted
         self.accepted += accepted
+        self.verified += drafted > 0
+        self.tried += min(accepted + 1, drafted)
 
     def end(self, watch: Stopwatch, reason: str, cached_tokens: int) -> None:
         """A request ended now."""

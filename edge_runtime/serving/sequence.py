@@ -12,7 +12,7 @@ from edge_runtime.serving.metrics import Clock, Stopwatch
 from edge_runtime.serving.ngrams import NgramIndex
 from edge_runtime.serving.pages import PageTable
 from edge_runtime.serving.prefix import Node
-from edge_runtime.serving.request import FinishReason, Request, Token
+from edge_runtime.serving.request import Completion, FinishReason, Request, Token, Usage
 from edge_runtime.serving.sampling import Choice, Sampler
 from edge_runtime.serving.stopping import StopText
 from edge_runtime.serving.tokenizer import Detokenizer, Tokenizer
@@ -124,3 +124,25 @@ class Sequence:
         if not self._stop.found:
             text += self._stop.finish()
         return Token(self.id, text, None, finish_reason=reason, error=error)
+
+    def completion(self, seen: list[Token]) -> Completion:
+        """The whole answer, from all its events."""
+        last = seen[-1]
+        assert last.finish_reason is not None  # a stream ends with it
+        chosen = [event for event in seen if event.token is not None]
+        return Completion(
+            text="".join(event.text for event in seen),
+            tokens=tuple(self.answer),
+            finish_reason=last.finish_reason,
+            timing=self.watch.timing(self.prompt_tokens - self.cached),
+            usage=Usage(
+                self.prompt_tokens,
+                len(self.answer),
+                self.cached,
+                self.record.drafted,
+                self.record.accepted,
+            ),
+            logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
+            top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
+            error=last.error,
+        )

@@ -32,7 +32,7 @@ from edge_runtime.serving.pages import PagePool
 from edge_runtime.serving.prefix import PrefixTree
 from edge_runtime.serving.prefix_file import Origin, engine_id
 from edge_runtime.serving.prefix_pages import PrefixPages
-from edge_runtime.serving.request import Completion, Request, Token, Usage, check_ids
+from edge_runtime.serving.request import Completion, Request, Token, check_ids
 from edge_runtime.serving.sampling import GREEDY, Sampling
 from edge_runtime.serving.scheduler import Scheduler
 from edge_runtime.serving.speculative import Proposer, Speculation
@@ -46,7 +46,8 @@ class Session:
     """Made by `open_engine`; use it as a context manager. Every error it raises is an EdgeError.
 
     notices: what a user should be told about how the engine was opened, whole sentences.
-    memory: the plan that was checked against this machine, in bytes.
+    memory: the plan that was checked against this machine, in bytes. metrics, speculation: figures of what it
+    served, and the policy of guessing ahead; `snapshot` has all figures in one place.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Session:
         self._tree = PrefixTree(self._pool, parts=not kv.per_channel)
         width = -(-step.context // kv.page_tokens)
         pace = Pace(1.0 / plan.predicted.decode_tokens_per_s if plan.predicted.decode_tokens_per_s else 0.0)
-        self._speculation = Speculation(proposer, pace, gated=gated, clock=clock)
+        self.speculation = Speculation(proposer, pace, gated=gated, clock=clock)
         self._scheduler = Scheduler(
             step,
             self._pool,
@@ -105,7 +106,7 @@ class Session:
         self._loop = Loop(
             executor,
             self._scheduler,
-            self._speculation,
+            self.speculation,
             self._tree,
             pace,
             self.metrics,
@@ -242,7 +243,7 @@ class Session:
                 seen.append(event)
                 if on_text is not None and event.text:
                     on_text(event.text)
-        return _completion(sequence, seen)
+        return sequence.completion(seen)
 
     # --- prefixes and adapters ---
 
@@ -314,7 +315,7 @@ class Session:
     @property
     def memory_used(self) -> int:
         """Bytes of weights, mapped or repacked, and of everything the executors hold."""
-        return self._mapped_bytes + self._executor.memory_bytes + self._speculation.memory_bytes
+        return self._mapped_bytes + self._executor.memory_bytes + self.speculation.memory_bytes
 
     @property
     def in_flight(self) -> int:
@@ -331,10 +332,33 @@ class Session:
         """KV pages that nobody holds, kept for prompts that begin alike; free to whoever needs them."""
         return self._pool.kept
 
+    def snapshot(self) -> dict[str, Any]:
+        """The figures of `metrics`, and the state of line, KV pages, speculation and memory (bytes)."""
+        return {
+            **self.metrics.snapshot(),
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "preempted": self._scheduler.preempted,
+            "pages": self.kv.pages,
+            "pages_used": self.pages_used,
+            "pages_kept": self.pages_kept,
+            "speculate": self.speculate,
+            "memory_planned": self.memory.need,
+            "memory_used": self.memory_used,
+        }
+
+    def forget_prefixes(self) -> None:
+        """Empty the cache of prompts' beginnings. Raises BadRequest while requests are in flight."""
+        with self._turn, self._gate:
+            if self._live:
+                raise BadRequest(f"{len(self._live)} requests are in flight; wait for their end")
+            for root in (None, *self.adapters):
+                self._tree.drop(root)
+
     @property
     def speculate(self) -> str:
         """How tokens are guessed ahead: off, draft, lookup or medusa."""
-        return self._speculation.name
+        return self.speculation.name
 
     def verify(self) -> None:
         """Repeat the engine's known answer. Raises NumericError when this device gives another one.
@@ -365,7 +389,7 @@ class Session:
                     sequence.cancelled = True
                 self._cancels = True
             self._sweep()
-            self._speculation.close()
+            self.speculation.close()
             self._executor.close()
             self._on_close()
 
@@ -497,30 +521,8 @@ class Session:
 
     def _copy_page(self, source: int, target: int) -> None:
         self._executor.copy_page(source, target)
-        self._speculation.copy_page(source, target)
+        self.speculation.copy_page(source, target)
 
     def _check_open(self) -> None:
         if self._closed:
             raise BadRequest("this session is closed; open the engine again")
-
-
-def _completion(sequence: sequences.Sequence, seen: list[Token]) -> Completion:
-    last = seen[-1]
-    assert last.finish_reason is not None  # a stream ends with it
-    chosen = [event for event in seen if event.token is not None]
-    return Completion(
-        text="".join(event.text for event in seen),
-        tokens=tuple(sequence.answer),
-        finish_reason=last.finish_reason,
-        timing=sequence.watch.timing(sequence.prompt_tokens - sequence.cached),
-        usage=Usage(
-            sequence.prompt_tokens,
-            len(sequence.answer),
-            sequence.cached,
-            sequence.record.drafted,
-            sequence.record.accepted,
-        ),
-        logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
-        top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
-        error=last.error,
-    )

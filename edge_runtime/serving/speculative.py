@@ -39,6 +39,10 @@ class Proposer(Protocol):
         """Seconds to guess: each time, and once more to get ready."""
         ...
 
+    def seconds(self, length: int) -> float:
+        """What so many guesses for one sequence take it, in its stride."""
+        ...
+
     def propose(self, asks: Seq[tuple[Sequence, int]]) -> list[Proposal | None]:
         """Guesses for each sequence, at most as many as asked for. Raises EdgeError."""
         ...
@@ -61,12 +65,16 @@ class Speculation:
     def __init__(
         self, proposer: Proposer | None, pace: Pace, *, gated: bool = True, clock: Clock = perf_counter
     ) -> None:
-        """gated: False guesses as far ahead as it can at every step, for measurements and tests."""
+        """gated: False guesses as far ahead as it can at every step, for measurements and tests.
+
+        fixed: guesses of every step, whether they pay or not; None: the gate decides. It may be set while no
+        requests are in flight; the gate's account then stays as it is.
+        """
         self.proposer = proposer
+        self.fixed: int | None = None if gated or proposer is None else proposer.lengths[-1]
         self.gate = Gate()
         self.failures = 0
         self._pace = pace
-        self._gated = gated
         self._clock = clock
         self.spent = 0.0  # seconds of guessing in the running step
 
@@ -74,19 +82,30 @@ class Speculation:
     def name(self) -> str:
         return "off" if self.proposer is None else self.proposer.name
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of guesses that a step may have, ascending; () when it is off."""
+        return () if self.proposer is None else self.proposer.lengths
+
+    def step_seconds(self, guesses: int) -> float:
+        """What a step of one decoding sequence with so many guesses takes, by the steps measured so far:
+        making the guesses and verifying them; 0 = a plain step.
+        """
+        verify = self._pace.predict(1 + guesses)
+        return verify if self.proposer is None or guesses == 0 else verify + self.proposer.seconds(guesses)
+
     def propose(self, items: list[Item], tokens_left: int, rows_left: int, seconds_left: float) -> None:
         """Give items proposals, within what is left of the step; their tables make room for them."""
         self.spent = 0.0
         proposer = self.proposer
-        if proposer is None or (self._gated and self.gate.resting()):
+        asking = [item for item in items if _asks(item)]
+        if proposer is None or not asking or (self.fixed is None and self.gate.resting()):
             return
         wanted = []
-        for item in items:
-            s = item.sequence
-            if item.choose and item.count == 1 and s.request.speculate and s.answer:
-                most = min(_room(s), proposer.ready(s))
-                if most > 0:
-                    wanted.append((item, most))
+        for item in asking:
+            most = min(_room(item.sequence), proposer.ready(item.sequence))
+            if most > 0:
+                wanted.append((item, most))
         if not wanted:
             return
         length = self._length(proposer, wanted, items, min(tokens_left, rows_left), seconds_left)
@@ -101,8 +120,13 @@ class Speculation:
         if any(item.guesses for item, _ in decoding):
             plain = self._pace.predict(sum(item.count for item in items))
             results = [(item.sequence.record, item.guesses, n) for item, n in decoding]
-            self.gate.note(results, seconds + self.spent, plain)
-        elif len(decoding) == len(items):
+            if self.fixed is None:
+                self.gate.note(results, seconds + self.spent, plain)
+            else:
+                for record, guesses, n in results:
+                    if guesses:
+                        record.note(guesses, n)
+        elif len(decoding) == len(items) and any(item.sequence.request.speculate for item in items):
             self.gate.note_plain(seconds)
         for item, n in zip(items, accepted, strict=True):
             self.proposer.settle(item.sequence, item.proposal, n)
@@ -130,6 +154,8 @@ class Speculation:
         """Guesses for each sequence that wants some."""
         count = len(wanted)
         most = min(max(most for _, most in wanted), budget // count)
+        if self.fixed is not None:
+            most = min(most, self.fixed)
         lengths = [n for n in proposer.lengths if n <= most]
         if not lengths:
             return 0
@@ -150,7 +176,7 @@ class Speculation:
             offers.append(Offer(n, tokens, time + once / rounds))
             if trial is None or n <= PROBE:
                 trial = Offer(n, tokens, time + once)
-        if not self._gated:
+        if self.fixed is not None:
             return offers[-1].length if offers else 0
         return self.gate.choose(plain, offers, trial)
 
@@ -173,6 +199,12 @@ class Speculation:
             assert table is not None
             table.trim(item.start + item.rows)
         self.spent = self._clock() - begin
+
+
+def _asks(item: Item) -> bool:
+    """Whether the item decodes a request that may be guessed for."""
+    s = item.sequence
+    return item.choose and item.count == 1 and s.request.speculate and bool(s.answer)
 
 
 def _room(sequence: Sequence) -> int:

@@ -29,6 +29,8 @@ from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.manifest import Fingerprint, KnownAnswer
 from edge_runtime.engine.probe import Machine
 from edge_runtime.engine.profile import load_profile
+from edge_runtime.serving.guessing import Guessing
+from edge_runtime.serving.medusa import NODES, MedusaHeads
 
 ORIN = Fingerprint(
     profile="orin-nano-8gb", backend="cuda", compute_capability="8.7", abi=f"{abi_hash():016x}"
@@ -208,3 +210,9 @@ def test_every_public_name_exists() -> None:
     assert set(edge_runtime.__all__) == set(dir(edge_runtime))
     with pytest.raises(AttributeError, match="no attribute 'open_engin'"):
         _ = edge_runtime.open_engin
+
+
+def test_a_draft_length_bounds_a_tree_too() -> None:
+    assert MedusaHeads([], most=NODES[-1]).lengths == NODES
+    assert MedusaHeads([], most=9).lengths == (2, 4, 8) and MedusaHeads([], most=1).lengths == (1,)
+    assert Guessing("medusa", 9, trees=True).rows == 10 and Guessing("off", 9).rows == 1

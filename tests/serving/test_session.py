@@ -358,6 +358,41 @@ def test_timing_and_metrics() -> None:
         assert figures["finished"] == {"length": 1}
 
 
+def test_a_snapshot_has_the_figures_of_metrics_and_the_state_of_the_session() -> None:
+    session, _ = make_session(context=64, pages=16)
+    with session:
+        session.submit(Request(prompt=ids(1, 40), max_tokens=4))
+        session.step()
+        during = session.snapshot()
+        assert during["pages"] == 16 and during["pages_used"] == session.pages_used > 0
+        assert (during["running"], during["waiting"], during["preempted"]) == (1, 0, 0)
+        while session.in_flight:
+            session.step()
+        after = session.snapshot()
+        assert after["pages_used"] == 0 and after["pages_kept"] == session.pages_kept > 0
+        assert after["speculate"] == "off" and after["memory_planned"] == session.memory.need
+        assert session.metrics.snapshot().items() <= after.items() and after["tokens"] == 4
+        session.metrics.reset()
+        assert session.snapshot()["tokens"] == 0 and session.snapshot()["finished"] == {}
+        assert session.snapshot()["itl_p50_ms"] == 0.0
+
+
+def test_forgotten_prefixes_are_computed_again() -> None:
+    session, _ = make_session(context=64, pages=16)
+    prompt = ids(1, 40)
+    with session:
+        first = session.complete(prompt, max_tokens=4)
+        assert session.complete(prompt, max_tokens=4).usage.cached_tokens > 0
+        number = session.submit(Request(prompt=prompt, max_tokens=4))
+        with pytest.raises(BadRequest, match="1 requests are in flight"):
+            session.forget_prefixes()
+        session.cancel(number)
+        session.forget_prefixes()
+        assert session.pages_kept == session.pages_used == 0
+        again = session.complete(prompt, max_tokens=4)
+        assert again.usage.cached_tokens == 0 and again.tokens == first.tokens
+
+
 def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: random.uniform(-1e9, 1e9))
     session, _ = make_session()
