@@ -200,6 +200,7 @@ def make_session(
     proposer: Callable[[KvPlan, StepShape], Proposer] | None = None,
     gated: bool = True,
     clock: Clock = perf_counter,
+    kind: type[HistoryExecutor] = HistoryExecutor,
 ) -> tuple[Session, HistoryExecutor]:
     """proposer: makes the session's way to guess, out of the sizes that its cache and steps have."""
     names = vocabulary()
@@ -219,7 +220,7 @@ def make_session(
         memory=memory,
         predicted=Prediction(decode_tokens_per_s=1.0, first_token_ms=1.0, prompt_tokens=1),
     )
-    executor = HistoryExecutor(kv, step, names.size)
+    executor = kind(kv, step, names.size)
     executor.script = script
     session = Session(
         manifest=toy_manifest({}),
