@@ -8,6 +8,7 @@ sequence stored with one is another history than what it stored with none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 
 import numpy as np
 from speaking_engine import SPECIAL, TEMPLATE, tokenizer_json, vocabulary
@@ -19,7 +20,9 @@ from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepS
 from edge_runtime.errors import BadRequest, NumericError
 from edge_runtime.serving import tokenizer as serving
 from edge_runtime.serving.chat import ChatTemplate
+from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.session import Session
+from edge_runtime.serving.speculative import Proposer
 
 
 def make_tokenizer() -> serving.Tokenizer:
@@ -61,11 +64,12 @@ def adapted_continuation(prompt: Sequence[int], count: int, vocab: int, adapter:
 class HistoryExecutor:
     """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer.
 
-    `hidden` f32 (L, 1) is a number below 2^20 that the sequence so far decides. `inputs` are ignored.
+    words: the answer's tokens are below it; few of them make guesses come true. `hidden` f32 (L, 1) is a number below 2^20 that the sequence so far decides. `inputs` are ignored.
     """
 
     def __init__(self, kv: KvPlan, step: StepShape, vocab: int) -> None:
         self.kv, self.step, self.vocab = kv, step, vocab
+        self.words = vocab
         self.cache = np.full((kv.pages, kv.page_tokens), -1, np.int64)
         self.batches: list[StepBatch] = []
         self.spoil: Callable[[list[int]], bool] = lambda history: False
@@ -101,7 +105,7 @@ class HistoryExecutor:
                     raise NumericError("NaN in layer 0")
                 logits[i] = np.nan
                 continue
-            chosen = self.script(history) if self.script else next_token(stored, self.vocab)
+            chosen = self.script(history) if self.script else next_token(stored, self.words)
             logits[i, chosen] = 5.0
         return logits
 
@@ -193,7 +197,12 @@ def make_session(
     max_waiting: int = 64,
     template: str | None = TEMPLATE,
     script: Callable[[list[int]], int] | None = None,
+    proposer: Callable[[KvPlan, StepShape], Proposer] | None = None,
+    gated: bool = True,
+    clock: Clock = perf_counter,
+    kind: type[HistoryExecutor] = HistoryExecutor,
 ) -> tuple[Session, HistoryExecutor]:
+    """proposer: makes the session's way to guess, out of the sizes that its cache and steps have."""
     names = vocabulary()
     kv = KvPlan(k="f16", v="f16", page_tokens=page_tokens, pages=pages)
     step = StepShape(
@@ -211,7 +220,7 @@ def make_session(
         memory=memory,
         predicted=Prediction(decode_tokens_per_s=1.0, first_token_ms=1.0, prompt_tokens=1),
     )
-    executor = HistoryExecutor(kv, step, names.size)
+    executor = kind(kv, step, names.size)
     executor.script = script
     session = Session(
         manifest=toy_manifest({}),
@@ -224,7 +233,10 @@ def make_session(
         memory=memory,
         mapped_bytes=0,
         backend="fake",
+        proposer=None if proposer is None else proposer(kv, step),
+        gated=gated,
         max_waiting=max_waiting,
+        clock=clock,
     )
     return session, executor
 
