@@ -9,7 +9,7 @@ import msgspec
 from edge_runtime.backends.protocol import Backend, Part
 from edge_runtime.engine.file import Engine, EnginePart
 from edge_runtime.engine.manifest import DRAFT, medusa_parts
-from edge_runtime.engine.memory import part_nbytes
+from edge_runtime.engine.memory import part_nbytes, weights_nbytes
 from edge_runtime.engine.plan import DRAFT_LENGTH, MAX_DRAFT_LENGTH, KvPlan, StepShape
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 from edge_runtime.serving.device import check_supports
@@ -21,6 +21,7 @@ from edge_runtime.serving.speculative import Proposer
 
 AUTO = "auto"
 WAYS = ("off", "draft", "lookup", "medusa")
+_SMALL = 2 << 20  # bytes of weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,14 @@ class Guessing:
     def nbytes(self, threads: int) -> int:
         """Bytes of weights, KV cache and buffers beside the language part's."""
         return sum(
-            part_nbytes(part.program, part.plan.tensors, kv, step, threads=threads)
+            part_nbytes(part.program, part.plan.tensors, kv, step, threads=_threads(part, threads))
             for part, kv, step in self.parts
         )
 
     def load(self, backend: Backend, threads: int, page_tokens: int, clock: Clock) -> Proposer | None:
         """Raises as Backend.load does."""
         executors = [
-            backend.load(Part(part.program, part.weights, kv, step), threads=threads)
+            backend.load(Part(part.program, part.weights, kv, step), threads=_threads(part, threads))
             for part, kv, step in self.parts
         ]
         match self.way:
@@ -62,6 +63,11 @@ class Guessing:
                 return Lookup(self.length)
             case _:
                 return None
+
+
+def _threads(part: EnginePart, threads: int) -> int:
+    """A small part's steps are shorter than it takes to wake a second thread."""
+    return 1 if weights_nbytes(part.program, part.plan.tensors) < _SMALL else threads
 
 
 def choose_guessing(

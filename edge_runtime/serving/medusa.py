@@ -17,7 +17,7 @@ from edge_runtime.engine.formats import Array
 from edge_runtime.errors import NumericError
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
-from edge_runtime.serving.sampling import log_softmax, masked, top_indices
+from edge_runtime.serving.sampling import masked, top_indices
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
@@ -78,8 +78,11 @@ class MedusaHeads:
                     )
                 )
             )
+        trees: list[Proposal | None] = [
+            self._tree(s, n, [head[i] for head in logits]) for i, (s, n) in enumerate(asks)
+        ]
         self.pace.note(count, self._clock() - begin)
-        return [self._tree(s, n, [head[i] for head in logits]) for i, (s, n) in enumerate(asks)]
+        return trees
 
     def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
         if proposal is not None:
@@ -101,12 +104,9 @@ class MedusaHeads:
         """The likeliest `nodes` nodes: best first, over each head's own distribution."""
         tops: list[list[tuple[float, int]]] = []
         for depth, logits in enumerate(heads):
-            logs = log_softmax(logits)
             if depth == 0 and sequence.sampler.constraint is not None:
-                logs = masked(logs, sequence.sampler.constraint.mask())
-            widest = _WIDEST if self._trees else 1
-            best = top_indices(logs, widest)
-            tops.append([(float(logs[i]), int(i)) for i in best if np.isfinite(logs[i])])
+                logits = masked(logits, sequence.sampler.constraint.mask())
+            tops.append(_likeliest(logits, _WIDEST if self._trees else 1))
         if not all(tops):
             raise NumericError("the logits of a Medusa head hold NaN or Inf")
         heap = [(-tops[0][0][0], -1, 0, 0)]  # (-log of the path's probability, parent, depth, rank)
@@ -126,3 +126,14 @@ class MedusaHeads:
         old = self._mass.get(nodes)
         self._mass[nodes] = mass if old is None else _FADE * old + (1 - _FADE) * mass
         return Proposal(tokens, parents if self._trees else None, hoped=mass)
+
+
+def _likeliest(logits: Array, count: int) -> list[tuple[float, int]]:
+    """(log probability, token) of the likeliest tokens after logits f32 (vocab,), likeliest first.
+
+    In f32: guesses need no more, and vocabularies are long.
+    """
+    top = logits.max()
+    total = float(top) + float(np.log(np.exp(logits - top).sum()))
+    best = top_indices(logits, count)
+    return [(float(logits[i]) - total, int(i)) for i in best if np.isfinite(logits[i])]

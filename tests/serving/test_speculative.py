@@ -154,7 +154,8 @@ def test_what_a_failed_draft_step_was_to_read_is_read_again() -> None:
     def failing(kv: KvPlan, step: StepShape) -> Proposer:
         draft = draft_model(kv, step, 4)
         kept.append(draft._executor)  # type: ignore[arg-type]
-        draft._executor.spoil = lambda history, n=iter(range(10**6)): next(n) % 13 == 0  # type: ignore[attr-defined]
+        calls = iter(range(10**6))
+        draft._executor.spoil = lambda history: next(calls) % 13 == 0  # type: ignore[attr-defined]
         return draft
 
     session, executor = open_fake(failing)
@@ -246,7 +247,9 @@ def test_events_are_those_of_plain_decoding(way: str) -> None:
         session, _ = open_fake(proposer)
         with session:
             events = answers(session, requests)
-            found.append([[(e.token, e.text, e.logprob, e.top, e.finish_reason) for e in es] for es in events])
+            found.append(
+                [[(e.token, e.text, e.logprob, e.top, e.finish_reason) for e in es] for es in events]
+            )
             assert_idle(session)
     assert found[0] == found[1]
     reasons = [events[-1][-1] for events in found[0]]
