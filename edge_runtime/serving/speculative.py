@@ -162,7 +162,7 @@ class Speculation:
         sequences = [item.sequence for item, _ in wanted]
         base = sum(item.count for item in items)
         usual = self.gate.usual.chance(0.5)
-        if self._gated and base == len(items) and not self._pace.knows(base):
+        if self.fixed is None and base == len(items) and not self._pace.knows(base):
             return 0  # a plain step is measured first: the time of larger ones says little of it
         others = sum(item.choose for item in items) - count
         plain = Offer(0, count + others, self._pace.predict(base))
