@@ -18,6 +18,7 @@ _FIRST_CREDIT = 12.0  # plain steps that may be lost before anything was gained
 _MOST_CREDIT = 40.0
 _SHORTEST_REST = 16  # steps until a gate that is shut looks again; doubles while it stays shut
 _LONGEST_REST = 1024
+_CHECK = 100  # steps with guesses after which a plain one is timed again
 PROBE = 4  # guesses of a trial
 
 
@@ -75,6 +76,7 @@ class Gate:
         self._rest = 0  # steps until it looks again
         self._next_rest = _SHORTEST_REST
         self._open = False
+        self._unchecked = _CHECK  # steps with guesses since a plain one was timed
 
     @property
     def is_open(self) -> bool:
@@ -91,19 +93,25 @@ class Gate:
         """Length of guesses for the next step, 0 = none.
 
         trial: an offer to be tried although its outcome is not known, if the credit covers what it may cost.
+        Now and then it is 0 so that a plain step is timed: what guesses are worth is no matter of belief.
         """
+        if self._unchecked >= _CHECK:
+            return 0
         best = max(offers, key=lambda o: o.rate, default=plain)
         if best.rate > plain.rate * _MARGIN and self._can_lose(best):
             self._open = True
             return best.length
-        if trial is not None and self._can_lose(trial):
-            return trial.length
-        self._shut()
-        return 0
+        if trial is None or not self._can_lose(trial):
+            self._shut()
+            return 0
+        self.closed += self._open
+        self._open = False
+        return trial.length
 
     def note_plain(self, seconds: float) -> None:
-        """A decoding step without guesses took so long."""
-        self._plain = seconds if self._plain == 0 else 0.9 * self._plain + 0.1 * seconds
+        """A decoding step without guesses was run; it takes so long, by all that was measured."""
+        self._unchecked = 0
+        self._plain = seconds
         if self._credit is None:
             self._credit = _FIRST_CREDIT * seconds
         self._add(_SHARE * seconds)
@@ -113,6 +121,7 @@ class Gate:
 
         plain_seconds: of a plain step for the same sequences; all of them bring one token there.
         """
+        self._unchecked += 1
         tokens = 0
         for record, guesses, accepted in results:
             tokens += 1 + accepted

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 
-_KEEP = 0.8  # of the old figure when a new one comes in
-_OUTLIER = 4.0  # a step this many times slower than expected says more about the machine than about the step
-_DOUBT = 3  # outliers in a row that are believed
+_LAST = 5  # steps of a size whose median counts: one that was held up says more about the machine
 
 
 class Pace:
@@ -21,30 +20,20 @@ class Pace:
         self._expected = expected
         self._sizes: list[int] = []  # measured, ascending
         self._seconds: dict[int, float] = {}
-        self._doubts: dict[int, int] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether any step was measured."""
-        return bool(self._sizes)
+        self._last: dict[int, deque[float]] = {}
 
     def knows(self, tokens: int) -> bool:
-        """Whether a step of so many tokens was measured."""
-        return tokens in self._seconds
+        """Whether steps of so many tokens were measured often enough for two that were held up not to count."""
+        return len(self._last.get(tokens, ())) == _LAST
 
     def note(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
-        old = self._seconds.get(tokens)
-        if old is None:
+        last = self._last.get(tokens)
+        if last is None:
             self._sizes.insert(bisect_left(self._sizes, tokens), tokens)
-            self._seconds[tokens] = seconds
-            return
-        if seconds > _OUTLIER * old:
-            self._doubts[tokens] = self._doubts.get(tokens, 0) + 1
-            if self._doubts[tokens] < _DOUBT:
-                return
-        self._doubts.pop(tokens, None)
-        self._seconds[tokens] = _KEEP * old + (1 - _KEEP) * seconds
+            last = self._last[tokens] = deque(maxlen=_LAST)
+        last.append(seconds)
+        self._seconds[tokens] = sorted(last)[(len(last) - 1) // 2]
 
     def predict(self, tokens: int) -> float:
         """Seconds that a step of so many tokens should take."""

@@ -126,8 +126,8 @@ class Speculation:
                 for record, guesses, n in results:
                     if guesses:
                         record.note(guesses, n)
-        elif len(decoding) == len(items) and any(item.sequence.request.speculate for item in items):
-            self.gate.note_plain(seconds)
+        elif len(items) == sum(item.count for item in items if item.choose) and any(map(_asks, items)):
+            self.gate.note_plain(self._pace.predict(len(items)))
         for item, n in zip(items, accepted, strict=True):
             self.proposer.settle(item.sequence, item.proposal, n)
 
@@ -162,6 +162,8 @@ class Speculation:
         sequences = [item.sequence for item, _ in wanted]
         base = sum(item.count for item in items)
         usual = self.gate.usual.chance(0.5)
+        if self.fixed is None and base == len(items) and not self._pace.knows(base):
+            return 0  # a plain step is measured first: the time of larger ones says little of it
         others = sum(item.choose for item in items) - count
         plain = Offer(0, count + others, self._pace.predict(base))
         offers, trial = [], None

@@ -36,7 +36,9 @@ def check_tree(tree: PrefixTree, pool: PagePool) -> dict[int, tuple[str | None, 
     Returns page -> the root it is under and the nodes down to it.
     """
     found: dict[int, tuple[str | None, list[Node]]] = {}
-    stack: list[tuple[str | None, Node, list[Node]]] = [(name, root, []) for name, root in tree._roots.items()]
+    stack: list[tuple[str | None, Node, list[Node]]] = [
+        (name, root, []) for name, root in tree._roots.items()
+    ]
     age = {page: i for i, page in enumerate(pool._kept)}
     while stack:
         name, above, path = stack.pop()

@@ -234,7 +234,9 @@ def test_random_operations_keep_the_books_and_the_answers(way: str, tmp_path: Pa
             counts[name] = counts.get(name, 0) + count
     # Nothing above proves anything if it did not come to pass
     print(way, counts)
-    assert min(counts[name] for name in ("length", "cancelled", "error", "refused", "loaded", "preempted")) > 3
+    assert (
+        min(counts[name] for name in ("length", "cancelled", "error", "refused", "loaded", "preempted")) > 3
+    )
     assert counts["cached"] > 1000
     if way != "off":
         assert 50 < counts["accepted"] < counts["drafted"]

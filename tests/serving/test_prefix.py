@@ -118,7 +118,8 @@ class Cache:
         check_pool(self.pool, [user.table for user in self.users])
         paths = check_tree(self.tree, self.pool)
         assert {
-            page: (root, tuple(t for node in path for t in node.tokens)) for page, (root, path) in paths.items()
+            page: (root, tuple(t for node in path for t in node.tokens))
+            for page, (root, path) in paths.items()
         } == self.known
         for page, (root, path) in self.known.items():
             assert self.content[page].tolist() == self.stored(root, list(path[-SIZE:]))

@@ -246,7 +246,9 @@ def test_events_are_those_of_plain_decoding(way: str) -> None:
         session, _ = open_fake(proposer)
         with session:
             events = answers(session, requests)
-            found.append([[(e.token, e.text, e.logprob, e.top, e.finish_reason) for e in es] for es in events])
+            found.append(
+                [[(e.token, e.text, e.logprob, e.top, e.finish_reason) for e in es] for es in events]
+            )
             assert_idle(session)
     assert found[0] == found[1]
     reasons = [events[-1][-1] for events in found[0]]
