@@ -23,7 +23,7 @@ class Pace:
         self._last: dict[int, deque[float]] = {}
 
     def knows(self, tokens: int) -> bool:
-        """Whether steps of so many tokens were measured often enough for two that were held up not to count."""
+        """Whether so many steps of a size were measured that two that were held up do not count."""
         return len(self._last.get(tokens, ())) == _LAST
 
     def note(self, tokens: int, seconds: float) -> None:

@@ -64,7 +64,8 @@ def adapted_continuation(prompt: Sequence[int], count: int, vocab: int, adapter:
 class HistoryExecutor:
     """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer.
 
-    words: the answer's tokens are below it; few of them make guesses come true. `hidden` f32 (L, 1) is a number below 2^20 that the sequence so far decides. `inputs` are ignored.
+    words: the answer's tokens are below it; few of them make guesses come true.
+    `hidden` f32 (L, 1) is a number below 2^20 that the sequence so far decides. `inputs` are ignored.
     """
 
     def __init__(self, kv: KvPlan, step: StepShape, vocab: int) -> None:

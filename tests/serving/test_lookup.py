@@ -1,4 +1,4 @@
-"""Look-up against the plain definition: what followed the longest run of last tokens when it stood there last."""
+"""Look-up against the plain definition: what followed the longest run of last tokens when it last came."""
 
 from __future__ import annotations
 

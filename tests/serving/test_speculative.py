@@ -154,7 +154,8 @@ def test_what_a_failed_draft_step_was_to_read_is_read_again() -> None:
     def failing(kv: KvPlan, step: StepShape) -> Proposer:
         draft = draft_model(kv, step, 4)
         kept.append(draft._executor)  # type: ignore[arg-type]
-        draft._executor.spoil = lambda history, n=iter(range(10**6)): next(n) % 13 == 0  # type: ignore[attr-defined]
+        calls = iter(range(10**6))
+        draft._executor.spoil = lambda history: next(calls) % 13 == 0  # type: ignore[attr-defined]
         return draft
 
     session, executor = open_fake(failing)

@@ -1,8 +1,8 @@
 """The rejection rule: guesses change the time that an answer takes and not its distribution.
 
-Every draw goes through Sampler.guess, verify and walk. Independent reference: numpy's softmax of the target's
-row. Bounds: total variation 0.01 of 100,000 draws over 32 tokens (0.007 is to be expected of a perfect sampler
-at most), chi-square p above 0.001.
+Every draw goes through Sampler.guess, verify and walk. Independent reference: numpy's softmax of the
+target's row. Bounds: total variation 0.01 of 100,000 draws over 32 tokens (a perfect sampler is expected to
+have 0.007 at most), chi-square p above 0.001.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def speculate(sampler: Sampler, target: np.ndarray, draft: np.ndarray) -> Iterat
 
 
 def sampled(seed: int, pair: int, draws: int = DRAWS) -> tuple[np.ndarray, int]:
-    """Tokens drawn, counted (VOCAB,), and how many guesses stood, of the first row of a walk over one pair."""
+    """Counts (VOCAB,) of what a walk over one pair drew first, and how many guesses stood."""
     sampler = Sampler(Sampling(temperature=TEMPERATURE, seed=seed), [], VOCAB)
     target, draft = rows(seed)[pair : pair + 1], drafts(seed)[pair : pair + 1]
     counts, stood = np.zeros(VOCAB, np.int64), 0
