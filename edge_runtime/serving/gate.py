@@ -19,7 +19,8 @@ _MOST_CREDIT = 40.0
 _SHORTEST_REST = 16  # steps until a gate that is shut looks again; doubles while it stays shut
 _LONGEST_REST = 1024
 _CHECK = 100  # steps with guesses after which a plain one is timed again
-PROBE = 4  # guesses of a trial
+_TRIALS = 4  # steps of a trial at most
+PROBE = 4  # guesses of each
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class Gate:
         self._rest = 0  # steps until it looks again
         self._next_rest = _SHORTEST_REST
         self._open = False
+        self._trials = 0  # steps that the running trial may still have
         self._unchecked = _CHECK  # steps with guesses since a plain one was timed
 
     @property
@@ -99,11 +101,13 @@ class Gate:
             return 0
         best = max(offers, key=lambda o: o.rate, default=plain)
         if best.rate > plain.rate * _MARGIN and self._can_lose(best):
-            self._open = True
+            self._open, self._trials = True, 0
             return best.length
-        if trial is None or not self._can_lose(trial):
+        if trial is None or not (self._trials > 0 or self._can_lose(trial)):
             self._shut()
             return 0
+        if self._trials == 0:
+            self._trials = _TRIALS
         self.closed += self._open
         self._open = False
         return trial.length
@@ -132,7 +136,13 @@ class Gate:
         self._add(worth - seconds + _SHARE * seconds)
         if worth > seconds:
             self._next_rest = _SHORTEST_REST
-        elif not self._open:  # a trial that failed
+        if not self._open:
+            self._try_on(sum(n for _, n, _ in results), sum(n for _, _, n in results))
+
+    def _try_on(self, guesses: int, accepted: int) -> None:
+        """A step of a trial: the first ones are slow, for much is cold; what stood says more than the time."""
+        self._trials -= 1
+        if self._trials <= 0 or 2 * accepted < guesses:
             self._shut()
 
     def note_failure(self) -> None:
@@ -151,6 +161,7 @@ class Gate:
         if self._open:
             self.closed += 1
             self._open = False
+        self._trials = 0
         self._rest = self._next_rest
         self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
 
