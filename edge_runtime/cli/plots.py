@@ -35,12 +35,14 @@ def draw(found: Findings, path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = _panels(found)
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.3), dpi=100, layout="constrained")
+        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.3), dpi=100, layout=layout)
         figure.suptitle(found.title, fontsize=12)
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for panel, axis in zip(panels, axes, strict=False):
@@ -103,12 +105,13 @@ def _latency(axis: Any, found: Findings) -> None:
         axis.plot(x, p50, color=colour, lw=1.6, label=f"{level.concurrency} at once")
         axis.fill_between(x, p50, p95, color=colour, alpha=0.22, lw=0)
     axis.set(
-        title=f"latency: median, shaded up to p95 (speculation {found.way})",
+        title=f"latency, speculation {found.way}",
         xlabel="position in the answer (tokens)",
         ylabel="ms since the token before",
     )
-    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for the legend
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend
+    title = "median, shaded up to the 95th percentile"
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper right", title=title, title_fontsize=8)
 
 
 def _throughput(axis: Any, found: Findings) -> None:

@@ -84,8 +84,9 @@ class Findings:
                 )
             )
         return (
-            f"requests: {self.source}, at most {self.max_tokens} tokens each, speculation {self.way}; "
-            f"ms to the first and next tokens\n\n{table(lines, _LEVEL, right=range(len(_LEVEL)))}"
+            f"requests: {self.source}; answers of at most {self.max_tokens} tokens, speculation {self.way}\n"
+            f"milliseconds to the first token, to each next one, and in the queue\n\n"
+            f"{table(lines, _LEVEL, right=range(len(_LEVEL)))}"
         )
 
 
@@ -136,7 +137,8 @@ def _speculation(found: Speedup) -> str:
     return (
         f"speculation: {found.way} against plain decoding at {plain.brought / sum(plain.decoding):.0f} "
         f"tokens/s, in turn; {found.source}\n"
-        f"{found.answers} answers, {same} as plain decoding; chance of a guess {found.chance:.2f}\n\n"
+        f"{found.answers} answers, {same} as plain decoding; chance that a guess stands "
+        f"{found.chance:.2f}\n\n"
         f"{table(lines, head, right=range(1, 8))}"
     )
 
