@@ -140,7 +140,7 @@ class Gate:
             self._try_on(sum(n for _, n, _ in results), sum(n for _, _, n in results))
 
     def _try_on(self, guesses: int, accepted: int) -> None:
-        """A step of a trial: the first ones are slow, for much is cold; what stood says more than the time."""
+        """A step of a trial: the first are slow, for much is cold; what stood says more than the time."""
         self._trials -= 1
         if self._trials <= 0 or 2 * accepted < guesses:
             self._shut()

@@ -91,7 +91,7 @@ class Run:
 
     @property
     def gate(self) -> Gate:
-        return self.session._speculation.gate
+        return self.session.speculation.gate
 
 
 @pytest.mark.parametrize("sequences", [1, 4])

@@ -143,7 +143,7 @@ def test_a_draft_model_that_fails_harms_no_request(error: EdgeError, from_step: 
         for prompt, events in zip(prompts(20), got, strict=True):
             assert [e.token for e in events] == continuation(prompt, TOKENS, WORDS)
             assert events[-1].finish_reason == "length"
-        assert session._speculation.failures > 0
+        assert session.speculation.failures > 0
         check_books(session, executor)
         assert_idle(session)
 
@@ -165,7 +165,7 @@ def test_what_a_failed_draft_step_was_to_read_is_read_again() -> None:
         while session.in_flight:
             session.step()
             check_books(session, executor, kept[0])
-        assert session._speculation.failures > 5
+        assert session.speculation.failures > 5
 
 
 def test_nan_among_a_draft_models_logits_does_not_bend_the_distribution() -> None:
@@ -180,7 +180,7 @@ def test_nan_among_a_draft_models_logits_does_not_bend_the_distribution() -> Non
     session, _ = open_fake(silent)
     with session:
         done = session.complete(prompts(1)[0], Sampling(temperature=0.3, seed=1), max_tokens=40)
-        assert done.finish_reason == "length" and session._speculation.failures > 3
+        assert done.finish_reason == "length" and session.speculation.failures > 3
         assert set(done.tokens) <= set(range(FIRST, WORDS))  # logits of 5 at temperature 0.3 leave no other
 
 
