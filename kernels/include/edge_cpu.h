@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 3 /* of these records; a change of any field raises it */
+#define EDGE_CPU_VERSION 4 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Group scales are f16, row and tensor scales f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
