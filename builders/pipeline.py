@@ -1,9 +1,9 @@
 """The table of contents of a build: read -> calibrate -> plan -> quantize -> verify -> pack.
 
-Every phase is one function below, in this order, and leaves one inspectable JSON when `keep_json` names a
-folder. Calibration measures activations for algorithms that need them; round-to-nearest needs none, so that
-phase has no function here yet and the plan follows the format asked for. Planes stream tensor by tensor into
-the temporary file of the engine, so a build never holds a model.
+Every phase is one call of `build`, in this order, and leaves one inspectable JSON when `keep_json` names a
+folder; parts.py reads, fitting.py plans, pack.py packs. Calibration measures activations for algorithms that
+need them; round-to-nearest needs none, so that phase has no function here yet and the plan follows the format
+asked for. Planes stream tensor by tensor into the temporary file of the engine, so none holds a model.
 """
 
 from __future__ import annotations
