@@ -69,6 +69,26 @@ def test_answers_are_those_of_one_request_at_a_time(engine: Path, kv: str) -> No
         assert answers(engine, kv, way, together) == want, (way, together)
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_a_request_that_follows_its_twin(engine: Path, length: int) -> None:
+    """Its pages become those of the first as they fill, in the middle of what its draft has read."""
+    with open_engine(engine, backend="cpu", draft_length=length, gated=False) as session:
+        request = session.chat_request([{"role": "user", "content": COMMANDS[2]}], Sampling(), max_tokens=90)
+        want = list(session.answer(request).tokens)
+    for lag in range(1, 12):
+        with open_engine(engine, backend="cpu", draft_length=length, gated=False) as session:
+            found: dict[int, list[int]] = {session.submit(request): []}
+            for _ in range(lag):
+                for event in session.step():
+                    found[event.request].append(event.token or 0)
+            found[session.submit(request)] = []
+            while session.in_flight:
+                for event in session.step():
+                    assert event.finish_reason != "error", event.error
+                    found[event.request].append(event.token or 0)
+        assert list(found.values()) == [want, want], lag
+
+
 def test_the_known_answer_leaves_running_requests_alone(engine: Path) -> None:
     """It takes a slot that no request has; so the next step finds the keys of its open page."""
     with open_engine(engine, backend="cpu", speculate="off") as session:
