@@ -1,4 +1,4 @@
-"""K per channel under a session: concurrency, shared beginnings and speculation change no token of an answer."""
+"""K per channel under a session: company, shared beginnings and guesses change no token of an answer."""
 
 from __future__ import annotations
 
