@@ -3,10 +3,10 @@
     python bench/kv_quality.py [--commands 300] [--tokens 2048] [--work build/bench]
 
 Weights are f16 throughout, so that the cache alone differs. Perplexity and KL against the f32 cache are the
-reference backend's, on the models' own kind of text: tests/text/story.txt for the story models, chats with
-their plans for the planner. Plan accuracy is the cpu backend's, by examples/planner/score.py. K per channel
-is measured with pages of 16 and of 32 tokens, for its bytes and its unquantized page depend on them. Prints a
-Markdown table and writes bench/results/cpu-<date>-kv-quality.json and .png.
+reference backend's, on the models' own kind of text: tests/text/story.txt for the story models, the plans
+after their commands for the planner. Plan accuracy is the cpu backend's, by examples/planner/score.py. K per
+channel is measured with pages of 16 and of 32 tokens, for its bytes and its unquantized page depend on them.
+Prints a Markdown table and writes bench/results/cpu-<date>-kv-quality.json and .png.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from decode_llama_1b import machine
 
 from builders.archs import read_program
 from builders.cli import main as edge_build
-from builders.evaluate import EvaluationText, compare_models, read_text
+from builders.comparison import compare, logits
+from builders.evaluate import EvaluationText, hidden_states, read_text
 from builders.sources import open_source, read_vocabulary
 from builders.weights import CheckpointWeights
 from edge_runtime import Session, open_engine
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.kv import CHANNEL_FORMATS, row_nbytes
+from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.plan import KvPlan
 from edge_runtime.engine.program import Program
 
@@ -83,19 +86,31 @@ def token_nbytes(program: Program, k: str, v: str, page_tokens: int) -> float:
     )
 
 
-def measure_text(folder: Path, text: EvaluationText | None, tokens: int) -> tuple[dict[str, Any], Program]:
-    """Figures of a model for each of CASES; `text` None is the story. Returns the program too."""
+@dataclass(frozen=True)
+class Measured:
+    """A text, and which of its predicted tokens count: all, or those that the model was trained to give."""
+
+    text: EvaluationText
+    counted: Array  # bool (text.predicted,)
+
+
+def measure_text(folder: Path, chosen: Measured | None, tokens: int) -> dict[str, Any]:
+    """Figures of a model for each of CASES against its f32 cache; `chosen` None is the story."""
     found: dict[str, Any] = {"cases": []}
     with open_source(folder) as source:
         weights = HalfWeights(CheckpointWeights(read_program(source.config), source))
         program = weights.program
-        if text is None:
+        if chosen is None:
             vocabulary = read_vocabulary(source, program.vocab_size)
             story = ROOT / "tests" / "text" / "story.txt"
             text = read_text(source, vocabulary, story, limit=tokens, window=program.max_context)
+            chosen = Measured(text, np.ones(text.predicted, bool))
+        text, rows = chosen.text, np.flatnonzero(chosen.counted)
+        targets = np.concatenate([w[1:] for w in text.windows])[rows]
+        exact = _logits(weights, KvPlan(k="f32", v="f32", page_tokens=16, pages=1), text)[rows]
         for k, v, page_tokens in CASES:
             kv = KvPlan(k=k, v=v, page_tokens=page_tokens, pages=1)
-            c = compare_models(weights, weights, kv, text)
+            c = compare(iter([(0, exact, _logits(weights, kv, text)[rows])]), targets)
             found["perplexity_f32"] = c.perplexity_f32
             found["cases"].append(
                 {
@@ -105,20 +120,30 @@ def measure_text(folder: Path, text: EvaluationText | None, tokens: int) -> tupl
                 }
             )  # fmt: skip
     lengths = [len(w) for w in text.windows]
-    found |= {"text": text.name, "tokens": text.predicted, "windows": len(lengths), "window": max(lengths)}
-    return found, program
+    return found | {"text": text.name, "tokens": len(rows), "windows": len(lengths), "window": max(lengths)}
 
 
-def chats(session: Session, cases: list[Example], tokens: int) -> EvaluationText:
-    """Commands with their plans as the planner meets them, one window each, about `tokens` tokens in all."""
+def _logits(weights: HalfWeights, kv: KvPlan, text: EvaluationText) -> Array:
+    """Logits of every predicted token, f32 (tokens, vocab): the models here have small vocabularies."""
+    op = weights.program.ops[-1]
+    assert isinstance(op, Logits)
+    return logits(op, hidden_states(weights, kv, text), weights(op.weight), None)
+
+
+def chats(session: Session, cases: list[Example], tokens: int) -> Measured:
+    """Commands with their plans as the planner meets them, one window each, about `tokens` tokens in all; the
+    plans count, for nobody ever taught it to guess commands.
+    """
     windows: list[Array] = []
+    counted: list[Array] = []
     for prompt, expected in cases:
         if sum(len(w) for w in windows) >= tokens:
             break
-        ids = session.chat_prompt([{"role": "user", "content": prompt}])
-        ids = [*ids, *session.tokenizer.encode(expected, start=False)]
+        asked = session.chat_prompt([{"role": "user", "content": prompt}])
+        ids = [*asked, *session.tokenizer.encode(expected, start=False)]
         windows.append(np.array(ids, np.int32))
-    return EvaluationText("chats of heldout.jsonl", tuple(windows))
+        counted.append(np.arange(1, len(ids)) >= len(asked))
+    return Measured(EvaluationText("plans of heldout.jsonl", tuple(windows)), np.concatenate(counted))
 
 
 def build_planner(work: Path, page_tokens: int) -> Path:
@@ -215,7 +240,7 @@ def main() -> int:
         if not (folder / "model.safetensors").is_file():
             print(f"{name} is not at {folder}: left out")
             continue
-        results[name], _ = measure_text(folder, text if name == "planner" else None, args.tokens)
+        results[name] = measure_text(folder, text if name == "planner" else None, args.tokens)
         print(f"{name}: {results[name]['tokens']} tokens measured", flush=True)
     for case, share in zip(results["planner"]["cases"], plan_accuracy(engines, cases), strict=True):
         case["exact_plans"] = share
