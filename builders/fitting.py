@@ -14,7 +14,7 @@ from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import DoesNotFit
 
-KV_ORDER = ("f16", "int8", "int4")
+KV_ORDER = ("f16", "int8", "int4c", "int4")  # best quality first, see bench/kv_quality.py
 SHORTEST_CONTEXT = 128
 Options = dict[str, str | int]
 

@@ -53,7 +53,10 @@ class StepBatch:
     token one position before it, -1 = that token is in the cache already) and, before its topmost ancestor's
     position p, every place below p. Keys are met in the order of positions, so that a path's numbers are
     those of the same tokens run as a plain sequence. Given both or neither.
-    slots (S,): a number in [0, step.sequences) that a sequence keeps for life; None = its row.
+    slots (S,): a number in [0, step.sequences) that a sequence keeps for life; None = its row. Where K is per
+    channel, the keys of a sequence's open pages lie there unquantized (engine/kv.py). Its tokens in a step
+    are then one run of consecutive positions, which begins at a page's start or goes on in a page that the
+    slot holds: at least the last and the one before it, so that guesses can be rolled back. No trees then.
     adapters (S,): number of the adapter (of `add_adapter`) that the sequence uses, -1 = none.
     inputs f32 (T, width): rows for the program's `input` op; tokens are then not looked up.
     """

@@ -307,10 +307,11 @@ def test_the_reference_finds_bad_keys_in_the_same_step() -> None:
         executor.forward(step((0, 0, np.array([3, 69]))))
 
 
-def test_keys_beyond_the_format_are_an_error_when_the_page_is_full() -> None:
-    part, x = attend_part(16, "int4c,f32", 16)
+@pytest.mark.parametrize("kv", ["int8c,f32", "int4c,f32"])
+def test_keys_beyond_the_format_are_an_error_when_the_page_is_full(kv: str) -> None:
+    part, x = attend_part(16, kv, 16)
     huge = x.copy()
-    huge[9, 4] = 1e7  # int4c: the f16 scale ends at 65504 * 15
+    huge[9, 4] = 1e7  # f16 scales end at 65504, of 127 steps or 15
     part = replace(part, weights={**part.weights, "x": packed(huge, "f32")})
     for backend in (BACKEND, REFERENCE):
         executor = backend.load(part)
