@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 4  # EDGE_CPU_VERSION
+VERSION = 5  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
@@ -186,6 +186,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "edge_cpu_attention_floats": (c_int64, [c_int32, c_int32]),
         "edge_cpu_create": (c_void_p, [POINTER(ProgramRecord)]),
         "edge_cpu_forward": (c_int32, [c_void_p, POINTER(Batch)]),
+        "edge_cpu_chain": (c_int32, [c_void_p, POINTER(Batch), c_int32, c_void_p]),
         "edge_cpu_move": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "edge_cpu_set_adapter": (c_int32, [c_void_p, c_int32, POINTER(Adapter)]),
         "edge_cpu_destroy": (None, [c_void_p]),

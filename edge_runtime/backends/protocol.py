@@ -80,6 +80,12 @@ class Executor(Protocol):
         """Logits f32 (L, vocab), a view that the next call overwrites. Raises NumericError on NaN/Inf."""
         ...
 
+    def chain(self, batch: StepBatch, count: int) -> Array:
+        """`count` steps with one token and one row of logits for each of S sequences, whose likeliest token
+        is fed to the next step at the next position: int32 (count, S). Raises as `forward`.
+        """
+        ...
+
     @property
     def hidden(self) -> Array:
         """Inputs of the logits op f32 (L, width) of the last `forward`, a view that the next overwrites."""

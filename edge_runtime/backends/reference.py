@@ -19,6 +19,7 @@ from edge_runtime.backends.batch import (
     refuse_tree,
     straight_below,
 )
+from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
@@ -81,6 +82,10 @@ class ReferenceExecutor:
         """Inputs of the logits op f32 (L, width) of the last `forward`; no rows when there was none."""
         self._open()
         return self._hidden
+
+    def chain(self, batch: StepBatch, count: int) -> Array:
+        """See `Executor.chain`."""
+        return run_chain(self, batch, count)
 
     def run_hidden(self, batch: StepBatch) -> Array:
         """Run the step and give the logits op's input for ALL its tokens, f32 (T, hidden).

@@ -131,9 +131,11 @@ class MedusaHeads:
 def _likeliest(logits: Array, count: int) -> list[tuple[float, int]]:
     """(log probability, token) of the likeliest tokens after logits f32 (vocab,), likeliest first.
 
-    In f32: guesses need no more, and vocabularies are long.
+    In f32: guesses need no more, and vocabularies are long. Raises NumericError on NaN or +Inf.
     """
     top = logits.max()
+    if not np.isfinite(top):
+        raise NumericError("the logits of a Medusa head hold NaN or Inf")
     total = float(top) + float(np.log(np.exp(logits - top).sum()))
     best = top_indices(logits, count)
     return [(float(logits[i]) - total, int(i)) for i in best if np.isfinite(logits[i])]

@@ -94,6 +94,12 @@ class Sampler:
         """Whether the grammar lets nothing follow."""
         return self.constraint is not None and self.constraint.is_done
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the likeliest token and nothing else is asked of it or remembered."""
+        s = self.sampling
+        return s.temperature == 0.0 and not s.penalizes and s.logprobs is None and self.constraint is None
+
     def choose(self, logits: Array) -> Choice:
         """Pick from logits f32 (vocab,) and remember the pick. Raises NumericError on NaN or Inf in them."""
         s = self.sampling

@@ -6,6 +6,7 @@ them runs the same executor over a few more rows (see `verification` for what st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from time import perf_counter
 from typing import Protocol
@@ -18,6 +19,7 @@ from edge_runtime.serving.scheduler import Item
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
+_HOLD = 3  # steps that a decision stands: weighing all lengths takes a small model's draft step
 _REWARD = 48  # tokens over which the cost of bringing a draft model up to date is spread, at most
 
 
@@ -77,6 +79,8 @@ class Speculation:
         self._pace = pace
         self._clock = clock
         self.spent = 0.0  # seconds of guessing in the running step
+        self._held = 0  # the length that was last decided on
+        self._hold = 0  # steps for which it stands, as long as the gate is open
 
     @property
     def name(self) -> str:
@@ -108,7 +112,13 @@ class Speculation:
                 wanted.append((item, most))
         if not wanted:
             return
-        length = self._length(proposer, wanted, items, min(tokens_left, rows_left), seconds_left)
+        budget = min(tokens_left, rows_left) // len(wanted)
+        if self._hold > 0 and self.gate.is_open and seconds_left == math.inf and self._held <= budget:
+            self._hold -= 1
+            length = self._held
+        else:
+            length = self._length(proposer, wanted, items, budget, seconds_left)
+            self._hold, self._held = _HOLD, length
         if length > 0:
             self._ask(proposer, [(item, min(length, most)) for item, most in wanted])
 
@@ -151,9 +161,9 @@ class Speculation:
         budget: int,
         seconds_left: float,
     ) -> int:
-        """Guesses for each sequence that wants some."""
+        """Guesses for each sequence that wants some, of a budget for each."""
         count = len(wanted)
-        most = min(max(most for _, most in wanted), budget // count)
+        most = min(max(most for _, most in wanted), budget)
         if self.fixed is not None:
             most = min(most, self.fixed)
         lengths = [n for n in proposer.lengths if n <= most]

@@ -100,6 +100,7 @@ class Detokenizer:
         self._ids = _clean_tail(tokenizer, context or [])
         self._start = 0  # decoding begins here: some tokens before what is new, whose text is not empty
         self._shown = len(self._ids)  # text of the ids before this is out
+        self._before = tokenizer.decode(self._ids)  # text of the ids from _start to _shown
 
     def add(self, token: int) -> str:
         """Text that is certain now; "" while a character is incomplete."""
@@ -108,23 +109,24 @@ class Detokenizer:
         self._ids.append(token)
         if self._tokenizer.is_byte(token):  # a later byte could still change how this run is read
             return ""
-        text = self._new()
+        whole = self._tokenizer.decode(self._ids[self._start :])
+        text = whole[len(self._before) :]
         if not text or text.endswith(_REPLACEMENT):
             return ""
-        if self._tokenizer.decode(self._ids[self._shown :]):
-            self._start = self._shown
+        alone = self._tokenizer.decode(self._ids[self._shown :])
+        if alone:
+            self._start, self._before = self._shown, alone
+        else:
+            self._before = whole
         self._shown = len(self._ids)
         return text
 
     def finish(self) -> str:
         """What was held back, incomplete characters as U+FFFD."""
-        text = self._new()
-        self._shown = len(self._ids)
+        whole = self._tokenizer.decode(self._ids[self._start :])
+        text = whole[len(self._before) :]
+        self._shown, self._before = len(self._ids), whole
         return text
-
-    def _new(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
 
 
 def check_text(text: object, what: str) -> None:

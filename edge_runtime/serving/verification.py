@@ -12,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edge_runtime.engine.formats import Array
+from edge_runtime.errors import NumericError
 from edge_runtime.serving.sampling import Choice, Sampler
 
 
@@ -57,6 +60,9 @@ def walk(rows: Array, proposal: Proposal | None, sampler: Sampler) -> Iterator[t
     than there are is allowed. Raises NumericError from a row that holds NaN or Inf.
     """
     at = -1
+    if sampler.is_plain:
+        yield from _walk_plain(rows, proposal)
+        return
     while True:
         row = rows[at + 1]
         if proposal is not None and proposal.odds is not None and at + 1 < len(proposal.tokens):
@@ -68,3 +74,16 @@ def walk(rows: Array, proposal: Proposal | None, sampler: Sampler) -> Iterator[t
         if following is None:
             return
         at = following
+
+
+def _walk_plain(rows: Array, proposal: Proposal | None) -> Iterator[tuple[Choice, int | None]]:
+    """The walk of the likeliest tokens, all of which are found at once."""
+    finite: Array = np.isfinite(rows).all(axis=-1)  # type: ignore[assignment]
+    best: Array = rows.argmax(axis=-1)
+    at: int | None = -1
+    while at is not None:
+        if not finite[at + 1]:
+            raise NumericError("the logits hold NaN or Inf; no token was emitted")
+        token = int(best[at + 1])
+        at = None if proposal is None else proposal.child(at, token)
+        yield Choice(token), at

@@ -89,6 +89,10 @@ edge_executor* edge_cpu_create(const edge_program* program) {
 
 int32_t edge_cpu_forward(edge_executor* executor, edge_batch* batch) { return executor->run.forward(batch); }
 
+int32_t edge_cpu_chain(edge_executor* executor, edge_batch* batch, int32_t count, int32_t* out) {
+    return executor->run.chain(batch, count, out);
+}
+
 void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t* sources,
                    const int32_t* targets, int32_t count) {
     executor->run.move(pages, sources, targets, count);

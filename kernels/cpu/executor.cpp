@@ -18,6 +18,8 @@ Executor::Executor(const edge_program& program, const Kernels& kernels)
       batch_(program),
       open_(program),
       adapters_(program, ops_, stages_),
+      chain_tokens_(static_cast<size_t>(program.max_sequences)),
+      chain_positions_(static_cast<size_t>(program.max_sequences)),
       paths_(static_cast<size_t>(program.threads) * static_cast<size_t>(program.max_tokens)) {
     for (const edge_op& op : ops_)
         if (op.kind == EDGE_OP_ATTENTION &&
@@ -38,6 +40,33 @@ int Executor::forward(edge_batch* batch) {
     closing_count_.store(static_cast<int32_t>(open_.closings().size()));
     pool_->run();
     return status_.load();
+}
+
+int Executor::chain(edge_batch* batch, int32_t count, int32_t* out) {
+    const int32_t n = batch->token_count;
+    if (n > program_.max_sequences || batch->logit_count != n) {
+        batch->index = 1;
+        batch->value = batch->logit_count;
+        return EDGE_BAD_SIZE;
+    }
+    std::copy(batch->tokens, batch->tokens + n, chain_tokens_.begin());
+    std::copy(batch->positions, batch->positions + n, chain_positions_.begin());
+    edge_batch step = *batch;
+    step.tokens = chain_tokens_.data();
+    step.positions = chain_positions_.data();
+    for (int32_t i = 0; i < count; ++i, out += n) {
+        const int status = forward(&step);
+        batch->index = step.index;
+        batch->value = step.value;
+        if (status != EDGE_OK) return status;
+        for (int32_t t = 0; t < n; ++t) {
+            const auto at = static_cast<size_t>(t);
+            out[t] = chain_tokens_[at] =
+                kernels_.argmax(program_.scratch.logits + int64_t{t} * program_.vocab, program_.vocab);
+            ++chain_positions_[at];
+        }
+    }
+    return EDGE_OK;
 }
 
 void Executor::move(const int32_t* pages, const int32_t* sources, const int32_t* targets, int32_t count) {
@@ -180,13 +209,8 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             }
             for (int64_t head = 0; head < cache.kv_heads; ++head) {
                 const int64_t at = row(cache, batch_.pages(token), head, batch_.place(token));
-                const int k_status =
-                    cache.k.per_channel
-                        ? EDGE_OK
-                        : write_kv_row(cache.k, at, x + head * cache.head_dim, cache.head_dim);
-                const int v_status = write_kv_row(cache.v, at, v + head * cache.head_dim, cache.head_dim);
-                if (k_status != EDGE_OK) fail(k_status);
-                if (v_status != EDGE_OK) fail(v_status);
+                if (!cache.k.per_channel) write_row(cache.k, at, x + head * cache.head_dim, cache.head_dim);
+                write_row(cache.v, at, v + head * cache.head_dim, cache.head_dim);
             }
             break;
         }
@@ -194,6 +218,18 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             kernels_.activation(op.kind, x, op.y == nullptr ? nullptr : op.y + t * op.x_width, out,
                                 op.x_width);
     }
+}
+
+void Executor::write_row(const edge_kv& kv, int64_t row, const float* x, int n) {
+    int status = EDGE_OK;
+    if (kv.encoding == EDGE_ENC_I8 && n % 16 == 0) {
+        int8_t* codes = reinterpret_cast<int8_t*>(kv.codes + row * kv.row_bytes);
+        if (!kernels_.write_i8_row(x, n, codes, static_cast<float*>(kv.scale) + row))
+            status = EDGE_NOT_FINITE;
+    } else {
+        status = write_kv_row(kv, row, x, n);
+    }
+    if (status != EDGE_OK) fail(status);
 }
 
 void Executor::run_linear(const Stage& stage, uint32_t unit, int64_t tokens) {

@@ -20,6 +20,8 @@ class Executor final : public Work {
     // Throws std::invalid_argument when a weight's format has no kernel.
     Executor(const edge_program& program, const Kernels& kernels);
     int forward(edge_batch* batch);
+    // See edge_cpu_chain.
+    int chain(edge_batch* batch, int32_t count, int32_t* out);
     // Copies keys and values of one sequence from places to places, in all layers.
     void move(const int32_t* pages, const int32_t* sources, const int32_t* targets, int32_t count);
 
@@ -32,6 +34,7 @@ class Executor final : public Work {
     void run(int thread, uint32_t stage, uint32_t unit) override;
     void run_step(const TokenStep& step, int64_t token);
     void run_op(const edge_op& op, int64_t token);
+    void write_row(const edge_kv& kv, int64_t row, const float* x, int n);
     void run_linear(const Stage& stage, uint32_t unit, int64_t tokens);
     int32_t head_parts(const edge_op& op, int32_t blocks) const;
     void run_close(const edge_op& attention, uint32_t unit);
@@ -47,6 +50,7 @@ class Executor final : public Work {
     StepBatch batch_;
     OpenPages open_;
     Adapters adapters_;
+    std::vector<int32_t> chain_tokens_, chain_positions_;  // (max_sequences) of the running step of a chain
     std::vector<int32_t> paths_;  // (threads, max_tokens): where the keys of a bent block lie
     std::atomic<int> status_{EDGE_OK};
     // Sizes of the batch; a thread that comes late may read them after its run has ended.

@@ -109,6 +109,10 @@ struct Kernels {
     void (*low_rank_out)(const LowRankArgs& args, int64_t begin, int64_t end);
     // y[i] = softcap(scale * y[i]) in place; false on NaN or Inf.
     bool (*finish_logits)(float* y, int64_t n, float scale, float softcap);
+    // A row of an int8 cache side, n whole vectors; false on NaN or Inf, and nothing is written.
+    bool (*write_i8_row)(const float* x, int n, int8_t* codes, float* scale);
+    // The first of the greatest of n finite values.
+    int32_t (*argmax)(const float* y, int64_t n);
 };
 
 // nullptr where the library was built for another processor.

@@ -8,6 +8,7 @@ namespace EDGE_ISA {
 namespace {
 
 constexpr int32_t kInfBits = 0x7f800000;
+constexpr float kTiny = 0x1p-126f;  // formats/scaled.py: f32 scales are never denormal
 
 // Sixteen codes as four units of four inputs.
 EDGE_INLINE void store_codes(const QuantizeArgs& p, int64_t at, i32x16 code) {
@@ -160,6 +161,36 @@ bool finish_logits(float* y, int64_t n, float scale, float softcap) {
     return max_lanes(top) < kInfBits;
 }
 
+// The bits of write_kv_row in codec.cpp, which takes one value at a time and any n.
+bool write_i8_row(const float* x, int n, int8_t* codes, float* scale) {
+    i32x16 top = set1(0);
+    for (int i = 0; i < n; i += 16) top = max(top, as_i32(abs16(load(x + i))));
+    const int32_t absmax = max_lanes(top);
+    if (absmax >= kInfBits) return false;
+    const float wanted = float_of(absmax) / 127.0f;
+    *scale = wanted > 0.0f && wanted < kTiny ? kTiny : wanted;
+    const f32x16 divisor = set1(*scale > 0.0f ? *scale : __builtin_inff());
+    for (int i = 0; i < n; i += 16) {
+        const f32x16 y = round_even(div(load(x + i), divisor));
+        store_i8(codes + i, to_i32(max(min(y, set1(127.0f)), set1(-127.0f))));
+    }
+    return true;
+}
+
+int32_t argmax(const float* y, int64_t n) {
+    float top = y[0];
+    const int64_t whole = n / 16 * 16;
+    if (whole > 0) {
+        f32x16 best = load(y);
+        for (int64_t i = 16; i < whole; i += 16) best = max(best, load(y + i));
+        top = max_lanes(best);
+    }
+    for (int64_t i = whole; i < n; ++i) top = y[i] > top ? y[i] : top;
+    int64_t at = 0;
+    while (y[at] != top) ++at;
+    return static_cast<int32_t>(at);
+}
+
 LinearKernel linear(const edge_matrix& weight) {
     return quantizes(weight.encoding) ? int_kernel(weight) : float_kernel(weight);
 }
@@ -171,9 +202,9 @@ void low_rank_in(const LowRankArgs& args, int64_t begin, int64_t end);
 void low_rank_out(const LowRankArgs& args, int64_t begin, int64_t end);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {EDGE_SIMD,   linear,       kTokenBlock,  code_offset, quantize,
-                                        norm,        activation,   add_rows,     rope,        attention,
-                                        low_rank_in, low_rank_out, finish_logits};
+    static constexpr Kernels kernels = {EDGE_SIMD,   linear,       kTokenBlock,   code_offset,  quantize,
+                                        norm,        activation,   add_rows,      rope,         attention,
+                                        low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax};
     return &kernels;
 }
 

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 4 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 5 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Group scales are f16, row and tensor scales f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -172,6 +172,9 @@ typedef struct edge_executor edge_executor;
 /* NULL when a weight's format has no kernel, or memory or threads ran out. */
 edge_executor* edge_cpu_create(const edge_program* program);
 int32_t edge_cpu_forward(edge_executor* executor, edge_batch* batch);
+/* `count` steps with one token and one row of logits for each sequence, the likeliest token of each fed to
+ * the next step at the next position: out (count, tokens). Stops at the first step that fails. */
+int32_t edge_cpu_chain(edge_executor* executor, edge_batch* batch, int32_t count, int32_t* out);
 /* Keys and values of one sequence, from places to places; both ascend, sources[i] >= targets[i]. Unchecked.
  */
 void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t* sources,

@@ -14,6 +14,7 @@ import numpy as np
 from speaking_engine import SPECIAL, TEMPLATE, tokenizer_json, vocabulary
 from toy_engine import toy_manifest
 
+from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepShape
@@ -144,6 +145,9 @@ class HistoryExecutor:
             path.append(int(parents[path[-1]]))
         seen = [*range(int(batch.positions[path[-1]])), *(int(places[i]) for i in reversed(path))]
         return [int(self.cache[batch.page_tables[row, p // size], p % size]) for p in seen]
+
+    def chain(self, batch: StepBatch, count: int) -> np.ndarray:
+        return run_chain(self, batch, count)
 
     def copy_page(self, source: int, target: int) -> None:
         self.cache[target] = self.cache[source]

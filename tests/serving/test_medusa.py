@@ -152,7 +152,7 @@ def test_a_tree_holds_the_likeliest_paths(seed: int, depth: int, nodes: int) -> 
     assert [len(path) - 1 for path in paths] == tree.depths()
     best = sorted(every.values(), reverse=True)[: len(paths)]
     assert sorted((every[path] for path in paths), reverse=True) == pytest.approx(best, rel=1e-9)
-    assert tree.hoped == pytest.approx(sum(best), rel=1e-9)
+    assert tree.hoped == pytest.approx(sum(best), rel=1e-6)  # its sums are f32
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

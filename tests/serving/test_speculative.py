@@ -12,6 +12,7 @@ from history_model import HistoryExecutor, assert_idle, continuation, make_sessi
 from oracle import Oracle
 from speaking_engine import SPECIAL, vocabulary
 
+from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.errors import BackendUnavailable, BadRequest, EdgeError
@@ -121,6 +122,9 @@ class Failing:
             self.executor.cache[:] = -7  # what it stored is of no use either
             raise self.error
         return logits
+
+    def chain(self, batch: StepBatch, count: int) -> np.ndarray:
+        return run_chain(self, batch, count)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.executor, name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.plan import KvPlan, StepShape
 
@@ -34,6 +35,9 @@ class Timed:
         self.spent += seconds
         logits: np.ndarray = self.executor.forward(batch)
         return logits
+
+    def chain(self, batch: StepBatch, count: int) -> np.ndarray:
+        return run_chain(self, batch, count)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.executor, name)
@@ -64,6 +68,9 @@ class Parrot:
             token = self.after(int(batch.tokens[t]))
             logits[i, 5 + (token - 4) % (self.vocab - 5) if self.wrong() else token] = 1.0
         return logits
+
+    def chain(self, batch: StepBatch, count: int) -> np.ndarray:
+        return run_chain(self, batch, count)
 
     def copy_page(self, source: int, target: int) -> None:
         pass
