@@ -81,6 +81,9 @@ class Loop:
             self.end(sequence, "deadline")
         self._began = self._clock()
         items = self._scheduler.schedule()
+        for sequence in self._scheduler.overrun(items):
+            self.end(sequence, "deadline")
+            items = [item for item in items if item.sequence is not sequence]
         if items:
             try:
                 self._guess(items)
@@ -98,7 +101,7 @@ class Loop:
     def _guess(self, items: list[Item]) -> None:
         tokens = self._step.tokens - sum(item.count for item in items)
         rows = self._step.logits - sum(item.choose for item in items)
-        self._speculation.propose(items, tokens, rows, self._scheduler.spare(items))
+        self._speculation.propose(items, tokens, rows, self._scheduler.spare())
 
     def _execute(self, items: list[Item]) -> list[Rows]:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from edge_runtime.engine.plan import StepShape
@@ -120,23 +120,32 @@ class Scheduler:
 
     def too_late(self) -> list[Sequence]:
         """Those that must end now: their next token would come after their deadline."""
-        now = self._clock()
-        with self._line:
-            known = [*self.running, *self.waiting]
-        return [s for s in known if s.due is not None and now + self._next_token(s) >= s.due]
+        now, known = self._clock(), self._known()
+        others = min(len(known), self._step.sequences, self._step.tokens) - 1
+        return [s for s in known if s.due is not None and now + self._next_token(s, others) >= s.due]
 
-    def spare(self, items: list[Item]) -> float:
-        """Seconds that a step of these items may take before one of them misses its deadline."""
-        dues = [item.sequence.due for item in items if item.sequence.due is not None]
+    def overrun(self, items: list[Item]) -> list[Sequence]:
+        """Those that must end now: a step of these items would end after their deadline."""
+        end = self._clock() + self._pace.predict(sum(item.count for item in items)) if items else 0.0
+        return [s for s in self._known() if s.due is not None and s.due < end]
+
+    def spare(self) -> float:
+        """Seconds that the next step may take before a deadline is missed."""
+        return self._before_due(self._known())
+
+    def _known(self) -> list[Sequence]:
+        with self._line:
+            return [*self.running, *self.waiting]
+
+    def _before_due(self, sequences: Iterable[Sequence]) -> float:
+        dues = [s.due for s in sequences if s.due is not None]
         return min(dues) - self._clock() if dues else math.inf
 
-    def _next_token(self, s: Sequence) -> float:
-        """Predicted seconds to the next token, once its turn has come."""
-        if s.pending <= 1:
-            return self._pace.predict(1)
-        whole, rest = divmod(s.pending, self._step.tokens)
+    def _next_token(self, s: Sequence, others: int = 0) -> float:
+        """Predicted seconds to the next token, once its turn has come, in steps with so many other tokens."""
+        whole, rest = divmod(s.pending, max(1, self._step.tokens - others))
         time = whole * self._pace.predict(self._step.tokens)
-        return time + (self._pace.predict(rest) if rest else 0.0)
+        return time + (self._pace.predict(rest + others) if rest else 0.0)
 
     def _urgency(self, s: Sequence, now: float) -> tuple[int, float]:
         """Lower goes first."""
@@ -246,15 +255,17 @@ class Scheduler:
                 decoding = []
         items = [Item(s, s.computed, 1, True) for s in decoding[: min(tokens, rows)]]
         tokens, rows = tokens - len(items), rows - len(items)
-        spare = self.spare(items)
-        for s in prompts:
-            count = self._in_time(min(s.pending, tokens), self._step.tokens - tokens, spare)
+        spare = self._before_due(item.sequence for item in items)
+        for i, s in enumerate(prompts):
+            others = self._step.tokens - tokens + len(prompts) - i - 1  # one of each prompt to come
+            count = self._in_time(min(s.pending, tokens), others, spare)
             choose = count == s.pending and rows > 0
             if count == s.pending and not choose:
                 count -= 1  # its last token takes its turn among the decoding ones
             if count > 0:
                 items.append(Item(s, s.computed, count, choose))
                 tokens, rows = tokens - count, rows - choose
+                spare = min(spare, self._before_due([s]) if choose else math.inf)
         return items
 
     def _in_time(self, count: int, others: int, spare: float) -> int:

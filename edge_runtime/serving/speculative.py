@@ -136,7 +136,7 @@ class Speculation:
                 for record, guesses, n in results:
                     if guesses:
                         record.note(guesses, n)
-        elif len(items) == sum(item.count for item in items if item.choose) and any(map(_asks, items)):
+        elif any(map(_asks, items)) and all(item.choose and item.count == 1 for item in items):
             self.gate.note_plain(self._pace.predict(len(items)))
         for item, n in zip(items, accepted, strict=True):
             self.proposer.settle(item.sequence, item.proposal, n)

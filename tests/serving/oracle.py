@@ -41,6 +41,9 @@ class Oracle:
     def cost(self, sequences: Sequence[Served], length: int) -> tuple[float, float]:
         return 0.0, 0.0
 
+    def seconds(self, length: int) -> float:
+        return 0.0
+
     def propose(self, asks: Sequence[tuple[Served, int]]) -> list[Proposal | None]:
         return [self._propose(sequence, length) for sequence, length in asks]
 

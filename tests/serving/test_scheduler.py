@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.engine.plan import StepShape
-from edge_runtime.errors import QueueFull
+from edge_runtime.errors import BackendUnavailable, QueueFull
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.pages import PagePool
 from edge_runtime.serving.prefix import PrefixTree
@@ -37,8 +37,9 @@ def make(step: StepShape, pages: int, max_waiting: int = 64) -> tuple[Scheduler,
     return scheduler, pool
 
 
-def sequence(number: int, prompt: int, limit: int) -> Sequence:
-    return Sequence(number, Request(prompt=[5] * prompt, max_tokens=limit), [5] * prompt, limit, TOKENIZER)
+def sequence(number: int, prompt: int, limit: int, *, priority: int = 0, token: int = 5) -> Sequence:
+    ids = [token] * prompt
+    return Sequence(number, Request(prompt=ids, max_tokens=limit, priority=priority), ids, limit, TOKENIZER)
 
 
 def commit(scheduler: Scheduler, items: list[Item]) -> None:
@@ -46,6 +47,21 @@ def commit(scheduler: Scheduler, items: list[Item]) -> None:
         item.sequence.computed += item.count
         if item.choose and item.sequence.commit(Choice(9)).finish_reason is not None:
             scheduler.remove(item.sequence)
+
+
+def step(scheduler: Scheduler) -> list[Item]:
+    """A step after which full pages are known, as a session's are."""
+    items = scheduler.schedule()
+    for item in items:
+        s = item.sequence
+        assert s.pages is not None
+        size, end = 16, item.start + item.count
+        while (len(s.nodes) + 1) * size <= end:
+            at = len(s.nodes) * size
+            node = scheduler._tree.add(None, s.nodes, tuple(s.tokens[at : at + size]), s.pages)
+            s.nodes.append(node)
+    commit(scheduler, items)
+    return items
 
 
 @settings(max_examples=150, deadline=None)
@@ -128,3 +144,93 @@ def test_the_line_is_bounded() -> None:
     scheduler.submit(sequence(2, 1, 1))
     with pytest.raises(QueueFull, match="2 requests are waiting already"):
         scheduler.submit(sequence(3, 1, 1))
+
+
+def test_nobody_is_pushed_back_in_vain() -> None:
+    """Pages that an equal holds as well do not come free: the lower one would lose its place for nothing."""
+    scheduler, pool = make(StepShape(context=64, sequences=4, tokens=64, logits=4), 6)
+    equal, low = sequence(1, 40, 9, priority=5), sequence(2, 40, 9)
+    for s in (equal, low):
+        scheduler.submit(s)
+        step(scheduler)
+    assert pool.used == 4 and pool.available == 2  # two pages are both's
+    urgent = sequence(3, 60, 4, priority=5, token=6)  # four pages
+    scheduler.submit(urgent)
+    for _ in range(3):
+        step(scheduler)
+    assert scheduler.running == [equal, low] and scheduler.preempted == 0
+    scheduler.remove(equal)
+    step(scheduler)
+    assert scheduler.running == [urgent] and scheduler.waiting == [low] and scheduler.preempted == 1
+
+
+def test_as_few_are_pushed_back_as_need_be_the_lowest_and_youngest_first() -> None:
+    scheduler, _ = make(StepShape(context=64, sequences=4, tokens=64, logits=4), 8)
+    middle, old, young = sequence(1, 17, 9, priority=1), sequence(2, 17, 9), sequence(3, 18, 9)
+    for s in (middle, old, young):
+        scheduler.submit(s)
+    commit(scheduler, scheduler.schedule())
+    urgent = sequence(4, 40, 9, priority=2)
+    scheduler.submit(urgent)
+    commit(scheduler, scheduler.schedule())
+    assert scheduler.running == [middle, old, urgent] and scheduler.waiting == [young]
+    assert (young.pages, young.slot, young.computed, young.nodes) == (None, -1, 0, [])
+    assert scheduler.preempted == 1
+    for _ in range(60):
+        commit(scheduler, scheduler.schedule())
+    assert [s.finish_reason for s in (middle, old, young, urgent)] == ["length"] * 4
+
+
+def test_what_one_that_was_pushed_back_finds_again_is_not_counted_as_found() -> None:
+    scheduler, _ = make(StepShape(context=64, sequences=1, tokens=16, logits=1), 8)
+    low = sequence(1, 40, 9)
+    scheduler.submit(low)
+    for _ in range(2):
+        step(scheduler)
+    scheduler.submit(sequence(2, 4, 2, priority=1))
+    for _ in range(4):
+        step(scheduler)
+    assert scheduler.preempted == 1 and scheduler.running == [low]
+    assert low.computed >= 32 and low.cached == 0
+
+
+def test_a_page_copy_that_fails_leaves_nothing_behind() -> None:
+    scheduler, pool = make(StepShape(context=64, sequences=2, tokens=64, logits=2), 6)
+    first = sequence(1, 20, 4)
+    scheduler.submit(first)
+    while first.finish_reason is None:
+        step(scheduler)
+    before = (pool.available, pool.kept, pool.used)
+
+    def broken(source: int, target: int) -> None:
+        raise BackendUnavailable("the device is gone")
+
+    scheduler._copy_page, works = broken, scheduler._copy_page
+    second = sequence(2, 10, 4)
+    scheduler.submit(second)
+    for _ in range(3):
+        with pytest.raises(BackendUnavailable):
+            scheduler.schedule()
+        assert (pool.available, pool.kept, pool.used) == before
+        assert (scheduler.waiting, scheduler.running, second.slot) == ([second], [], -1)
+    scheduler._copy_page = works
+    step(scheduler)
+    assert second.cached == 9
+
+
+def test_the_last_idle_page_is_not_copied_from_when_it_is_promised_to_somebody() -> None:
+    """There everything is run instead, and the page goes to whom it was promised."""
+    scheduler, pool = make(StepShape(context=64, sequences=3, tokens=64, logits=3), 3)
+    first = sequence(1, 16, 1)
+    scheduler.submit(first)
+    step(scheduler)
+    assert first.finish_reason == "length" and pool.kept == 1
+    other = sequence(2, 9, 9, token=6)  # one page now, and one more later, the kept one
+    copier = sequence(3, 12, 3)
+    scheduler.submit(other)
+    scheduler.submit(copier)
+    step(scheduler)
+    assert scheduler.running == [other, copier] and copier.cached == 0 and pool.kept == 1
+    while other.finish_reason is None or copier.finish_reason is None:
+        step(scheduler)
+    assert pool.available == 3
