@@ -1,4 +1,4 @@
-"""Engines of really trained models for tests: the shipped planner, and the shared story models where they are.
+"""Engines of really trained models: the shipped planner, and the shared story models where they are.
 
 An engine is built once a run. Its draft is a model with the same tokenizer; its Medusa heads are fitted to
 answers of the model itself to other prompts, so that some guesses stand and some do not.

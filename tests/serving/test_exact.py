@@ -130,7 +130,7 @@ def test_guesses_change_nothing(engines: Engines, recorder: Recorder, model: str
             assert sum(a.drafted for a in got) > sum(a.accepted for a in got) > 0, way  # with roll-backs
 
 
-# --- the comparison can fail ---------------------------------------------------------------------------------
+# --- the comparison can fail -------------------------------------------------------------------------------
 
 
 def test_sums_in_another_order_are_seen(engines: Engines, recorder: Recorder) -> None:
@@ -156,7 +156,7 @@ class SplitHead:
     def forward(self, batch: StepBatch) -> np.ndarray:
         self._executor.forward(batch)
         count = self._parts(len(batch.page_tables))
-        out = [np.zeros(len(self._head), np.float32)][:0]
+        out = []
         for row in self._executor.hidden:
             products = self._head * row  # (vocabulary, width)
             pieces = np.array_split(products, count, axis=1)
