@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from real_engines import Engines
 
 # Tests share two cores: one BLAS thread each keeps them steady.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,3 +31,11 @@ def real_model(request: pytest.FixtureRequest) -> Path:
     if not (folder / "model.safetensors").is_file():
         pytest.skip(f"real model {request.param} is not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """Engines of really trained models, built when they are asked for."""
+    from real_engines import Engines
+
+    return Engines(tmp_path_factory.mktemp("engines"))

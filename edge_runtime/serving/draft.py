@@ -56,7 +56,8 @@ class DraftModel:
         self._clock = clock
 
     def ready(self, sequence: Sequence) -> int:
-        return self.lengths[-1]
+        room = self._step.context - len(sequence.tokens)  # its context may be shorter than the target's
+        return max(0, min(self.lengths[-1], room))
 
     def tokens(self, sequence: Sequence, length: int, usual: float) -> float:
         return expected(sequence.record.chance(usual), length)

@@ -181,6 +181,7 @@ class Loop:
             for event in events:
                 self._emit(s, event)
             if error is not None and s.finish_reason is None:
+                self._tree.distrust(s.nodes, s.copied)
                 self.end(s, "error", error)
 
     def _learn(self, items: list[Item], accepted: list[int]) -> None:

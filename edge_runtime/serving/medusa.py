@@ -29,7 +29,8 @@ _FADE = 0.9
 class MedusaHeads:
     """One executor for each head, in order, each a Program from a hidden row to logits.
 
-    trees: False asks for the likeliest path alone, for KV caches that hold no trees.
+    most: nodes of a tree at most. trees: False asks for the likeliest path alone, for KV caches that hold no
+    trees.
     """
 
     name = "medusa"
@@ -37,8 +38,8 @@ class MedusaHeads:
     def __init__(
         self, executors: Seq[Executor], *, most: int, trees: bool = True, clock: Clock = perf_counter
     ) -> None:
-        chain = tuple(range(1, len(executors) + 1))
-        self.lengths = tuple(n for n in NODES if n <= most) or (1,) if trees else chain
+        chain = tuple(range(1, min(len(executors), most) + 1))
+        self.lengths = (*(n for n in NODES if n < most), most) if trees else chain
         self.pace = Pace()
         self._executors = list(executors)
         self._trees = trees

@@ -60,7 +60,7 @@ def open_engine(
     backend: auto (what the engine is planned for, refused on another device), cpu, reference, ...
     threads: 0 = all cores of this process. kv: other cache formats than planned, "int8" or "K,V" such as
     "f16,int8". context: fewer tokens than planned. speculate: off, draft, lookup, medusa, or auto (what the
-    engine has parts for); draft_length: tokens guessed ahead at most; gated: False speculates even where it
+    engine has parts for); draft_length: tokens guessed at once at most; gated: False speculates even where it
     loses. adapters: name -> PEFT folder, beside those that the engine carries. prefix: a saved prefix; None
     takes the file ENGINE.prefix beside the engine, if there is one. verify: check the digest of every plane.
     memory_limit: bytes it may take, rather than what the machine has free. max_waiting: requests in line

@@ -94,7 +94,24 @@ class PrefixTree:
 
     def drop(self, root: str | None) -> None:
         """Forget all that is known under a root; pages in use stay with those who use them."""
-        stack = [self._roots.pop(root)] if root in self._roots else []
+        if root in self._roots:
+            self._lose(self._roots.pop(root))
+
+    def distrust(self, nodes: Sequence[Node], copied: Node | None) -> None:
+        """Forget what a sequence that failed held, or was given a copy of: its bytes may be why.
+
+        Not what another table holds: that one's numbers prove it right, or it fails as well.
+        """
+        doubtful = [(node, 1) for node in nodes] + ([] if copied is None else [(copied, 0)])
+        for node, holders in doubtful:
+            known = self._by_page.get(node.page) is node
+            if known and self._pool.references(node.page) == holders and node.parent is not None:
+                del node.parent.children[node.tokens]
+                self._lose(node)
+
+    def _lose(self, top: Node) -> None:
+        """Forget a node that is cut off already, and all below it."""
+        stack = [top]
         while stack:
             node = stack.pop()
             stack += node.children.values()

@@ -173,7 +173,7 @@ class Scheduler:
             return False
         sequence.pages = table
         sequence.slot = self._slots.pop()
-        sequence.nodes = list(known.nodes)
+        sequence.nodes, sequence.copied = list(known.nodes), known.copy
         try:
             self._adopt_part(table, known)
         except BaseException:
@@ -235,7 +235,7 @@ class Scheduler:
             sequence.pages = None
             self._slots.append(sequence.slot)
             sequence.slot = -1
-            sequence.nodes = []
+            sequence.nodes, sequence.copied = [], None
 
     # --- a step's work ---
 

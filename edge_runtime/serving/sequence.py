@@ -46,6 +46,7 @@ class Sequence:
         self.last_step = 0
         self.pages: PageTable | None = None
         self.nodes: list[Node] = []  # of its leading full pages
+        self.copied: Node | None = None  # whose page it was given a part of, if there was room
         self.slot = -1  # in [0, step.sequences) while it runs
         self.adapter = adapter
         self.cancelled = False
