@@ -51,6 +51,7 @@ def write_speaking(
     path: Path,
     *,
     context: int = 64,
+    sequences: int = 2,
     template: str | None = TEMPLATE,
     fingerprint: Fingerprint | None = None,
     known_answer: KnownAnswer | None = None,
@@ -58,7 +59,7 @@ def write_speaking(
     """Write the engine; returns its manifest. It is for the cpu profile unless a fingerprint is given."""
     names = vocabulary()
     program = toy_program(vocab=names.size, context=context)
-    plan = toy_plan(program, "int8_g32")
+    plan = toy_plan(program, "int8_g32", sequences=sequences)
     planes = {f"language/{name}": array for name, array in toy_planes(program, plan).items()}
     blobs = {"tokenizer.json": tokenizer_json()}
     if template is not None:

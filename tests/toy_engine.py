@@ -146,7 +146,7 @@ def toy_adapter(program: Program, seed: int = 3) -> Adapter:
     return {n: LowRank(values(RANK, s.cols), values(s.rows, RANK), SCALE) for n, s in specs.items()}
 
 
-def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> Plan:
+def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False, *, sequences: int = 2) -> Plan:
     """Matrices in `fmt`, embedding and head in int8_row, all packed for the cpu backend."""
     tensors = {}
     for name, spec in program.tensors.items():
@@ -154,14 +154,13 @@ def toy_plan(program: Program, fmt: str = "int4_g32", adapter: bool = False) -> 
         tensors[name] = TensorPlan(
             chosen, "rows" if spec.role in ("vector", "embedding") else packing.cpu_packing(chosen)
         )
-    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=8 if program.cache else 0)
-    step = StepShape(context=program.max_context, sequences=2, tokens=16, logits=2)
+    kv = KvPlan(k="int8", v="int8", page_tokens=16, pages=4 * sequences if program.cache else 0)
     ranks = {name: update.rank for name, update in toy_adapter(program).items()}
     weights = sum(
         packing.packed_nbytes(t.format, t.packing, program.tensors[n].rows, program.tensors[n].cols)
         for n, t in tensors.items()
     )
-    step = StepShape(context=program.max_context, sequences=2, tokens=16, logits=2)
+    step = StepShape(context=program.max_context, sequences=sequences, tokens=8 * sequences, logits=sequences)
     return Plan(
         profile="cpu",
         power_mode="default",

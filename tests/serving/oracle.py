@@ -24,7 +24,6 @@ class Oracle:
         self.lengths = tuple(range(1, longest + 1))
         self.closed = False
         self.strict = True  # all right guesses must stand, unless the answer ends among them
-        self.settled: list[tuple[int, int]] = []  # (guesses, accepted)
         self.best: dict[int, int] = {}  # request -> guesses of its last proposal that are right
         self._answer = answer
         self._chance = chance
@@ -77,11 +76,9 @@ class Oracle:
         return Proposal(tokens, parents) if tokens else None
 
     def settle(self, sequence: Served, proposal: Proposal | None, accepted: int) -> None:
-        if proposal is not None:
-            self.settled.append((len(proposal.tokens), accepted))
-            assert accepted <= self.best[sequence.id]
-            if self.strict and sequence.finish_reason is None:
-                assert accepted == self.best[sequence.id]
+        best = self.best.pop(sequence.id, 0)
+        if proposal is not None and self.strict:
+            assert accepted <= best and (accepted == best or sequence.finish_reason is not None)
 
     @property
     def memory_bytes(self) -> int:
