@@ -20,8 +20,10 @@ from builders.cli import main as edge_build
 from builders.sources.medusa import CONFIG, WEIGHTS, tensor_keys
 from edge_runtime import Request, Session, open_engine
 from edge_runtime.backends.protocol import StepBatch
+from edge_runtime.serving import loop
 from edge_runtime.serving.sampling import Sampler
 from edge_runtime.serving.sequence import Sequence as Served
+from edge_runtime.serving.verification import Proposal
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -52,13 +54,16 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._rows: dict[Sampler, list[np.ndarray]] = {}
-        choose = Sampler.choose
+        walk = loop.walk
 
-        def recorded(sampler: Sampler, logits: np.ndarray) -> object:
-            self._rows.setdefault(sampler, []).append(logits.copy())
-            return choose(sampler, logits)
+        def recorded(rows: np.ndarray, proposal: Proposal | None, sampler: Sampler) -> Iterator[object]:
+            at = -1
+            for choice, following in walk(rows, proposal, sampler):
+                self._rows.setdefault(sampler, []).append(rows[at + 1].copy())
+                yield choice, following
+                at = -1 if following is None else following
 
-        monkeypatch.setattr(Sampler, "choose", recorded)
+        monkeypatch.setattr(loop, "walk", recorded)
 
     def together(self, session: Session, requests: Sequence[Request]) -> list[Answer]:
         """All requests in flight at once."""
