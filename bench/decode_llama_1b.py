@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import processor
 from random_llama import SHAPES, Shape, write_folder, write_gguf
 
 from edge_runtime.backends.protocol import Executor, Part, StepBatch
@@ -125,13 +125,6 @@ def build(shape: Shape, work: Path) -> tuple[Path, float | None]:
     return engine, time.perf_counter() - began
 
 
-def machine() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1.1b")
@@ -147,7 +140,7 @@ def main() -> int:
     sides = {"edge int4_g64": ours, "llama.cpp Q4_0": peer}
     rates = measure(sides, args.rounds)
     first, second = sides
-    print(f"{machine()}, {args.threads} threads, median of {args.rounds} interleaved rounds, tokens/s")
+    print(f"{processor()}, {args.threads} threads, median of {args.rounds} interleaved rounds, tokens/s")
     print(f"{'job':<12}{first:>16}{second:>16}{'ratio':>8}")
     for job, by in rates.items():
         print(f"{job:<12}{by[first]:>16.1f}{by[second]:>16.1f}{by[first] / by[second]:>8.2f}")
@@ -156,7 +149,7 @@ def main() -> int:
     print(f"plain read loop {bandwidth:.1f} GB/s; decode reads {reads:.1f} GB/s")
     today = datetime.date.today().isoformat()
     result: dict[str, Any] = {
-        "machine": machine(), "threads": args.threads, "rounds": args.rounds, "shape": shape.name,
+        "machine": processor(), "threads": args.threads, "rounds": args.rounds, "shape": shape.name,
         "tokens_per_s": rates, "plain_read_gb_per_s": bandwidth, "build_seconds": seconds,
         "engine_bytes": engine.stat().st_size, "gguf_bytes": gguf.stat().st_size,
     }  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode_llama_1b import machine
+from machine import processor
 
 from builders.archs import read_program
 from builders.cli import main as edge_build
@@ -249,14 +249,14 @@ def main() -> int:
     target = ROOT / "bench" / "results" / f"cpu-{today}-kv-quality.json"
     cores = len(os.sched_getaffinity(0))
     record = {
-        "machine": machine(),
+        "machine": processor(),
         "threads": cores,
         "weights": "f16",
         "commands": len(cases),
         "models": results,
     }
     target.write_text(json.dumps(record, indent=1) + "\n")
-    draw(results, f"KV cache, weights f16 ({machine()})", target.with_suffix(".png"))
+    draw(results, f"KV cache, weights f16 ({processor()})", target.with_suffix(".png"))
     print(f"written: {target.relative_to(ROOT)} and .png")
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from decode_llama_1b import machine
+from machine import processor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -173,7 +173,7 @@ def main() -> int:
     different = sum(sum(row["different"]) for row in rows)
     tokens = sum(sum(row["tokens"]) for row in rows)
     record = {
-        "machine": machine(),
+        "machine": processor(),
         "threads": options.threads or len(os.sched_getaffinity(0)),
         "prompts": options.prompts,
         "tokens_each": options.tokens,

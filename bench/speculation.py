@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import machine
 from padded_planner import write_padded
 
 from builders.cli import main as edge_build
@@ -175,7 +174,7 @@ def main() -> None:
         results[name] = measure(engine, options.rounds, options.threads, options.commands, ways)
     show(results)
     record = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine(),
         "rounds": options.rounds,
         "commands": options.commands,
         "results": results,
@@ -185,13 +184,6 @@ def main() -> None:
     (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if len(results) == 2:
         plot(results, folder / f"{stem}.svg")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
