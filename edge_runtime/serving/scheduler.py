@@ -120,9 +120,8 @@ class Scheduler:
 
     def too_late(self) -> list[Sequence]:
         """Those that must end now: their next token would come after their deadline."""
-        now, known = self._clock(), self._known()
-        others = min(len(known), self._step.sequences, self._step.tokens) - 1
-        return [s for s in known if s.due is not None and now + self._next_token(s, others) >= s.due]
+        now = self._clock()
+        return [s for s in self._known() if s.due is not None and now + self._next_token(s) >= s.due]
 
     def overrun(self, items: list[Item]) -> list[Sequence]:
         """Those that must end now: a step of these items would end after their deadline."""
@@ -141,11 +140,11 @@ class Scheduler:
         dues = [s.due for s in sequences if s.due is not None]
         return min(dues) - self._clock() if dues else math.inf
 
-    def _next_token(self, s: Sequence, others: int = 0) -> float:
-        """Predicted seconds to the next token, once its turn has come, in steps with so many other tokens."""
-        whole, rest = divmod(s.pending, max(1, self._step.tokens - others))
+    def _next_token(self, s: Sequence) -> float:
+        """Predicted seconds to the next token, once its turn has come."""
+        whole, rest = divmod(s.pending, self._step.tokens)
         time = whole * self._pace.predict(self._step.tokens)
-        return time + (self._pace.predict(rest + others) if rest else 0.0)
+        return time + (self._pace.predict(rest) if rest else 0.0)
 
     def _urgency(self, s: Sequence, now: float) -> tuple[int, float]:
         """Lower goes first."""

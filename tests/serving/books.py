@@ -62,7 +62,15 @@ def check_books(session: Session, executor: HistoryExecutor, draft: HistoryExecu
         assert s.pages is not None
         tables.append(s.pages)
         _check_sequence(s, s.pages, executor, draft, pool.page_tokens)
-    assert all(s.pages is None and s.slot == -1 and not s.nodes for s in scheduler.waiting)
+    for s in scheduler.waiting:
+        assert (s.pages, s.slot, s.nodes, s.computed, s.draft_computed, s.hidden) == (
+            None,
+            -1,
+            [],
+            0,
+            0,
+            None,
+        )
     check_pool(pool, tables)
     slots = [s.slot for s in scheduler.running]
     assert sorted([*slots, *scheduler._slots]) == list(range(session.step_shape.sequences))

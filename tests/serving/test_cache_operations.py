@@ -111,8 +111,11 @@ class Traffic:
 
     def submit(self) -> None:
         rng = self.rng
-        begin = [SPOILED] if rng.random() < 0.06 else []
+        begin = [SPOILED] if rng.random() < 0.12 else []
         prompt = [*begin, *rng.choice(self.bases)[: rng.randrange(60)], *self.tokens(rng.randrange(1, 20))]
+        twins = [asked.request for number, asked in self.asked.items() if number in self.session._live]
+        if twins and rng.random() < 0.3:  # the same once more, beside it: its pages become the first one's
+            prompt = list(rng.choice(twins).prompt)
         request = Request(
             prompt=prompt,
             max_tokens=rng.randrange(1, 30),
@@ -234,7 +237,7 @@ def test_random_operations_keep_the_books_and_the_answers(way: str, tmp_path: Pa
             counts[name] = counts.get(name, 0) + count
     # Nothing above proves anything if it did not come to pass
     seen = ("length", "cancelled", "error", "refused", "loaded", "preempted")
-    assert min(counts.get(name, 0) for name in seen) > 3
+    assert min(counts.get(name, 0) for name in seen) > 1
     assert counts["cached"] > 1000
     if way != "off":
         assert 50 < counts["accepted"] < counts["drafted"]

@@ -101,6 +101,7 @@ def test_useless_guesses_cost_three_percent_at_most(share: float, sequences: int
     with run.session:
         spent, plain = run.serve(STEPS * sequences)
     assert run.session.metrics.accepted == 0
+    assert run.session.metrics.drafted < 100 * sequences  # the longer it stays shut, the less often it looks
     assert 1.0 < spent / plain <= 1.03  # it did try, and that was all
     assert not run.gate.is_open
 
@@ -112,6 +113,14 @@ def test_nor_do_they_where_every_answer_is_short_and_its_prompt_long(answer: int
     with run.session:
         spent, plain = run.serve(STEPS, prompt=900, answer=answer)
     assert 1.0 < spent / plain <= 1.03
+
+
+def test_reading_prompts_in_vain_is_paid_back_before_it_is_done_again() -> None:
+    """One trial takes as long as some forty plain steps here, which is more than all the credit."""
+    run = Run(share=0.9, chance=0.0)
+    with run.session:
+        spent, plain = run.serve(2 * STEPS, prompt=1000, answer=80)
+    assert 1.0 < spent / plain <= 1.02
 
 
 def test_guesses_that_are_right_now_and_then_but_do_not_pay_cost_no_more() -> None:
@@ -187,15 +196,28 @@ class Noisy:
 
 @pytest.mark.parametrize("chance", [0.0, 0.9])
 def test_steps_that_are_held_up_decide_nothing(chance: float) -> None:
+    """Nor do the first two plain ones, on which all later ones would be judged."""
     run = Run(share=0.2, chance=chance, target=Noisy())
     with run.session:
-        run.serve(50, answer=50)
-        spent, _ = run.serve(STEPS)
-    plain = STEPS * target_cost(1) * (1 + 3 / 20)
+        spent, _ = run.serve(1000)
+    plain = 1000 * target_cost(1) * (1 + 3 / 20) + 2 * 9 * target_cost(1)
     if chance:
         assert spent < 0.7 * plain and run.gate.is_open
     else:
         assert spent <= 1.03 * plain and not run.gate.is_open
+
+
+def test_what_was_measured_on_a_hot_device_is_not_believed_for_ever() -> None:
+    """Plain steps were timed while all took three times as long; guesses would seem to pay ever after."""
+    noisy = Noisy()
+    noisy.heat = 3.0
+    run = Run(share=0.4, chance=0.5, target=noisy)
+    with run.session:
+        run.serve(300, answer=301)
+        assert run.gate.is_open
+        noisy.heat = 1.0
+        spent, _ = run.serve(1000, answer=1001)
+    assert spent <= 1.05 * 1000 * target_cost(1) * (1 + 3 / 20)
 
 
 def test_a_device_that_grows_hot_is_measured_anew() -> None:

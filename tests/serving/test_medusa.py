@@ -87,16 +87,19 @@ def test_heads_guess_from_the_row_that_the_last_token_came_from(trees: bool, wro
     rng = random.Random(2)
     prompts = [[rng.randrange(FIRST, WORDS) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
     with session:
-        requests = [Request(prompt=p, max_tokens=26, priority=i % 3) for i, p in enumerate(prompts)]
-        asked = {session.submit(request): request.prompt for request in requests}
-        got: dict[int, list[int]] = {number: [] for number in asked}
-        while session.in_flight:
+        asked: dict[int, list[int]] = {}
+        got: dict[int, list[int]] = {}
+        while session.in_flight or len(asked) < len(prompts):
+            for prompt in prompts[len(asked) : len(asked) + 1]:  # one a step, the later ones before others
+                number = session.submit(Request(prompt=prompt, max_tokens=26, priority=len(asked) // 8))
+                asked[number], got[number] = prompt, []
             for event in session.step():
                 assert event.token is not None
                 got[event.request].append(event.token)
             check_books(session, model)
         for number, prompt in asked.items():
             assert got[number] == continuation(prompt, 26, WORDS)
+        assert session._scheduler.preempted > 0
         assert_idle(session)
         if wrong == 0.0:
             # One token from the prompt's last row, then five a step: each head was right each time
