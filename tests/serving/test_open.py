@@ -214,5 +214,5 @@ def test_every_public_name_exists() -> None:
 
 def test_a_draft_length_bounds_a_tree_too() -> None:
     assert MedusaHeads([], most=NODES[-1]).lengths == NODES
-    assert MedusaHeads([], most=9).lengths == (2, 4, 8) and MedusaHeads([], most=1).lengths == (1,)
+    assert MedusaHeads([], most=9).lengths == (2, 4, 8, 9) and MedusaHeads([], most=1).lengths == (1,)
     assert Guessing("medusa", 9, trees=True).rows == 10 and Guessing("off", 9).rows == 1
