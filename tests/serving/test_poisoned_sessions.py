@@ -142,7 +142,7 @@ def finish(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "layer"), [("cpu", i) for i in range(LAYERS)] + [("reference", i) for i in (0, LAYERS - 1)]
+    ("backend", "layer"), [*(("cpu", i) for i in range(LAYERS)), ("reference", LAYERS - 1)]
 )
 def test_an_overflow_in_any_layer(
     engines: Engines, recorder: Recorder, edits: dict[int, Edit], backend: str, layer: int
