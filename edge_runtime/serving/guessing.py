@@ -40,6 +40,11 @@ class Guessing:
         """Rows of logits that one sequence needs in a step."""
         return 1 if self.way == "off" else 1 + self.length
 
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of its parts' weights as they lie in the file."""
+        return sum(weights_nbytes(part.program, part.plan.tensors) for part, _, _ in self.parts)
+
     def nbytes(self, threads: int) -> int:
         """Bytes of weights, KV cache and buffers beside the language part's."""
         return sum(

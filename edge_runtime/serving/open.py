@@ -129,7 +129,7 @@ def _open(engine: Engine, options: _Options) -> Session:
     check_supports(backend, part.program, part.plan.tensors)
     sizes = _sizes(part, options)
     adapters = _adapters(engine, part, options)
-    repacked = _repacked(part, backend) if backend.name == "cpu" else {}
+    repacked = _repacked(part, backend)
     if repacked:
         notices.append(
             f"{len(repacked)} of {len(part.weights)} tensors lie in another packing and are repacked at load"
@@ -142,7 +142,8 @@ def _open(engine: Engine, options: _Options) -> Session:
     guessing = choose_guessing(engine, backend, speculate, options.draft_length, sizes.kv, sizes.step)
     have, source = _have(options.memory_limit)
     ranks = [{tensor: update.rank for tensor, update in a.items()} for a in adapters.values()]
-    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), ranks, have)
+    beside = sum(sum(_repacked(other, backend).values()) for other, _, _ in guessing.parts)
+    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), beside, ranks, have)
     check_fits(memory, have, source)
     tokenizer_json = bytes(engine.blob("tokenizer.json"))
     tokenizer = Tokenizer(tokenizer_json, manifest.vocabulary)
@@ -172,7 +173,7 @@ def _open(engine: Engine, options: _Options) -> Session:
         step=sizes.step,
         kv=sizes.kv,
         memory=memory,
-        mapped_bytes=memory.weights - sum(repacked.values()),
+        mapped_bytes=memory.weights - sum(repacked.values()) + guessing.weights_nbytes,
         backend=backend.name,
         proposer=proposer,
         gated=options.gated,
@@ -247,7 +248,9 @@ def _sizes(part: EnginePart, options: _Options) -> _Sizes:
 
 
 def _repacked(part: EnginePart, backend: Backend) -> dict[str, int]:
-    """Bytes of each matrix that the backend must bring into its own packing."""
+    """Bytes of each matrix that the cpu backend must bring into its own packing; none on the others."""
+    if backend.name != "cpu":
+        return {}
     return {
         name: packed_nbytes(t.format, backend.packing[t.format], t.rows, t.cols)
         for name, t in part.weights.items()
@@ -268,11 +271,12 @@ def _fit(
     sizes: _Sizes,
     guessing: Guessing,
     repacked: int,
+    beside: int,
     ranks: list[dict[str, int]],
     have: int,
 ) -> tuple[_Sizes, MemoryPlan]:
     """The sizes with rows of logits for guesses, and their memory by the planner's own function; repacked
-    weights count twice.
+    weights, the part's and those beside it, count twice.
     """
     rows = min(sizes.step.tokens, sizes.step.sequences * guessing.rows)
     step = msgspec.structs.replace(sizes.step, logits=max(sizes.step.logits, rows))
@@ -285,7 +289,7 @@ def _fit(
         total=have,
         reserve=0,
         context=0,
-        draft=guessing.nbytes(sizes.threads),
+        draft=guessing.nbytes(sizes.threads) + beside,
         adapters=sum(adapter_nbytes(part.program, step, r) for r in ranks),
     )
     memory = msgspec.structs.replace(plan, weights=plan.weights + repacked)

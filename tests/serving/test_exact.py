@@ -91,7 +91,7 @@ def test_a_prefix_found_is_a_prefix_computed(
         assert restored[0].cached == 64
 
 
-@every_cache
+@pytest.mark.parametrize(("model", "kv"), [case for case in CASES if case[1] in SAME])
 def test_a_request_pushed_back_goes_on_as_if_it_never_was(
     engines: Engines, recorder: Recorder, model: str, kv: str
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+import msgspec
 import numpy as np
 import pytest
 from draws import p_value
@@ -14,6 +15,7 @@ from real_engines import Engines, Recorder, prompts
 
 from edge_runtime import Request, Sampling, Session, open_engine
 from edge_runtime.backends.cpu import BACKEND
+from edge_runtime.serving.draft import DraftModel
 from edge_runtime.serving.sampling import Choice, Sampler, probabilities
 
 if not BACKEND.available().ok:
@@ -51,6 +53,22 @@ def test_greedy_answers_are_the_same(engines: Engines, model: str, kv: str) -> N
             assert drafted > accepted > 0, (way, length)  # some stood, some were rolled back
 
 
+def test_a_draft_with_a_shorter_context_stops_where_it_ends(engines: Engines) -> None:
+    path = engines.full("planner")
+    with open_engine(path, speculate="off") as session:
+        texts = prompts(session, "planner", 4)
+        requests = [Request(prompt=ids, max_tokens=60, ignore_eos=True) for ids in texts]
+        want, _, _ = answers(session, requests)
+    with open_engine(path, speculate="draft", gated=False) as session:
+        draft = session.speculation.proposer
+        assert isinstance(draft, DraftModel)
+        draft._step = msgspec.structs.replace(draft._step, context=48)
+        got, drafted, _ = answers(session, requests)
+        assert got == want
+        assert drafted > 0 and session.speculation.failures == 0
+        assert all(s < 48 for s in map(len, texts))  # it began to guess for each of them
+
+
 @pytest.mark.parametrize("way", ["lookup", "medusa"])
 @pytest.mark.parametrize("model", MODELS)
 def test_sampled_answers_are_the_same_where_guesses_are_certain(
@@ -75,7 +93,7 @@ def test_sampled_answers_are_the_same_where_guesses_are_certain(
 # --- guesses that are drawn -------------------------------------------------------------------------------
 
 KEPT = 6  # tokens that each draw may bring
-SEEDS = 1200
+SEEDS = 800
 WARM = {"temperature": 3.0, "top_k": KEPT}  # spread, so that a draft is often wrong
 
 
