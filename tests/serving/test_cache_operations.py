@@ -153,7 +153,7 @@ class Traffic:
             assert asked.reason == "cancelled" and asked.cancelled
 
     def cancel(self) -> None:
-        number = self.rng.choice([*self.session._live, 10**9])
+        number = self.rng.choice([*self.session._traffic.live, 10**9])
         if self.session.cancel(number):
             self.asked[number].cancelled = True
             assert not self.session.cancel(number)
@@ -161,7 +161,7 @@ class Traffic:
     def adapters(self) -> None:
         name = self.rng.choice([TIDY, GREET])
         if name in self.numbers:
-            used = any(s.request.adapter == name for s in self.session._live.values())
+            used = any(s.request.adapter == name for s in self.session._traffic.live.values())
             try:
                 self.session.drop_adapter(name)
             except BadRequest as error:
