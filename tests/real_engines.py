@@ -67,7 +67,7 @@ class Recorder:
 
     def together(self, session: Session, requests: Sequence[Request]) -> list[Answer]:
         """All requests in flight at once."""
-        served = [session._live[session.submit(request)] for request in requests]
+        served = [session._traffic.live[session.submit(request)] for request in requests]
         while session.in_flight:
             session.step()
         return [self.answer(s) for s in served]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
@@ -18,7 +17,7 @@ from edge_runtime.backends.protocol import Executor
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.manifest import LANGUAGE, Manifest
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, StepShape
-from edge_runtime.errors import BadRequest, NumericError, QueueFull
+from edge_runtime.errors import BadRequest, NumericError
 from edge_runtime.serving import sequence as sequences
 from edge_runtime.serving.adapters import Adapters, ReadAdapter
 from edge_runtime.serving.chat import ChatTemplate, check_messages
@@ -38,8 +37,7 @@ from edge_runtime.serving.scheduler import Scheduler
 from edge_runtime.serving.speculative import Proposer, Speculation
 from edge_runtime.serving.stream import Stream
 from edge_runtime.serving.tokenizer import Tokenizer
-
-_WAIT = 0.05  # seconds until a thread that waits for another one's steps looks whether it should drive them
+from edge_runtime.serving.traffic import Traffic
 
 
 class Session:
@@ -103,6 +101,7 @@ class Session:
             copy_page=self._copy_page,
             clock=clock,
         )
+        self._traffic = Traffic(self._scheduler, self.metrics)
         self._loop = Loop(
             executor,
             self._scheduler,
@@ -114,8 +113,9 @@ class Session:
             page_tokens=kv.page_tokens,
             width=width,
             clock=clock,
-            emit=self._emit,
+            emit=self._traffic.emit,
         )
+        self._traffic.drive(self._loop)
         self._adapters = Adapters(executor, read_adapter)
         self._prefixes = PrefixPages(
             self._tree,
@@ -132,15 +132,7 @@ class Session:
                 adapter=None,
             ),
         )
-        self._live: dict[int, sequences.Sequence] = {}
         self._numbers = itertools.count(1)
-        # Reentrant, for a dropped Stream may cancel at any point; submitting and the set of live requests
-        self._gate = threading.RLock()
-        self._turn = threading.Lock()  # held by whoever drives a step
-        self._stepped = threading.Condition()
-        self._unread: deque[Token] = deque()  # events of requests that came through submit()
-        self._cancels = False
-        self._closed = False
 
     # --- one request, as most people use it ---
 
@@ -208,37 +200,21 @@ class Session:
         A request whose numbers are not finite ends with the reason "error", others go on. `in_flight` says
         whether another step is of use.
         """
-        self._turn.acquire()
-        try:
-            self._check_open()
-            self._run()
-            events = list(self._unread)
-            self._unread.clear()
-        finally:
-            self._end_turn()
-        return events
+        return self._traffic.step()
 
     def cancel(self, number: int) -> bool:
         """End a request: all it holds is free when the running step ends. False when it had ended already."""
-        with self._gate:
-            sequence = self._live.get(number)
-            if sequence is None:
-                return False
-            sequence.cancelled = True
-            self._cancels = True
-        if self._turn.acquire(blocking=False):  # else whoever drives does it when the running step ends
-            self._end_turn()
-        return True
+        return self._traffic.cancel(number)
 
     def stream(self, request: Request) -> Stream:
         """Submit now and return the iterator over its events, which drives the session while it waits."""
-        return self._stream(self._submit(request, deque()))
+        return self._traffic.stream(self._submit(request, deque()))
 
     def answer(self, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
         """Submit and wait for the whole answer; `on_text` gets each piece of text as it comes."""
         sequence = self._submit(request, deque())
         seen = []
-        with self._stream(sequence) as events:
+        with self._traffic.stream(sequence) as events:
             for event in events:
                 seen.append(event)
                 if on_text is not None and event.text:
@@ -261,8 +237,7 @@ class Session:
         done = self.answer(Request(prompt=ids, max_tokens=1, ignore_eos=True, adapter=adapter))
         if done.finish_reason == "error":
             raise NumericError(f"the prefix cannot be run: {done.error}")
-        with self._turn:
-            self._check_open()
+        with self._traffic.between_steps():
             loaded = None if adapter is None else self._adapters.get(adapter)
             return self._prefixes.save(path, ids, adapter, loaded)
 
@@ -274,8 +249,7 @@ class Session:
         """
         loaded = None if adapter is None else self._adapters.get(adapter)
         saved = self._prefixes.read(path, self.tokenizer.vocabulary.size, loaded)
-        with self._turn:
-            self._check_open()
+        with self._traffic.between_steps():
             if adapter is not None and self._adapters.get(adapter) != loaded:
                 raise BadRequest(f"the adapter {adapter!r:.60} was replaced meanwhile; load the prefix again")
             return self._prefixes.restore(saved, adapter)
@@ -287,14 +261,13 @@ class Session:
         for a folder that cannot be read.
         """
         adapter = self._adapters.read(adapter)
-        with self._turn:
-            self._check_open()
+        with self._traffic.between_steps():
             self._adapters.load(name, adapter)
 
     def drop_adapter(self, name: str) -> None:
         """Free an adapter. Raises BadRequest while a request that uses it is in flight."""
-        with self._turn, self._gate:
-            users = sum(s.request.adapter == name for s in self._live.values())
+        with self._traffic.between_steps(), self._traffic.gate:
+            users = sum(s.request.adapter == name for s in self._traffic.live.values())
             if users:
                 raise BadRequest(f"{users} requests in flight use the adapter {name!r}; wait for their end")
             self._adapters.drop(name)
@@ -320,7 +293,7 @@ class Session:
     @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
-        return len(self._live)
+        return len(self._traffic.live)
 
     @property
     def pages_used(self) -> int:
@@ -349,9 +322,9 @@ class Session:
 
     def forget_prefixes(self) -> None:
         """Empty the cache of prompts' beginnings. Raises BadRequest while requests are in flight."""
-        with self._turn, self._gate:
-            if self._live:
-                raise BadRequest(f"{len(self._live)} requests are in flight; wait for their end")
+        with self._traffic.between_steps(), self._traffic.gate:
+            if self.in_flight:
+                raise BadRequest(f"{self.in_flight} requests are in flight; wait for their end")
             for root in (None, *self.adapters):
                 self._tree.drop(root)
 
@@ -370,8 +343,7 @@ class Session:
         if known is None:
             raise BadRequest("this engine carries no known answer; build it again to get one")
         same = known.backend == self.backend and (self.plan.kv.k, self.plan.kv.v) == (self.kv.k, self.kv.v)
-        with self._turn:
-            self._check_open()
+        with self._traffic.between_steps():
             slot = self._scheduler.free_slot
             if slot is None:
                 raise BadRequest("every sequence is in use; verify while fewer requests are in flight")
@@ -380,15 +352,7 @@ class Session:
 
     def close(self) -> None:
         """End every request as cancelled and give the memory back. A second close does nothing."""
-        with self._turn:
-            if self._closed:
-                return
-            with self._gate:
-                self._closed = True
-                for sequence in self._live.values():
-                    sequence.cancelled = True
-                self._cancels = True
-            self._sweep()
+        if self._traffic.close():
             self.speculation.close()
             self._executor.close()
             self._on_close()
@@ -428,17 +392,12 @@ class Session:
             clock=self._clock,
         )
         sequence.events = events
-        with self._gate:
-            self._check_open()
-            if request.adapter is not None:  # here, for its number is another one's once it was dropped
+
+        def take_adapter() -> None:  # then, for its number is another one's once it was dropped
+            if request.adapter is not None:
                 sequence.adapter = self._adapters.get(request.adapter).number
-            try:
-                self._scheduler.submit(sequence)
-            except QueueFull:
-                self.metrics.refused += 1
-                raise
-            self._live[sequence.id] = sequence
-            self.metrics.prompt_tokens += len(prompt)
+
+        self._traffic.join(sequence, take_adapter)
         return sequence
 
     def _constraint(self, request: Request) -> Constraint | None:
@@ -467,62 +426,6 @@ class Session:
             return self.chat_prompt(messages, answer=False)
         return self._prompt_ids([i for i in prefix if not isinstance(i, Mapping)])
 
-    def _wait_for(self, events: deque[Token]) -> None:
-        """Run a step, or wait for the one that another thread runs."""
-        if self._turn.acquire(blocking=False):
-            try:
-                if not events:  # the driver before us may have filled it
-                    self._check_open()
-                    self._run()
-            finally:
-                self._end_turn()
-        else:
-            with self._stepped:
-                if not events:
-                    self._stepped.wait(_WAIT)
-
-    def _end_turn(self) -> None:
-        """Let another thread drive; a cancel that came in meanwhile and found the turn taken is done here."""
-        self._turn.release()
-        with self._stepped:
-            self._stepped.notify_all()
-        while self._cancels and self._turn.acquire(blocking=False):
-            try:
-                self._sweep()
-            finally:
-                self._turn.release()
-
-    def _stream(self, sequence: sequences.Sequence) -> Stream:
-        events = sequence.events
-        assert events is not None  # stream() and answer() gave it one
-        return Stream(sequence.id, events, lambda: self._wait_for(events), self.cancel)
-
-    def _sweep(self) -> None:
-        """End the requests that were cancelled since the last step."""
-        if not self._cancels:
-            return
-        with self._gate:
-            self._cancels = False
-            cancelled = [s for s in self._live.values() if s.cancelled]
-        for sequence in cancelled:
-            self._loop.end(sequence, "cancelled")
-
-    def _emit(self, sequence: sequences.Sequence, event: Token) -> None:
-        if event.finish_reason is not None:
-            with self._gate:
-                self._scheduler.remove(sequence)
-                self._live.pop(sequence.id, None)
-            self.metrics.end(sequence.watch, event.finish_reason, sequence.cached)
-        (self._unread if sequence.events is None else sequence.events).append(event)
-
-    def _run(self) -> None:
-        self._sweep()
-        self._loop.step()
-
     def _copy_page(self, source: int, target: int) -> None:
         self._executor.copy_page(source, target)
         self.speculation.copy_page(source, target)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise BadRequest("this session is closed; open the engine again")

@@ -74,7 +74,7 @@ def check_books(session: Session, executor: HistoryExecutor, draft: HistoryExecu
     check_pool(pool, tables)
     slots = [s.slot for s in scheduler.running]
     assert sorted([*slots, *scheduler._slots]) == list(range(session.step_shape.sequences))
-    assert {s.id for s in (*scheduler.running, *scheduler.waiting)} == set(session._live)
+    assert {s.id for s in (*scheduler.running, *scheduler.waiting)} == set(session._traffic.live)
     numbers: dict[str | None, int] = {None: -1}
     numbers |= {name: session._adapters.get(name).number for name in session.adapters}
     for page, (name, path) in check_tree(session._tree, pool).items():

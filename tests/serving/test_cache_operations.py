@@ -113,7 +113,9 @@ class Traffic:
         rng = self.rng
         begin = [SPOILED] if rng.random() < 0.12 else []
         prompt = [*begin, *rng.choice(self.bases)[: rng.randrange(60)], *self.tokens(rng.randrange(1, 20))]
-        twins = [asked.request for number, asked in self.asked.items() if number in self.session._live]
+        twins = [
+            asked.request for number, asked in self.asked.items() if number in self.session._traffic.live
+        ]
         if twins and rng.random() < 0.3:  # the same once more, beside it: its pages become the first one's
             prompt = list(rng.choice(twins).prompt)
         request = Request(
@@ -156,7 +158,7 @@ class Traffic:
             assert asked.reason == "cancelled" and asked.cancelled
 
     def cancel(self) -> None:
-        number = self.rng.choice([*self.session._live, 10**9])
+        number = self.rng.choice([*self.session._traffic.live, 10**9])
         if self.session.cancel(number):
             self.asked[number].cancelled = True
             assert not self.session.cancel(number)
@@ -164,7 +166,7 @@ class Traffic:
     def adapters(self) -> None:
         name = self.rng.choice([TIDY, GREET])
         if name in self.numbers:
-            used = any(s.request.adapter == name for s in self.session._live.values())
+            used = any(s.request.adapter == name for s in self.session._traffic.live.values())
             try:
                 self.session.drop_adapter(name)
             except BadRequest as error:

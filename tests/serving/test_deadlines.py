@@ -94,7 +94,7 @@ class Watch:
         session, clock = self.served.session, self.served.clock
         number = session.submit(request)
         due = None if request.deadline is None else clock() + request.deadline
-        self.seen[number] = Watched(request, session._live[number], due)
+        self.seen[number] = Watched(request, session._traffic.live[number], due)
         return number
 
     def step(self) -> None:
@@ -300,7 +300,7 @@ def test_a_cancel_takes_effect_within_one_step(steps: int, during: bool) -> None
         else:
             assert session.cancel(number)
         assert [s.id for s in (*session._scheduler.running, *session._scheduler.waiting)] == [number + 1]
-        assert number not in session._live
+        assert number not in session._traffic.live
         check_books(session, served.executor)
         watch.step()
         assert watch.seen[number].reason == "cancelled"

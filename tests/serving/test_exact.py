@@ -102,10 +102,10 @@ def test_a_request_pushed_back_goes_on_as_if_it_never_was(
         high = Request(prompt=text[5:70], max_tokens=30, ignore_eos=True, priority=1)
         want = recorder.alone(session, [low, high])
         session._tree.drop(None)
-        victim = session._live[session.submit(low)]
+        victim = session._traffic.live[session.submit(low)]
         while len(victim.answer) < 9:
             session.step()
-        urgent = session._live[session.submit(high)]
+        urgent = session._traffic.live[session.submit(high)]
         while session.in_flight:
             session.step()
         assert session._scheduler.preempted == 1

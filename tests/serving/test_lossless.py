@@ -28,7 +28,7 @@ PROMPTS, TOKENS = 20, 24
 
 def answers(session: Session, requests: list[Request]) -> tuple[list[tuple[int, ...]], int, int]:
     """Tokens of every answer, as many at once as there is room for; guesses, and those that stood."""
-    served = [session._live[session.submit(request)] for request in requests]
+    served = [session._traffic.live[session.submit(request)] for request in requests]
     while session.in_flight:
         session.step()
     assert all(s.finish_reason == "length" for s in served)

@@ -165,7 +165,7 @@ def test_an_overflow_in_any_layer(
         spoiled = overflow(values, kind, layer)
         edits[LAYERS] = lambda part, spoiled=spoiled: with_values(part, spoiled)  # type: ignore[misc]
         with open_engine(path, backend=backend, speculate="off", threads=2) as session:
-            served = [session._live[session.submit(r)] for r in requests]
+            served = [session._traffic.live[session.submit(r)] for r in requests]
             assert fails(session.step(), served[0]), kind
             assert [len(s.answer) for s in served[1:]] == [1, 1]
             finish(session)
@@ -203,7 +203,7 @@ def test_an_embedding_that_is_not_finite(
         want = recorder.together(session, requests)
     edits[LAYERS] = lambda part: untied(part, value)
     with open_engine(path, backend=backend, speculate="off") as session:
-        served = [session._live[session.submit(r)] for r in requests]
+        served = [session._traffic.live[session.submit(r)] for r in requests]
         assert fails(session.step(), served[0])
         finish(session)
         assert [tuple(s.answer) for s in served[1:]] == [a.tokens for a in want[1:]]
@@ -216,7 +216,7 @@ def test_a_piece_of_a_prompt_without_logits(engines: Engines, edits: dict[int, E
     edits[LAYERS] = lambda part: with_values(part, overflow(apart(part, last), "down", last))
     with open_engine(path, speculate="off") as session:
         ids = prompts(session, "planner", 1)[0]
-        served = session._live[session.submit(Request(prompt=[ids[0], TOKEN, *ids[1:]]))]
+        served = session._traffic.live[session.submit(Request(prompt=[ids[0], TOKEN, *ids[1:]]))]
         assert fails(session.step(), served)
         finish(session)
 
@@ -240,7 +240,7 @@ def spoil(session: Session, page: int, layer: int, which: str, value: float, at:
 def poisoned_step(session: Session, requests: list[Request], after: int) -> list[Sequence]:
     """Submit and run until each has `after` tokens of its answer at least."""
     session._tree.drop(None)
-    served = [session._live[session.submit(r)] for r in requests]
+    served = [session._traffic.live[session.submit(r)] for r in requests]
     while min(len(s.answer) for s in served) < after:
         session.step()
     return served
@@ -300,7 +300,7 @@ def test_a_page_that_two_requests_share(engines: Engines, recorder: Recorder) ->
         want = recorder.alone(session, requests)
         session._tree.drop(None)
         recorder.together(session, [Request(prompt=texts[0], max_tokens=40, ignore_eos=True)])
-        served = [session._live[session.submit(r)] for r in requests]
+        served = [session._traffic.live[session.submit(r)] for r in requests]
         session.step()
         shared = [s.pages.pages[0] for s in served if s.pages is not None]
         assert shared[0] == shared[1] != shared[2]
@@ -324,7 +324,7 @@ def test_a_page_that_was_copied_in_part(engines: Engines, recorder: Recorder) ->
         recorder.together(session, [Request(prompt=text, max_tokens=2, ignore_eos=True)])
         (node,) = session._tree._by_page.values()
         spoil(session, node.page, 3, "v", np.inf, 7)
-        served = session._live[session.submit(request)]
+        served = session._traffic.live[session.submit(request)]
         assert fails(session.step(), served)
         assert served.cached == 10
         finish(session)
@@ -357,7 +357,7 @@ def test_an_adapter_that_overflows(engines: Engines, recorder: Recorder, backend
         want = recorder.together(session, requests[1:])
         for name in names:
             session.load_adapter("bad", update(session, name, 6e4, 6e4, 3e38))
-            served = [session._live[session.submit(r)] for r in requests]
+            served = [session._traffic.live[session.submit(r)] for r in requests]
             assert fails(session.step(), served[0]), name
             finish(session)
             assert [tuple(s.answer) for s in served[1:]] == [a.tokens for a in want], name
@@ -379,7 +379,8 @@ def test_an_adapter_spoiled_in_memory(engines: Engines, backend: str) -> None:
             a = held.memory[:2].view(np.float16) if backend == "cpu" else held["layers.2.up"].a[0]
             a[0] = value
             served = [
-                session._live[session.submit(r)] for r in (replace(requests[0], adapter="bad"), *requests[1:])
+                session._traffic.live[session.submit(r)]
+                for r in (replace(requests[0], adapter="bad"), *requests[1:])
             ]
             assert fails(session.step(), served[0])
             finish(session)
@@ -413,7 +414,7 @@ def test_a_guesser_that_is_not_finite(
     for i, name in enumerate(names if backend == "cpu" else names[::4]):
         edits[int(way == "draft")] = lambda part, name=name, value=VALUES[i % 3]: with_one(part, name, value)  # type: ignore[misc]
         with open_engine(path, backend=backend, speculate=way, gated=False, threads=2) as session:
-            served = [session._live[session.submit(r)] for r in requests]
+            served = [session._traffic.live[session.submit(r)] for r in requests]
             finish(session)
             assert [tuple(s.answer) for s in served] == want, name
             assert session.speculation.failures > 0
