@@ -113,7 +113,8 @@ class Speculation:
         if not wanted:
             return
         budget = min(tokens_left, rows_left) // len(wanted)
-        if self._hold > 0 and self.gate.is_open and seconds_left == math.inf and self._held <= budget:
+        held = self.fixed is None and self._hold > 0 and self.gate.is_open
+        if held and seconds_left == math.inf and self._held <= budget:
             self._hold -= 1
             length = self._held
         else:
