@@ -67,13 +67,16 @@ class Traffic:
         return events
 
     def cancel(self, number: int) -> bool:
-        """End a sequence at the end of the running step; False when it had ended already."""
-        with self.gate:
-            sequence = self.live.get(number)
-            if sequence is None:
-                return False
-            sequence.cancelled = True
-            self._cancels = True
+        """End a sequence at the end of the running step; False when it had ended already.
+
+        Takes no lock that another thread may hold for long: a Stream that the garbage collector drops comes
+        here from any line of code, also from where the scheduler's line is held.
+        """
+        sequence = self.live.get(number)
+        if sequence is None:
+            return False
+        sequence.cancelled = True
+        self._cancels = True  # after the mark, as `_sweep` looks at the marks after this
         if self._turn.acquire(blocking=False):  # else whoever drives does it when the running step ends
             self._end_turn()
         return True

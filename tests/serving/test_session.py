@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +272,45 @@ def test_an_adapter_that_is_dropped_while_a_request_comes_in_is_not_mixed_up_wit
         done = session.complete(ids(1, 5), max_tokens=9, adapter="greet")
         assert list(done.tokens) == adapted_continuation(ids(1, 5), 9, VOCAB, 0)
         assert_idle(session)
+
+
+def test_a_stream_that_is_dropped_anywhere_blocks_nobody() -> None:
+    """The garbage collector may drop one inside the scheduler, while another thread is about to submit."""
+    session, executor = make_session()
+    dropped = session.submit(Request(prompt=ids(1, 5), max_tokens=30))
+    session.step()
+    session.submit(Request(prompt=ids(2, 5), max_tokens=3))
+    match, submitting = session._tree.match, []
+
+    def collected(*args: Any) -> Any:
+        if not submitting:
+            submitting.append(
+                threading.Thread(
+                    target=session.submit, args=(Request(prompt=ids(3, 5), max_tokens=3),), daemon=True
+                )
+            )
+            submitting[0].start()
+            while session._traffic.gate.acquire(blocking=False):  # until the other thread has it
+                session._traffic.gate.release()
+            session.cancel(dropped)
+        return match(*args)
+
+    session._tree.match = collected  # type: ignore[method-assign]
+
+    def run() -> None:
+        session.step()
+        submitting[0].join()
+        while session.in_flight:
+            session.step()
+
+    driver = threading.Thread(target=run, daemon=True)
+    driver.start()
+    driver.join(20)
+    assert not driver.is_alive(), "two threads wait for each other"
+    assert session.metrics.finished == {"cancelled": 1, "length": 2}
+    check_books(session, executor)
+    assert_idle(session)
+    session.close()
 
 
 def test_threads_that_submit_cancel_and_read_lose_no_request() -> None:
