@@ -198,7 +198,8 @@ def test_opening_and_generating_take_nothing_of_the_builder(engine: Path, backen
     done = run_blocked(
         "from edge_runtime import open_engine, Sampling\n"
         f"with open_engine({str(engine)!r}, backend={backend!r}) as s:\n"
-        "    print(len(s.complete('Once upon a time', Sampling(temperature=1.0), max_tokens=5).tokens))\n"
+        "    warm = Sampling(temperature=1.0)\n"
+        "    print(len(s.complete('Once upon a time', warm, max_tokens=5, ignore_eos=True).tokens))\n"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "5"
