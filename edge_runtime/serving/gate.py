@@ -112,13 +112,18 @@ class Gate:
         self._open = False
         return trial.length
 
-    def note_plain(self, seconds: float) -> None:
-        """A decoding step without guesses was run; it takes so long, by all that was measured."""
+    @property
+    def resting_for(self) -> int:
+        """Steps until it looks again."""
+        return self._rest
+
+    def note_plain(self, seconds: float, steps: int = 1) -> None:
+        """Decoding steps without guesses were run; one takes so long, by all that was measured."""
         self._unchecked = 0
         self._plain = seconds
         if self._credit is None:
             self._credit = _FIRST_CREDIT * seconds
-        self._add(_SHARE * seconds)
+        self._add(_SHARE * seconds * steps)
 
     def note(self, results: list[tuple[Record, int, int]], seconds: float, plain_seconds: float) -> None:
         """A step with guesses: (record, guesses, accepted) of each sequence, and what it took.

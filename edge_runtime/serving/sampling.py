@@ -81,7 +81,7 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.constraint = constraint
-        self._random = Generator(Philox(sampling.seed))
+        self._drawing: Generator | None = None  # made when something is drawn: a greedy answer never does
         self._guessing: Generator | None = None  # a stream of its own: guesses must not shift the answer's
         # (vocab,) each; only where a penalty needs them
         self._seen = np.zeros(vocab_size if sampling.penalizes else 0, bool)
@@ -107,7 +107,7 @@ class Sampler:
         if s.temperature == 0.0:
             return self._take(logits, self._greedy(logits, self.constraint))
         p = probabilities(self._scores(logits, self.constraint), s)
-        return self._take(logits, draw(p, float(self._random.random())))
+        return self._take(logits, draw(p, float(self._random().random())))
 
     def verify(self, logits: Array, guess: int, odds: Array) -> Choice:
         """As `choose`, for a guess drawn from `odds` f64 (vocab,): the exact rejection rule."""
@@ -116,12 +116,12 @@ class Sampler:
             return self.choose(logits)
         check_finite(logits)
         p = probabilities(self._scores(logits, self.constraint), s)
-        if float(self._random.random()) * odds[guess] < p[guess]:
+        if float(self._random().random()) * odds[guess] < p[guess]:
             return self._take(logits, guess)
         left = np.maximum(p - odds, 0.0)
         if not left.any():  # p and odds are one distribution up to rounding
             left = p
-        return self._take(logits, draw(left, float(self._random.random())))
+        return self._take(logits, draw(left, float(self._random().random())))
 
     def guess(self, logits: Array, constraint: Constraint | None) -> tuple[int, Array | None]:
         """A draft model's token after logits f32 (vocab,), and the odds it was drawn from (None: greedy).
@@ -139,6 +139,11 @@ class Sampler:
         if not math.isfinite(odds[token]):  # one NaN or Inf is one in all of them
             raise NumericError("the draft model's logits hold NaN or Inf")
         return token, odds
+
+    def _random(self) -> Generator:
+        if self._drawing is None:
+            self._drawing = Generator(Philox(self.sampling.seed))
+        return self._drawing
 
     def _greedy(self, logits: Array, constraint: Constraint | None) -> int:
         if constraint is None and not self.sampling.penalizes:

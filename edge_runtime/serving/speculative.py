@@ -19,6 +19,7 @@ from edge_runtime.serving.scheduler import Item
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
+_HEAR = 8  # steps
 _HOLD = 3  # steps that a decision stands: weighing all lengths takes a small model's draft step
 _REWARD = 48  # tokens over which the cost of bringing a draft model up to date is spread, at most
 
@@ -79,6 +80,8 @@ class Speculation:
         self._pace = pace
         self._clock = clock
         self.spent = 0.0  # seconds of guessing in the running step
+        self._asked = False  # whether the proposer was asked in the running step
+        self._plain = 0  # steps without guesses that the gate has not heard of
         self._held = 0  # the length that was last decided on
         self._hold = 0  # steps for which it stands, as long as the gate is open
 
@@ -101,9 +104,12 @@ class Speculation:
     def propose(self, items: list[Item], tokens_left: int, rows_left: int, seconds_left: float) -> None:
         """Give items proposals, within what is left of the step; their tables make room for them."""
         self.spent = 0.0
+        self._asked = False
         proposer = self.proposer
+        if proposer is None or (self.fixed is None and self.gate.resting()):
+            return
         asking = [item for item in items if _asks(item)]
-        if proposer is None or not asking or (self.fixed is None and self.gate.resting()):
+        if not asking:
             return
         wanted = []
         for item in asking:
@@ -127,6 +133,9 @@ class Speculation:
         """What became of the step's guesses, and what the step took beside making them (seconds)."""
         if self.proposer is None:
             return
+        if not self._asked:
+            self._observe_plain(items)
+            return
         decoding = [(item, n) for item, n in zip(items, accepted, strict=True) if item.choose]
         if any(item.guesses for item, _ in decoding):
             plain = self._pace.predict(sum(item.count for item in items))
@@ -137,10 +146,19 @@ class Speculation:
                 for record, guesses, n in results:
                     if guesses:
                         record.note(guesses, n)
-        elif any(map(_asks, items)) and all(item.choose and item.count == 1 for item in items):
-            self.gate.note_plain(self._pace.predict(len(items)))
         for item, n in zip(items, accepted, strict=True):
             self.proposer.settle(item.sequence, item.proposal, n)
+
+    def _observe_plain(self, items: list[Item]) -> None:
+        """A step without guesses. The gate hears of every eighth, as of eight: most steps are such where
+        guesses do not pay, and there they must cost nothing.
+        """
+        self._plain += 1
+        if self._plain < _HEAR and self.gate.resting_for > 0:
+            return
+        if any(map(_asks, items)) and all(item.choose and item.count == 1 for item in items):
+            self.gate.note_plain(self._pace.predict(len(items)), self._plain)
+        self._plain = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -195,6 +213,7 @@ class Speculation:
 
     def _ask(self, proposer: Proposer, asks: list[tuple[Item, int]]) -> None:
         begin = self._clock()
+        self._asked = True
         for item, n in asks:
             table = item.sequence.pages
             assert table is not None  # it runs

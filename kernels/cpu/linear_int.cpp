@@ -14,8 +14,9 @@ constexpr int kPrefetch = T >= 4   ? 4096
                                    : 1024;
 
 // Panels computed together, so that several sums are in flight and one broadcast of inputs serves them all.
+// Eight tokens have enough of their own: more would not fit the registers.
 template <int T>
-constexpr int kPanels = kRegisters == 32 && T >= 4 ? 2 : 1;
+constexpr int kPanels = kRegisters == 32 && T == 4 ? 2 : 1;
 
 template <int kGroup>
 struct Nibbles {

@@ -164,7 +164,7 @@ def take_all(sampler: Sampler, row: np.ndarray, guess: int, odds: np.ndarray) ->
 def draw_anew(sampler: Sampler, row: np.ndarray, guess: int, odds: np.ndarray) -> Choice:
     """The right chance to stand, but else a token from p itself, not from what p has beyond the odds."""
     p = probabilities(row.astype(np.float64), sampler.sampling)
-    return Choice(guess) if sampler._random.random() * odds[guess] < p[guess] else sampler.choose(row)
+    return Choice(guess) if sampler._random().random() * odds[guess] < p[guess] else sampler.choose(row)
 
 
 @pytest.mark.parametrize("rule", [take_all, draw_anew])
