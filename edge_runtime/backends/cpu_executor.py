@@ -94,9 +94,10 @@ class CpuExecutor:
         out = np.empty((count, len(batch.tokens)), np.int32)
         with self._lock:
             handle = self._open()
-            check_adapters(batch.adapters, self._adapters)
-            self._prepare(batch)
             self._row_count = 0
+            if batch is not self._prepared:
+                self._prepare(batch)
+            check_adapters(batch.adapters, self._adapters)
             b = self._batch
             status = self._library.edge_cpu_chain(handle, ctypes.byref(b), count, _address(out))
             if status != rec.OK:

@@ -14,27 +14,34 @@ class Batches:
 
     def __init__(self, sequences: int, width: int) -> None:
         self._tables: Array = np.full((sequences, width), -1, np.int32)
-        self._last: StepBatch | None = None  # of the last step, when it was one token for each sequence
-        self._ids: list[int] = []  # of that step's sequences
+        self._last: StepBatch | None = None  # of the last step, when it had no prompts, trees or adapters
+        self._key: list[tuple[int, int, int]] = []  # sequence, slot and rows of each of its items
 
     def make(self, items: list[Item]) -> StepBatch:
         """The items in order; rows of logits are in the order of the items that choose.
 
-        While the same sequences decode token by token, it is the same batch with other values, which an
-        executor need not look at anew.
+        While the same sequences decode with as many guesses, it is the same batch with other values, which
+        an executor need not look at anew.
         """
         for row, item in zip(self._tables, items, strict=False):
             assert item.sequence.pages is not None  # the scheduler made room
             row[:] = item.sequence.pages.row
-        if any(item.rows > 1 or not item.choose for item in items):
+        if any(item.count > 1 or not item.choose or item.has_tree for item in items):
             self._last = None
             return self._any(items)
-        ids = [item.sequence.id for item in items]
-        if self._last is None or ids != self._ids:
-            self._ids, self._last = ids, self._any(items)
+        key = [(item.sequence.id, item.sequence.slot, item.rows) for item in items]
+        if self._last is None or key != self._key:
+            self._key, self._last = key, self._any(items)
             return self._last
-        self._last.tokens[:] = [item.sequence.tokens[item.start] for item in items]
-        self._last.positions[:] = [item.start for item in items]
+        tokens: list[int] = []
+        positions: list[int] = []
+        for item in items:
+            tokens.append(item.sequence.tokens[item.start])
+            if item.proposal is not None:
+                tokens += item.proposal.tokens
+            positions += range(item.start, item.start + item.rows)
+        self._last.tokens[:] = tokens
+        self._last.positions[:] = positions
         return self._last
 
     def _any(self, items: list[Item]) -> StepBatch:
@@ -52,8 +59,7 @@ class Batches:
                 tokens += item.proposal.tokens
                 positions += [end + depth for depth in item.proposal.depths()]
             sequence += [i] * item.rows
-        trees = any(item.proposal is not None and item.proposal.parents is not None for item in items)
-        places, parents = _trees(items) if trees else (None, None)
+        places, parents = _trees(items) if any(item.has_tree for item in items) else (None, None)
         return StepBatch(
             tokens=np.array(tokens, np.int32),
             positions=np.array(positions, np.int32),

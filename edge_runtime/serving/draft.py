@@ -54,6 +54,8 @@ class DraftModel:
         self._step = step
         self._page_tokens = page_tokens
         self._clock = clock
+        self._batch: StepBatch | None = None  # the last one of one token for each sequence, and whose it was
+        self._key: list[tuple[int, int]] = []
 
     def ready(self, sequence: Sequence) -> int:
         room = self._step.context - len(sequence.tokens)  # its context may be shorter than the target's
@@ -108,14 +110,7 @@ class DraftModel:
     def _ahead(self, states: list[_State]) -> None:
         """Token by token, over one set of arrays as long as all of these sequences go on."""
         count = len(states)
-        batch = StepBatch(
-            tokens=np.array([state.feed[0] for state in states], np.int32),
-            positions=np.array([state.sequence.draft_computed for state in states], np.int32),
-            sequence=np.arange(count, dtype=np.int32),
-            page_tables=_tables(states),
-            logit_rows=np.arange(count, dtype=np.int32),
-            slots=np.array([state.sequence.slot for state in states], np.int32),
-        )
+        batch = self._batch_of(states)
         if all(state.constraint is None and state.sequence.sampler.is_plain for state in states):
             self._chain(states, batch)
             return
@@ -131,6 +126,28 @@ class DraftModel:
                 batch.tokens[:] = [state.feed[0] for state in states]
                 batch.positions[:] += 1
             self.pace.note(count, self._clock() - begin)
+
+    def _batch_of(self, states: list[_State]) -> StepBatch:
+        """One token of each; the same batch with other values while it is the same sequences' turn."""
+        key = [(state.sequence.id, state.sequence.slot) for state in states]
+        batch = self._batch
+        if batch is None or key != self._key:
+            count = len(states)
+            batch = self._batch = StepBatch(
+                tokens=np.zeros(count, np.int32),
+                positions=np.zeros(count, np.int32),
+                sequence=np.arange(count, dtype=np.int32),
+                page_tables=_tables(states),
+                logit_rows=np.arange(count, dtype=np.int32),
+                slots=np.array([slot for _, slot in key], np.int32),
+            )
+            self._key = key
+        batch.tokens[:] = [state.feed[0] for state in states]
+        batch.positions[:] = [state.sequence.draft_computed for state in states]
+        for row, state in zip(batch.page_tables, states, strict=True):
+            if state.sequence.pages is not None:  # all run
+                row[:] = state.sequence.pages.row
+        return batch
 
     def _chain(self, states: list[_State], batch: StepBatch) -> None:
         """The likeliest tokens, as many as the shortest of them wants, in one call.
@@ -149,9 +166,7 @@ class DraftModel:
             state.tokens += wanted[: last + 1]
             goes_on = last == count - 1 and len(state.tokens) < state.length
             state.feed = wanted[-1:] if goes_on and not state.sequence.is_end(wanted[-1]) else []
-        took = self._clock() - begin
-        for _ in range(count):
-            self.pace.note(len(states), took / count)
+        self.pace.note(len(states), (self._clock() - begin) / count)
 
     def _read(self, states: list[_State]) -> None:
         """One step of the draft model over as much of what is to be read as it takes."""

@@ -144,10 +144,13 @@ class Loop:
         s = item.sequence
         choices: list[Choice] = []
         path: list[int] = []
+        left, free = s.left, s.sampler.constraint is None
         try:
             for choice, following in walk(rows, item.proposal, s.sampler):
                 choices.append(choice)
-                if following is None or s.is_end(choice.token) or s.sampler.is_done or len(choices) == s.left:
+                if following is None or s.is_end(choice.token) or len(choices) == left:
+                    break
+                if not free and s.sampler.is_done:
                     break
                 path.append(following)
         except EdgeError as error:  # numbers that are not finite, or a grammar that allows nothing

@@ -41,6 +41,10 @@ class Item:
         return 0 if self.proposal is None else len(self.proposal.tokens)
 
     @property
+    def has_tree(self) -> bool:
+        return self.proposal is not None and self.proposal.parents is not None
+
+    @property
     def rows(self) -> int:
         """Tokens that it brings into the step."""
         return self.count + self.guesses
@@ -181,6 +185,8 @@ class Scheduler:
         sequence.computed = table.tokens
         drafted = next((i for i, n in enumerate(known.nodes) if not n.drafted), len(known.nodes))
         sequence.draft_computed = drafted * self._pool.page_tokens
+        if drafted == len(known.nodes) and known.copy is not None and known.copy.drafted:
+            sequence.draft_computed = table.tokens  # the copied part is the draft model's too
         if sequence.watch.admitted is None:  # what it finds again after it was pushed back is its own
             sequence.cached = sequence.computed
         return True

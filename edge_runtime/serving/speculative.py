@@ -186,6 +186,8 @@ class Speculation:
         if self.fixed is not None:
             most = min(most, self.fixed)
         lengths = [n for n in proposer.lengths if n <= most]
+        if self.fixed is not None:
+            lengths = lengths[-1:]  # there is nothing to weigh
         if not lengths:
             return 0
         sequences = [item.sequence for item, _ in wanted]
