@@ -19,6 +19,7 @@ from edge_runtime.serving.scheduler import Item
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
+_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a verification
 _HEAR = 8  # steps
 _HOLD = 3  # steps that a decision stands: weighing all lengths takes a small model's draft step
 _REWARD = 48  # tokens over which the cost of bringing a draft model up to date is spread, at most
@@ -80,6 +81,7 @@ class Speculation:
         self._pace = pace
         self._clock = clock
         self.spent = 0.0  # seconds of guessing in the running step
+        self._weighed = () if proposer is None else _weighed(proposer.lengths)
         self._asked = False  # whether the proposer was asked in the running step
         self._plain = 0  # steps without guesses that the gate has not heard of
         self._held = 0  # the length that was last decided on
@@ -185,7 +187,7 @@ class Speculation:
         most = min(max(most for _, most in wanted), budget)
         if self.fixed is not None:
             most = min(most, self.fixed)
-        lengths = [n for n in proposer.lengths if n <= most]
+        lengths = [n for n in (self._weighed if self.fixed is None else proposer.lengths) if n <= most]
         if self.fixed is not None:
             lengths = lengths[-1:]  # there is nothing to weigh
         if not lengths:
@@ -233,6 +235,15 @@ class Speculation:
             assert table is not None
             table.trim(item.start + item.rows)
         self.spent = self._clock() - begin
+
+
+def _weighed(lengths: Seq[int]) -> tuple[int, ...]:
+    """Of all lengths from 1 on, those whose verification fills the blocks of tokens that kernels have, and
+    the last one: with few sizes each is measured often.
+    """
+    if tuple(lengths) != tuple(range(1, len(lengths) + 1)):
+        return tuple(lengths)
+    return tuple(n for n in lengths if n + 1 in _ROWS or n == lengths[-1])
 
 
 def _asks(item: Item) -> bool:
