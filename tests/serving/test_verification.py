@@ -137,15 +137,15 @@ def test_filters_and_penalties_hold_for_guesses_too() -> None:
 def without_residual(self: Sampler, logits: np.ndarray, guess: int, odds: np.ndarray) -> Choice:
     """The common mistake: after a rejection it draws from p again, not from what p has over q."""
     p = probabilities(self._scores(logits, None), self.sampling)
-    if float(self._random.random()) * odds[guess] < p[guess]:
+    if float(self._random().random()) * odds[guess] < p[guess]:
         return Choice(guess)
-    return Choice(draw(p, float(self._random.random())))
+    return Choice(draw(p, float(self._random().random())))
 
 
 def always(self: Sampler, logits: np.ndarray, guess: int, odds: np.ndarray) -> Choice:
     """Another: the guess stands whenever the target thinks it possible."""
     p = probabilities(self._scores(logits, None), self.sampling)
-    return Choice(guess if p[guess] > 0 else draw(p, float(self._random.random())))
+    return Choice(guess if p[guess] > 0 else draw(p, float(self._random().random())))
 
 
 @pytest.mark.parametrize("mistake", [without_residual, always])
