@@ -65,20 +65,15 @@ class MedusaHeads:
         begin = self._clock()
         rows = np.stack([s.hidden for s, _ in asks if s.hidden is not None])  # (S, width); all have one
         count = len(asks)
-        logits = []  # of each head (S, vocab)
-        for executor in self._executors:
-            logits.append(
-                executor.forward(
-                    StepBatch(
-                        tokens=np.zeros(count, np.int32),
-                        positions=np.zeros(count, np.int32),
-                        sequence=np.arange(count, dtype=np.int32),
-                        page_tables=np.zeros((count, 1), np.int32),
-                        logit_rows=np.arange(count, dtype=np.int32),
-                        inputs=rows,
-                    )
-                )
-            )
+        batch = StepBatch(
+            tokens=np.zeros(count, np.int32),
+            positions=np.zeros(count, np.int32),
+            sequence=np.arange(count, dtype=np.int32),
+            page_tables=np.zeros((count, 1), np.int32),
+            logit_rows=np.arange(count, dtype=np.int32),
+            inputs=rows,
+        )
+        logits = [executor.forward(batch) for executor in self._executors]  # of each head (S, vocab)
         trees: list[Proposal | None] = [
             self._tree(s, n, [head[i] for head in logits]) for i, (s, n) in enumerate(asks)
         ]
