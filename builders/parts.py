@@ -113,7 +113,7 @@ def open_contents(model: Path, extras: Extras, context: int | None) -> Iterator[
         planned = default_context(program.max_context, context)
         parts = [target.part(LANGUAGE)]
         folders: dict[str, Source | MedusaHeads | Path] = {}
-        notices = target.source.notices
+        notices = list(target.source.notices)
         if extras.draft is not None:
             with _named(f"draft {extras.draft.name!r}"):
                 draft = _checkpoint(stack, extras.draft, planned)
