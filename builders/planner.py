@@ -107,7 +107,6 @@ def resolve(program: Program, profile: Profile, request: Request, beside: Compan
 
 def make_plans(program: Program, profile: Profile, request: Request, beside: Companions = ALONE) -> Plans:
     """The plans of a resolved request whose `weights` is a format. They may be larger than the device."""
-    mode = profile.mode(request.power_mode)
     context = default_context(program.max_context, request.context)
     tensors = _tensors(program, profile, request.weights, request.head_weights)
     kv_tokens = max(request.kv_tokens or 0, context)
@@ -118,6 +117,32 @@ def make_plans(program: Program, profile: Profile, request: Request, beside: Com
     logits = beside.logits(length, request.sequences, tokens)
     step = StepShape(context=context, sequences=request.sequences, tokens=tokens, logits=logits)
     others = _companion_plans(profile, request, kv, step, beside)
+    language = _plan(
+        program,
+        profile,
+        request.power_mode,
+        tensors,
+        kv,
+        step,
+        context=profile.memory.context_bytes,
+        device_code=DEVICE_CODE if profile.backend == "cuda" else 0,
+        draft=sum(plan.memory.need for plan in others.values()),
+        adapters=sum(adapter_nbytes(program, step, ranks) for ranks in beside.adapters),
+    )
+    return {LANGUAGE: language} | others
+
+
+def _plan(
+    program: Program,
+    profile: Profile,
+    power_mode: str | None,
+    tensors: dict[str, TensorPlan],
+    kv: KvPlan,
+    step: StepShape,
+    **beside: int,
+) -> Plan:
+    """The plan of one part; `beside`: bytes of what else `memory_plan` counts."""
+    mode = profile.mode(power_mode)
     memory = memory_plan(
         program,
         tensors,
@@ -126,12 +151,9 @@ def make_plans(program: Program, profile: Profile, request: Request, beside: Com
         threads=_threads(profile),
         total=profile.memory.total_bytes,
         reserve=profile.memory.reserve_bytes,
-        context=profile.memory.context_bytes,
-        device_code=DEVICE_CODE if profile.backend == "cuda" else 0,
-        draft=sum(plan.memory.need for plan in others.values()),
-        adapters=sum(adapter_nbytes(program, step, ranks) for ranks in beside.adapters),
+        **beside,
     )
-    language = Plan(
+    return Plan(
         profile=profile.name,
         power_mode=mode.mode_name,
         tensors=tensors,
@@ -140,36 +162,18 @@ def make_plans(program: Program, profile: Profile, request: Request, beside: Com
         memory=memory,
         predicted=predict(program, tensors, kv, step, profile, mode),
     )
-    return {LANGUAGE: language} | others
 
 
 def _companion_plans(
     profile: Profile, request: Request, kv: KvPlan, step: StepShape, beside: Companions
 ) -> Plans:
     """Plans of draft and heads beside a target with that KV and step; `need` of each is its `part_nbytes`."""
-    mode, plans = profile.mode(request.power_mode), {}
+    plans: Plans = {}
     for name, program in beside.programs().items():
         weights = (request.draft_weights or request.weights) if name == DRAFT else request.weights
         tensors = _tensors(program, profile, weights, request.head_weights)
         cache, shape = companion_shapes(name, kv, step, request.draft_kv or (request.kv_k, request.kv_v))
-        memory = memory_plan(
-            program,
-            tensors,
-            cache,
-            shape,
-            threads=_threads(profile),
-            total=profile.memory.total_bytes,
-            reserve=profile.memory.reserve_bytes,
-        )
-        plans[name] = Plan(
-            profile=profile.name,
-            power_mode=mode.mode_name,
-            tensors=tensors,
-            kv=cache,
-            step=shape,
-            memory=memory,
-            predicted=predict(program, tensors, cache, shape, profile, mode),
-        )
+        plans[name] = _plan(program, profile, request.power_mode, tensors, cache, shape)
     return plans
 
 
@@ -216,7 +220,7 @@ def _tensors(program: Program, profile: Profile, weights: str, head: str | None)
         if not profile.supports(precision(head)):
             head = "f16"
     by_role = {"matrix": weights, "embedding": head, "head": head, "vector": "f32"}
-    plans = {}
+    plans: Plans = {}
     for name, spec in program.tensors.items():
         fmt = by_role[spec.role]
         rows = profile.backend != "cpu" or spec.role == "vector"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -76,33 +77,29 @@ class CpuExecutor:
         BadRequest on an index out of range, NumericError on NaN/Inf (no logits are then valid).
         """
         with self._lock:
-            handle = self._open()
-            self._row_count = 0
-            if batch is not self._prepared:
-                self._prepare(batch)
-            check_adapters(batch.adapters, self._adapters)
-            b = self._batch
-            status = self._library.edge_cpu_forward(handle, ctypes.byref(b))
-            if status != rec.OK:
-                raise _error(self._part, status, b.index, b.value)
-            self._row_count = b.logit_count
-            return self._logits[: b.logit_count]
+            self._step(batch, self._library.edge_cpu_forward)
+            self._row_count = self._batch.logit_count
+            return self._logits[: self._row_count]
 
     def chain(self, batch: StepBatch, count: int) -> Array:
         """`count` greedy steps in one native call: int32 (count, S), see `Executor.chain`."""
         check_chain(batch)
         out = np.empty((count, len(batch.tokens)), np.int32)
         with self._lock:
-            handle = self._open()
-            self._row_count = 0
-            if batch is not self._prepared:
-                self._prepare(batch)
-            check_adapters(batch.adapters, self._adapters)
-            b = self._batch
-            status = self._library.edge_cpu_chain(handle, ctypes.byref(b), count, _address(out))
-            if status != rec.OK:
-                raise _error(self._part, status, b.index, b.value)
+            self._step(batch, self._library.edge_cpu_chain, count, _address(out))
         return out
+
+    def _step(self, batch: StepBatch, call: Callable[..., int], *arguments: object) -> None:
+        """One native call on a batch, under the lock; no row of it is valid before the caller says so."""
+        handle = self._open()
+        self._row_count = 0
+        if batch is not self._prepared:
+            self._prepare(batch)
+        check_adapters(batch.adapters, self._adapters)
+        b = self._batch
+        status = call(handle, ctypes.byref(b), *arguments)
+        if status != rec.OK:
+            raise _error(self._part, status, b.index, b.value)
 
     def _prepare(self, batch: StepBatch) -> None:
         """Point the record at a batch's arrays, whose values the library itself checks at each step."""
