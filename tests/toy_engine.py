@@ -32,7 +32,6 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
-    Input,
     KvAppend,
     Linear,
     Logits,
@@ -96,28 +95,6 @@ def toy_program(*, layers: int = 2, width: int = 32, vocab: int = 64, context: i
         tensors=tensors,
         buffers={"h": width, "x": width, "q": width, "k": kv, "v": kv, "a": width, "g": hidden, "u": hidden},
         cache=tuple(CacheSlot(2, head) for _ in range(layers)),
-        vocab_size=vocab,
-        max_context=context,
-    )
-
-
-def toy_head(*, width: int = 32, vocab: int = 64, context: int = 64) -> Program:
-    """A Medusa head on a toy program of that width."""
-    return Program(
-        ops=(
-            Input(out="h"),
-            Linear(x="h", out="u", weight="proj", bias="proj_bias"),
-            Activation(x="u", out="u", kind="silu"),
-            Add(a="h", b="u", out="h"),
-            Logits(x="h", weight="head"),
-        ),
-        tensors={
-            "proj": TensorSpec(width, width, "matrix"),
-            "proj_bias": TensorSpec(1, width, "vector"),
-            "head": TensorSpec(vocab, width, "head"),
-        },
-        buffers={"h": width, "u": width},
-        cache=(),
         vocab_size=vocab,
         max_context=context,
     )

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from cpu_programs import Array, decoded, ids, instruction_sets, llama, packed, part_of, step, vector
 
+from builders.sources.medusa import head_program
 from edge_runtime.backends.cpu import BACKEND
 from edge_runtime.backends.protocol import Backend, Part, StepBatch
 from edge_runtime.backends.reference import BACKEND as REFERENCE
 from edge_runtime.engine.kv import cache_nbytes
-from edge_runtime.engine.ops import Activation, Add, Input, Linear, Logits
-from edge_runtime.engine.program import Program, TensorSpec
 from edge_runtime.errors import BadRequest, NumericError
 
 if not BACKEND.available().ok:
@@ -28,30 +27,12 @@ def head(fmt: str, seed: int = 0) -> Part:
     """A Medusa head: logits = W (h + silu(P h + b))."""
     rng = np.random.default_rng(seed)
     matrix = rng.standard_normal((WIDTH + VOCAB, WIDTH), dtype=np.float32) * np.float32(WIDTH**-0.5)
-    program = Program(
-        ops=(
-            Input(out="h"),
-            Linear(x="h", out="u", weight="proj", bias="proj_bias"),
-            Activation(x="u", out="u", kind="silu"),
-            Add(a="h", b="u", out="h"),
-            Logits(x="h", weight="head"),
-        ),
-        tensors={
-            "proj": TensorSpec(WIDTH, WIDTH, "matrix"),
-            "proj_bias": TensorSpec(1, WIDTH, "vector"),
-            "head": TensorSpec(VOCAB, WIDTH, "head"),
-        },
-        buffers={"h": WIDTH, "u": WIDTH},
-        cache=(),
-        vocab_size=VOCAB,
-        max_context=64,
-    )
     weights = {
         "proj": packed(matrix[:WIDTH], fmt),
         "proj_bias": vector(rng.standard_normal(WIDTH)),
         "head": packed(matrix[WIDTH:], fmt),
     }
-    return part_of(program, weights)
+    return part_of(head_program(WIDTH, VOCAB, 64), weights)
 
 
 def rows(count: int, seed: int = 3) -> Array:

@@ -13,7 +13,6 @@ from toy_engine import (
     BLOBS,
     SCALE,
     toy_adapter,
-    toy_head,
     toy_manifest,
     toy_origins,
     toy_plan,
@@ -22,6 +21,7 @@ from toy_engine import (
     write_toy,
 )
 
+from builders.sources.medusa import head_program
 from edge_runtime.engine.file import read_engine
 from edge_runtime.engine.manifest import Manifest, PartEntry, medusa_parts
 from edge_runtime.engine.proof import check_manifest
@@ -57,8 +57,8 @@ def companions() -> tuple[Manifest, dict[str, np.ndarray]]:
     programs = {
         "language": toy_program(),
         "draft": toy_program(layers=1, width=16),
-        "medusa-1": toy_head(),
-        "medusa-2": toy_head(),
+        "medusa-1": head_program(32, 64, 64),
+        "medusa-2": head_program(32, 64, 64),
     }
     parts, planes = {}, {}
     for name, program in programs.items():
@@ -142,7 +142,7 @@ def test_companions_need_their_target_and_its_vocabulary(tmp_path: Path) -> None
     gap = {n: p for n, p in manifest.parts.items() if n != "medusa-1"}
     refused(gap, "the Medusa heads are medusa-2…, expected medusa-1, medusa-2 and so on")
     refused(manifest.parts | {"medusa-1": draft}, "part 'medusa-1': a Medusa head begins with an input op")
-    narrow = toy_head(width=16)
+    narrow = head_program(16, 64, 64)
     head = PartEntry(program=narrow, plan=toy_plan(narrow))
     refused(
         manifest.parts | {"medusa-2": head}, "part 'medusa-2': the input's width is 16, the language part"

@@ -9,37 +9,20 @@ import numpy as np
 import pytest
 from toy_engine import BLOBS, toy_manifest, toy_plan, toy_planes, toy_program
 
+from builders.sources.medusa import head_program
 from edge_runtime.backends.protocol import Part, StepBatch
 from edge_runtime.backends.reference import BACKEND
 from edge_runtime.engine.file import read_engine
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.manifest import PartEntry
 from edge_runtime.engine.memory import memory_plan
-from edge_runtime.engine.ops import Activation, Add, Input, Linear, Logits
-from edge_runtime.engine.program import Program, TensorSpec
+from edge_runtime.engine.program import Program
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BuildError
 
 
 def head(width: int = 32, vocab: int = 64) -> Program:
-    return Program(
-        ops=(
-            Input(out="h"),
-            Linear(x="h", out="u", weight="proj", bias="proj_bias"),
-            Activation(x="u", out="u", kind="silu"),
-            Add(a="h", b="u", out="h"),
-            Logits(x="h", weight="head"),
-        ),
-        tensors={
-            "proj": TensorSpec(width, width, "matrix"),
-            "proj_bias": TensorSpec(1, width, "vector"),
-            "head": TensorSpec(vocab, width, "head"),
-        },
-        buffers={"h": width, "u": width},
-        cache=(),
-        vocab_size=vocab,
-        max_context=64,
-    )
+    return head_program(width, vocab, 64)
 
 
 def entry(program: Program, pages: int, beside: int = 0) -> PartEntry:

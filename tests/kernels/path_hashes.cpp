@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "codec.h"
@@ -173,8 +174,47 @@ void rows(const char* path, const edge::Kernels& k) {
     print(path, "logits", out.data(), out.size());
 }
 
+constexpr int kHeads = 6, kKvHeads = 2, kTokens = 3;
+
+// Attention of kTokens queries from `position` on, in a cache of six pages that lie shuffled. open: the keys of
+// the tokens' own page where K is per channel.
+std::vector<float> attend(const edge::Kernels& k, const edge_cache& cache, int page_tokens, int position,
+                          float softcap, const float* open, std::vector<float> q) {
+    const int head_dim = cache.head_dim;
+    const int32_t table[] = {3, 0, 5, 1, 2, 4};
+    const int32_t positions[] = {position, position + 1, position + 2};
+    std::vector<float> out(q.size());
+    std::vector<float> scratch(static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
+    edge_op op{};
+    op.x = q.data();
+    op.out = out.data();
+    op.x_width = op.out_width = kHeads * head_dim;
+    op.heads = kHeads;
+    op.kv_heads = kKvHeads;
+    op.head_dim = head_dim;
+    op.scale = 0.9f;
+    op.window = head_dim == 64 ? 37 : 0;
+    op.softcap = softcap;
+    edge::AttentionArgs args{};
+    args.op = &op;
+    args.cache = &cache;
+    args.page_table = table;
+    args.positions = positions;
+    args.tokens = kTokens;
+    args.page_tokens = page_tokens;
+    args.scratch = scratch.data();
+    for (int head = 0; head < kKvHeads; ++head) {
+        args.kv_head = head;
+        args.head_begin = head * kHeads / kKvHeads;
+        args.head_end = (head + 1) * kHeads / kKvHeads;
+        if (open != nullptr) args.open = open + head * head_dim;
+        k.attention(args);
+    }
+    return out;
+}
+
 void attention(const char* path, const edge::Kernels& k) {
-    constexpr int kHeads = 6, kKvHeads = 2, kPages = 6, kPageTokens = 16, kPositions = 70, kTokens = 3;
+    constexpr int kPages = 6, kPageTokens = 16, kPosition = 70;
     for (int encoding : {EDGE_ENC_F32, EDGE_ENC_F16, EDGE_ENC_I8, EDGE_ENC_U4, EDGE_ENC_E4M3}) {
         for (int head_dim : {64, 20}) {
             state = 13;
@@ -201,35 +241,9 @@ void attention(const char* path, const edge::Kernels& k) {
                 edge::write_kv_row(kv, row, values(head_dim).data(), head_dim);
             const std::string name = std::to_string(encoding) + "_" + std::to_string(head_dim);
             print(path, "kv_" + name, codes.data(), codes.size());
-            const int32_t table[] = {3, 0, 5, 1, 2, 4};
-            const int32_t positions[] = {kPositions, kPositions + 1, kPositions + 2};
-            std::vector<float> q = values(kTokens * kHeads * head_dim), out(q.size());
-            std::vector<float> scratch(
-                static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
-            edge_op op{};
-            op.x = q.data();
-            op.out = out.data();
-            op.x_width = op.out_width = kHeads * head_dim;
-            op.heads = kHeads;
-            op.kv_heads = kKvHeads;
-            op.head_dim = head_dim;
-            op.scale = 0.9f;
-            op.window = head_dim == 64 ? 37 : 0;
-            op.softcap = head_dim == 64 ? 2.0f : 0.0f;
-            edge::AttentionArgs args{};
-            args.op = &op;
-            args.cache = &cache;
-            args.page_table = table;
-            args.positions = positions;
-            args.tokens = kTokens;
-            args.page_tokens = kPageTokens;
-            args.scratch = scratch.data();
-            for (int head = 0; head < kKvHeads; ++head) {
-                args.kv_head = head;
-                args.head_begin = head * kHeads / kKvHeads;
-                args.head_end = (head + 1) * kHeads / kKvHeads;
-                k.attention(args);
-            }
+            const std::vector<float> out =
+                attend(k, cache, kPageTokens, kPosition, head_dim == 64 ? 2.0f : 0.0f, nullptr,
+                       values(kTokens * kHeads * head_dim));
             print(path, "attention_" + name, out.data(), out.size());
         }
     }
@@ -237,7 +251,7 @@ void attention(const char* path, const edge::Kernels& k) {
 
 // K per channel: pages of channels, and the keys of the tokens' own page as they came.
 void channels(const char* path, const edge::Kernels& k) {
-    constexpr int kHeads = 6, kKvHeads = 2, kPages = 6, kPosition = 70, kTokens = 3;
+    constexpr int kPages = 6, kPosition = 70;
     for (int encoding : {EDGE_ENC_I8, EDGE_ENC_U4}) {
         for (int page_tokens : {16, 32}) {
             for (int head_dim : {64, 20}) {
@@ -268,36 +282,10 @@ void channels(const char* path, const edge::Kernels& k) {
                                          std::to_string(head_dim);
                 print(path, "channels_" + name, codes.data(), codes.size());
                 print(path, "channel_scales_" + name, scale.data(), scale.size());
-                const int32_t table[] = {3, 0, 5, 1, 2, 4};
-                const int32_t positions[] = {kPosition, kPosition + 1, kPosition + 2};
-                std::vector<float> q = values(kTokens * kHeads * head_dim), out(q.size());
+                std::vector<float> q = values(kTokens * kHeads * head_dim);
                 const std::vector<float> open = values(9 * kKvHeads * head_dim);  // positions 64 to 72
-                std::vector<float> scratch(
-                    static_cast<size_t>(edge::attention_floats(kHeads / kKvHeads, head_dim)));
-                edge_op op{};
-                op.x = q.data();
-                op.out = out.data();
-                op.x_width = op.out_width = kHeads * head_dim;
-                op.heads = kHeads;
-                op.kv_heads = kKvHeads;
-                op.head_dim = head_dim;
-                op.scale = 0.9f;
-                op.window = head_dim == 64 ? 37 : 0;
-                edge::AttentionArgs args{};
-                args.op = &op;
-                args.cache = &cache;
-                args.page_table = table;
-                args.positions = positions;
-                args.tokens = kTokens;
-                args.page_tokens = page_tokens;
-                args.scratch = scratch.data();
-                for (int head = 0; head < kKvHeads; ++head) {
-                    args.kv_head = head;
-                    args.head_begin = head * kHeads / kKvHeads;
-                    args.head_end = (head + 1) * kHeads / kKvHeads;
-                    args.open = open.data() + head * head_dim;
-                    k.attention(args);
-                }
+                const std::vector<float> out =
+                    attend(k, cache, page_tokens, kPosition, 0.0f, open.data(), std::move(q));
                 print(path, "channel_attention_" + name, out.data(), out.size());
             }
         }

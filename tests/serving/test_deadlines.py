@@ -98,6 +98,14 @@ class Watch:
         self.seen[number] = Watched(request, session._traffic.live[number], due)
         return number
 
+    def submit_some(self, rng: random.Random) -> None:
+        """Up to two requests, as many as the line takes."""
+        for _ in range(rng.randrange(3)):
+            try:
+                self.submit(requests(rng))
+            except QueueFull:
+                break
+
     def step(self) -> None:
         clock = self.served.clock
         began, before = clock(), self.served.session._loop._executor.spent  # type: ignore[attr-defined]
@@ -144,11 +152,7 @@ def test_reported_misses_are_those_that_happened(oracle: bool) -> None:
     served.delay = lambda: rng.choice([0.0] * 30 + [0.05, 0.3, 1.5])
     with session:
         while len(watch.seen) < REQUESTS:
-            for _ in range(rng.randrange(3)):
-                try:
-                    watch.submit(requests(rng))
-                except QueueFull:
-                    break
+            watch.submit_some(rng)
             watch.step()
             check_books(session, served.executor)
         watch.finish()
@@ -181,11 +185,7 @@ def test_without_delays_no_deadline_is_missed(oracle: bool) -> None:
             session._scheduler._pace.note(size, cost(size))
         watch = Watch(served)
         while len(watch.seen) < REQUESTS:
-            for _ in range(rng.randrange(3)):
-                try:
-                    watch.submit(requests(rng))
-                except QueueFull:
-                    break
+            watch.submit_some(rng)
             watch.step()
         watch.finish()
         late = sorted(w.ended - w.due for n, w in watch.seen.items() if n in watch.missed())  # type: ignore[operator]
