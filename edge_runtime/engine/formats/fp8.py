@@ -56,6 +56,7 @@ E4M3 = Float8(mantissa=3, least_exponent=-6, largest=448.0, largest_code=0x7E)
 E5M2 = Float8(mantissa=2, least_exponent=-14, largest=57344.0, largest_code=0x7B)
 _E4M3_TABLE = E4M3.table()
 _E5M2_TABLE = E5M2.table()
+_E4M3_LEVELS = np.unique(_E4M3_TABLE[np.isfinite(_E4M3_TABLE)])  # -0 and 0 are one level
 
 
 def _look_up(table: Array, codes: Array) -> Array:
@@ -67,8 +68,8 @@ def _look_up(table: Array, codes: Array) -> Array:
 
 
 def _e4m3(name: str, per: Per) -> Format:
-    def fit(x: Array) -> dict[str, Array]:
-        absolute = scaled.absmax(x, x.shape[1])  # (rows, 1)
+    def grid_for(low: Array, high: Array) -> dict[str, Array]:
+        absolute = np.maximum(np.abs(low), np.abs(high))  # (rows, 1)
         if per == "tensor":
             absolute = absolute.max(keepdims=True)
         return {"scale": scaled.f32_scale(absolute, E4M3.largest)}
@@ -92,8 +93,18 @@ def _e4m3(name: str, per: Per) -> Format:
         half = half_step(E4M3, np.clip(y, -E4M3.largest, E4M3.largest)) * scale
         return scaled.error_bound(values, half, -limit, limit)
 
-    planes = (Plane("q", "e4m3", 1), Plane("scale", "f32", per))
-    return Format(name, planes, lambda x: on_grid(x, fit(x)), decode, bound, "float", on_grid)
+    return Format(
+        name,
+        (Plane("q", "e4m3", 1), Plane("scale", "f32", per)),
+        lambda x: on_grid(x, grid_for(*scaled.extent(x, x.shape[1]))),
+        decode,
+        bound,
+        "float",
+        on_grid,
+        grid_for,
+        lambda grid: scaled.unshifted(grid["scale"]),
+        _E4M3_LEVELS,
+    )
 
 
 def half_step(kind: Float8, y: Array) -> Array:

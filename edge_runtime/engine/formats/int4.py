@@ -43,13 +43,26 @@ def _symmetric(name: str, group: int) -> Format:
         ends = (-8 * step, 7 * step)
         return scaled.error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
 
-    planes = (Plane("q", "u4o8", 1), Plane("scale", "f16", group))
-    return Format(name, planes, lambda x: on_grid(x, fit(x)), decode, bound, "int", on_grid)
+    def grid_for(low: Array, high: Array) -> dict[str, Array]:
+        return {"scale": scaled.signed_f16_scale(name, scaled.nearest_scale(low, high, -8, 7))}
+
+    return Format(
+        name,
+        (Plane("q", "u4o8", 1), Plane("scale", "f16", group)),
+        lambda x: on_grid(x, fit(x)),
+        decode,
+        bound,
+        "int",
+        on_grid,
+        grid_for,
+        lambda grid: scaled.unshifted(grid["scale"]),
+        np.arange(-8, 8, dtype=np.float32),
+    )
 
 
 def _zero_point(name: str, group: int) -> Format:
-    def fit(x: Array) -> dict[str, Array]:
-        low, high = scaled.extent(x, group)
+    def grid_for(low: Array, high: Array) -> dict[str, Array]:
+        low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
         with np.errstate(over="ignore"):
             scale = scaled.f16_scale(name, (high - low) / np.float32(15))
         divisor = scale.astype(np.float32)
@@ -85,8 +98,22 @@ def _zero_point(name: str, group: int) -> Format:
         ends = (-zero * step, (15 - zero) * step)
         return scaled.error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
 
-    planes = (Plane("q", "u4", 1), Plane("scale", "f16", group), Plane("zero", "u8", group))
-    return Format(name, planes, lambda x: on_grid(x, fit(x)), decode, bound, "int", on_grid)
+    def affine(grid: Planes) -> tuple[Array, Array]:
+        scale = grid["scale"].astype(np.float32)
+        return scale, -scale * grid["zero"]
+
+    return Format(
+        name,
+        (Plane("q", "u4", 1), Plane("scale", "f16", group), Plane("zero", "u8", group)),
+        lambda x: on_grid(x, grid_for(*scaled.extent(x, group))),
+        decode,
+        bound,
+        "int",
+        on_grid,
+        grid_for,
+        affine,
+        np.arange(16, dtype=np.float32),
+    )
 
 
 for _group in (32, 64, 128):

@@ -14,8 +14,8 @@ LIMIT = 127
 
 
 def _int8(name: str, per: Per) -> Format:
-    def fit(x: Array) -> dict[str, Array]:
-        absolute = scaled.absmax(x, scaled.width(per, x.shape[1]))
+    def grid_for(low: Array, high: Array) -> dict[str, Array]:
+        absolute = np.maximum(np.abs(low), np.abs(high))
         if per == "row":
             return {"scale": scaled.f32_scale(absolute, LIMIT)}
         return {"scale": scaled.f16_scale(name, absolute / np.float32(LIMIT))}
@@ -42,8 +42,18 @@ def _int8(name: str, per: Per) -> Format:
         step = scaled.spread(scale, scaled.width(per, values.shape[1]), values.shape)
         return scaled.error_bound(values, step / 2, -LIMIT * step, LIMIT * step)
 
-    planes = (Plane("q", "i8", 1), Plane("scale", "f32" if per == "row" else "f16", per))
-    return Format(name, planes, lambda x: on_grid(x, fit(x)), decode, bound, "int", on_grid)
+    return Format(
+        name,
+        (Plane("q", "i8", 1), Plane("scale", "f32" if per == "row" else "f16", per)),
+        lambda x: on_grid(x, grid_for(*scaled.extent(x, scaled.width(per, x.shape[1])))),
+        decode,
+        bound,
+        "int",
+        on_grid,
+        grid_for,
+        lambda grid: scaled.unshifted(grid["scale"]),
+        np.arange(-LIMIT, LIMIT + 1, dtype=np.float32),
+    )
 
 
 register(_int8("int8_row", "row"))

@@ -34,8 +34,8 @@ _THRESHOLDS = _thresholds()
 
 
 def _nf4(name: str, group: int) -> Format:
-    def fit(x: Array) -> dict[str, Array]:
-        return {"scale": scaled.f16_scale(name, scaled.absmax(x, group))}
+    def grid_for(low: Array, high: Array) -> dict[str, Array]:
+        return {"scale": scaled.f16_scale(name, np.maximum(np.abs(low), np.abs(high)))}
 
     def on_grid(x: Array, grid: Planes) -> dict[str, Array]:
         rows, cols = x.shape
@@ -67,8 +67,18 @@ def _nf4(name: str, group: int) -> Format:
         half = (table[above] - table[above - 1]) / 2
         return scaled.error_bound(values, half * scale, -scale, scale)
 
-    planes = (Plane("q", "nf4", 1), Plane("scale", "f16", group))
-    return Format(name, planes, lambda x: on_grid(x, fit(x)), decode, bound, "table", on_grid)
+    return Format(
+        name,
+        (Plane("q", "nf4", 1), Plane("scale", "f16", group)),
+        lambda x: on_grid(x, grid_for(*scaled.extent(x, group))),
+        decode,
+        bound,
+        "table",
+        on_grid,
+        grid_for,
+        lambda grid: scaled.unshifted(grid["scale"]),
+        NF4,
+    )
 
 
 register(_nf4("nf4_g64", 64))

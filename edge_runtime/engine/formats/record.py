@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +80,11 @@ class Format:
     `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`. The first
     plane holds the codes, one per weight; the others (scale, zero) are the grid they are rounded to.
     `bound(values, planes)` is the closed-form bound of |value - decoded| for every element.
+
+    For algorithms that choose values: `grid_for(low, high)` gives the grid whose range covers [low, high] of
+    every group, f32 (rows, groups); `levels` are the values of the codes before scaling, ascending f32; and
+    `affine(grid)` gives scale and shift, f32 (rows or 1, groups), so that value = level * scale + shift. A
+    scale may be negative. Formats without scales have none of the three.
     """
 
     name: str
@@ -89,12 +94,19 @@ class Format:
     bound: Callable[[Array, Planes], Array]
     kind: Literal["float", "int", "table"] = "float"
     on_grid: Callable[[Array, Planes], dict[str, Array]] | None = None  # formats with scales
+    grid_for: Callable[[Array, Array], dict[str, Array]] | None = None
+    affine: Callable[[Planes], tuple[Array, Array]] | None = None
+    levels: Array | None = field(default=None, compare=False)
 
     @property
     def group(self) -> int | None:
         """Weights that share a scale, or None when the scale is per row, per tensor or absent."""
         pers = [p.per for p in self.planes if isinstance(p.per, int) and p.per > 1]
         return pers[0] if pers else None
+
+    def span(self, cols: int) -> int:
+        """Columns that share a range: the group, or the whole row."""
+        return self.group or cols
 
     def plane(self, name: str) -> Plane | None:
         return next((p for p in self.planes if p.name == name), None)

@@ -123,3 +123,27 @@ def check_scales(name: str, grid: Planes) -> None:
     """Raises ValueOutOfRange when a scale of a given grid is not finite."""
     if not np.isfinite(grid["scale"]).all():
         raise ValueOutOfRange(f"{name}: the given plane 'scale' holds NaN or Inf, expected finite scales")
+
+
+def nearest_scale(low: Array, high: Array, least: float, greatest: float) -> Array:
+    """The scale of least magnitude with which levels least..greatest (least < 0 < greatest) cover [low, high].
+
+    It is negative where the longer end of the levels serves the longer end of the range only when flipped.
+    """
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    plain = np.maximum(low / np.float32(least), high / np.float32(greatest))
+    flipped = np.maximum(high / np.float32(-least), low / np.float32(-greatest))
+    scale: Array = np.where(flipped < plain, -flipped, plain).astype(np.float32)
+    return scale
+
+
+def signed_f16_scale(name: str, wanted: Array) -> Array:
+    """`f16_scale` of the magnitudes, with the signs of `wanted`."""
+    scale: Array = np.copysign(f16_scale(name, np.abs(wanted)), wanted.astype(np.float16))
+    return scale
+
+
+def unshifted(scale: Array) -> tuple[Array, Array]:
+    """(scale, shift) of a grid without shift, f32."""
+    wide = scale.astype(np.float32)
+    return wide, np.zeros_like(wide)
