@@ -55,8 +55,8 @@ class HuggingFaceSource(Source):
         except BaseException:
             self.close()
             raise
-        used = {part for matrix in self.matrices.values() for part in matrix.parts}
-        self._shapes = {k: self._shards.entry(k).shape for k in self._shards if k not in used}
+        free = (key for key in self._shards if key not in self._shards.taken)
+        self._shapes = {key: self._shards.entry(key).shape for key in free}
         self._shapes |= {key: matrix.shape for key, matrix in self.matrices.items()}
 
     def _quantization(self, config: dict[str, Any]) -> dict[str, Any] | None:

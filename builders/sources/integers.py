@@ -26,7 +26,6 @@ class Integers(Matrix):
     def __init__(
         self,
         shape: tuple[int, int],
-        parts: tuple[str, ...],
         *,
         bits: int,
         group: int,
@@ -35,7 +34,7 @@ class Integers(Matrix):
         read: Callable[[], Array],
         order: Array | None = None,
     ) -> None:
-        super().__init__(shape, parts)
+        super().__init__(shape)
         self.bits, self.group, self.scale, self.order = bits, group, scale, order
         self.zero = None if zero is None or (zero == 1 << (bits - 1)).all() else zero
         self._read = read

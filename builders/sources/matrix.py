@@ -44,18 +44,17 @@ class Stored:
 
 
 class Matrix(ABC):
-    """shape: (rows, cols) = (outputs, inputs). parts: the checkpoint tensors that it is made of.
+    """shape: (rows, cols) = (outputs, inputs).
 
     order: the input that each stored column multiplies, (cols,) whole numbers, or None where they are in the
     inputs' own order; `stored` gives planes in that order, `values` in the inputs' own.
     """
 
     shape: tuple[int, int]
-    parts: tuple[str, ...]
     order: Array | None = None
 
-    def __init__(self, shape: tuple[int, int], parts: tuple[str, ...]) -> None:
-        self.shape, self.parts = shape, parts
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
         self._home: Home | None = None
         self._codes: Array | None = None
 

@@ -16,7 +16,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
 
 
 class Shards:
-    """Open weight files of a folder; `files`: the names of all that were read. Close when done.
+    """Open weight files of a folder; `files`: the names of all that were read; `taken`: tensors that are
+    pieces of quantized ones, or mean nothing here. Close when done.
 
     Raises BadCheckpoint where one is absent, damaged or of a kind that is never read.
     """
@@ -24,6 +25,7 @@ class Shards:
     def __init__(self, folder: Path, model: str) -> None:
         self.model = model
         self.files: list[str] = []
+        self.taken: set[str] = set()
         self._folder = folder
         self._open: dict[str, Shard] = {}
         self._where: dict[str, Shard] = {}

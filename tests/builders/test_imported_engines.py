@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from import_cases import CASES, WIDE
+from import_cases import CASES, WIDE, saver
 from quantized_folders import Values, write_quantized
 
 from builders.parts import Extras, open_contents
@@ -29,7 +29,7 @@ def build_kept(model: Path, target: Path, **changes: Any) -> Report:
 @pytest.mark.parametrize("name", CASES)
 def test_an_engine_holds_the_values_and_answers(name: str, tmp_path: Path) -> None:
     writer, config, formats = CASES[name]
-    values: Values = write_quantized(tmp_path / "m", config, writer, **WIDE)
+    values: Values = write_quantized(tmp_path / "m", config, writer, save=saver(config), **WIDE)
     report = build_kept(tmp_path / "m", tmp_path / "m.edge")
     quality = report.manifest.quality
     assert quality is not None and quality.sqnr_db == {}  # every tensor is exact

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from import_cases import CASES, WIDE
+from import_cases import CASES, WIDE, saver
 from quantized_folders import Values, write_quantized
 
 from builders.parts import read_architecture
@@ -22,7 +22,7 @@ from edge_runtime.engine.formats import get_format
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Values, set[str]]:
     writer, config, formats = CASES[request.param]
-    values = write_quantized(tmp_path / "m", config, writer, **WIDE)
+    values = write_quantized(tmp_path / "m", config, writer, save=saver(config), **WIDE)
     return tmp_path / "m", values, formats
 
 

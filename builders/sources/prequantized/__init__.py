@@ -16,7 +16,7 @@ from builders.sources.shards import Shards
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported, nearest
 
 _PATH = "config.json: quantization_config"
-_NOT_METHODS = {"module_keys", "words"}  # files of this folder that read no method
+_NOT_METHODS = {"act_order", "module_keys", "words"}  # files of this folder that read no method
 
 
 def known_methods() -> list[str]:

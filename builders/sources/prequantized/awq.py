@@ -54,7 +54,6 @@ def _matrix(module: Module, group: int) -> Integers:
     module.expect("qzeros", module.shape("qzeros", 2, "I32"), (groups, words))
     return Integers(
         (rows, cols),
-        tuple(module.parts),
         bits=4,
         group=group,
         scale=np.ascontiguousarray(module.scales("scales").T),

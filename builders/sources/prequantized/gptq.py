@@ -15,11 +15,12 @@ import numpy as np
 from builders.model_config import ModelConfig
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
+from builders.sources.prequantized.act_order import read_order
 from builders.sources.prequantized.module_keys import FLOATS, Module, modules
 from builders.sources.prequantized.words import unpack, word_count
 from builders.sources.shards import Shards
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported
+from edge_runtime.errors import BadConfig, Unsupported
 
 BITS = (2, 3, 4, 8)
 # How it was made, not what it holds
@@ -66,7 +67,7 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
     if module.has("g_idx"):
         (cols,) = module.shape("g_idx", 1, "I32", "I64")
         bits = next((b for b in BITS if word_count(cols, b) == words), bits)
-        order, group = _order(module, module.raw("g_idx"), groups)
+        order, group = read_order(module, "g_idx", groups)
     else:
         cols, order = words * 32 // bits, None
         group = cols if group == -1 else group
@@ -87,7 +88,6 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
 
     return Integers(
         (rows, cols),
-        tuple(module.parts),
         bits=bits,
         group=group,
         scale=np.ascontiguousarray(module.scales("scales").T),
@@ -95,22 +95,3 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
         read=codes,
         order=order,
     )
-
-
-def _order(module: Module, g_idx: Array, groups: int) -> tuple[Array | None, int]:
-    """(inputs in the order of their groups, or None where they are so; inputs of a group)."""
-    cols = len(g_idx)
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise BadCheckpoint(
-            f"tensor {module.key('g_idx')!r} names groups {g_idx.min()} to {g_idx.max()}, "
-            f"expected 0 to {groups - 1}"
-        )
-    counts = np.bincount(g_idx, minlength=groups)
-    group = int(counts[0])
-    if (counts[:-1] != group).any() or not 0 < counts[-1] <= group:
-        raise BadCheckpoint(
-            f"tensor {module.key('g_idx')!r} has groups of {counts.min()} to {counts.max()} inputs, "
-            "expected equal groups and at most a shorter last one"
-        )
-    order = np.argsort(g_idx, kind="stable")
-    return (None if (order == np.arange(cols)).all() else order), group

@@ -15,11 +15,10 @@ FLOATS = ("F16", "BF16", "F32")
 
 
 class Module:
-    """One module's tensors by suffix; `parts` collects those that were read or set aside."""
+    """One module's tensors by suffix; those that were read or set aside are taken from the shards."""
 
     def __init__(self, shards: Shards, name: str) -> None:
         self.shards, self.name = shards, name
-        self.parts: list[str] = []
 
     def key(self, suffix: str) -> str:
         return f"{self.name}.{suffix}"
@@ -30,7 +29,7 @@ class Module:
     def set_aside(self, *suffixes: str) -> bool:
         """Leave out tensors that mean nothing here; whether there were any."""
         found = [self.key(s) for s in suffixes if self.has(s)]
-        self.parts += found
+        self.shards.taken.update(found)
         return bool(found)
 
     def shape(self, suffix: str, ndim: int, *dtypes: str) -> tuple[int, ...]:
@@ -46,7 +45,7 @@ class Module:
             raise BadCheckpoint(
                 f"tensor {key!r} has shape {entry.shape}, expected 1 to {MAX_DIM} a dimension"
             )
-        self.parts.append(key)
+        self.shards.taken.add(key)
         return entry.shape
 
     def expect(self, suffix: str, found: tuple[int, ...], *wanted: tuple[int, ...]) -> None:
