@@ -1,8 +1,8 @@
 """bitsandbytes checkpoints: NF4 (QLoRA, Dettmers et al. 2305.14314) and LLM.int8() (2208.07339).
 
 NF4: weight u8, two codes a byte, the first in the high half, blocks running over the flat tensor;
-weight.absmax f32, or u8 codes with weight.nested_absmax and weight.nested_quant_map (double quantization);
-weight.quant_state.bitsandbytes__nf4: JSON with shape, blocksize and nested_offset. value = NF4[code] * absmax.
+weight.absmax f32, or u8 codes with weight.nested_absmax and weight.nested_quant_map (double quantization).
+weight.quant_state.bitsandbytes__nf4 is JSON: shape, blocksize, nested_offset. value = NF4[code] * absmax.
 int8: weight i8 (out, in), SCB f32 (out,): the greatest magnitude of each row. value = code * (SCB / 127);
 the library multiplies by SCB and by 1/127 one after the other, which differs by 2^-22 of a value at most.
 """

@@ -5,8 +5,8 @@ What a module holds says how it is stored, the config only its bits and block:
 * weight_packed i32 (out, in * bits / 32) with weight_shape: codes + 2^(bits-1), one stream of bits a row;
 * weight i8 (out, in): codes as they are;
 * weight E4M3 (out, in): FP8;
-* weight_packed u8 (out, in / 2): E2M1, the first of two in the low half; weight_scale E4M3 (out, in / 16) over
-  weight_global_scale (NVFP4), or powers of two, u8 (out, in / 32) (MXFP4).
+* weight_packed u8 (out, in / 2): E2M1, the first of two in the low half; weight_scale E4M3 (out, in / 16)
+  over weight_global_scale (NVFP4), or powers of two, u8 (out, in / 32) (MXFP4).
 
 weight_scale: one, one a row or one a group. weight_zero_point: like it, packed down the rows beside packed
 weights. weight_g_idx: the group of each input (act-order). value = (code - zero) * scale.

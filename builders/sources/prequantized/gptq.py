@@ -26,7 +26,8 @@ BITS = (2, 3, 4, 8)
 # How it was made, not what it holds
 _MADE = (
     "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "dynamic", "exllama_config", "hyb_act",
+    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "dynamic",
+    "exllama_config", "hyb_act",
     "lm_head", "max_input_length", "meta", "method", "model_file_base_name", "model_name_or_path",
     "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize",
     "modules_to_not_convert", "mse", "offload_to_disk", "pad_token_id", "quantizer", "rotation",
