@@ -126,7 +126,7 @@ def check_scales(name: str, grid: Planes) -> None:
 
 
 def nearest_scale(low: Array, high: Array, least: float, greatest: float) -> Array:
-    """The scale of least magnitude with which levels least..greatest (least < 0 < greatest) cover [low, high].
+    """The scale of least magnitude with which the levels least < 0 to greatest > 0 cover [low, high].
 
     It is negative where the longer end of the levels serves the longer end of the range only when flipped.
     """
