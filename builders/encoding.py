@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.parts import Part
-from builders.quantize import Algorithm
+from builders.quantize import Algorithm, AlgorithmOptions
 from builders.sources.matrix import Stored
+from builders.statistics import InputStatistics
 from builders.weights import row_blocks
 from edge_runtime.engine.formats import Array, Format, Planes
 from edge_runtime.errors import ValueOutOfRange
@@ -33,15 +34,29 @@ class Encoded:
         return None
 
 
-def encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+def encode(
+    part: Part,
+    name: str,
+    fmt: Format,
+    algorithm: Algorithm,
+    inputs: InputStatistics | None = None,
+    options: AlgorithmOptions = AlgorithmOptions(),  # noqa: B008  (frozen)
+) -> Encoded:
     """Quantize a tensor, in blocks of rows where algorithm and format allow. Raises ValueOutOfRange."""
     try:
-        return _encode(part, name, fmt, algorithm)
+        return _encode(part, name, fmt, algorithm, inputs, options)
     except ValueOutOfRange as error:
         raise ValueOutOfRange(f"tensor {name!r} of {part.name}: {error}") from error
 
 
-def _encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+def _encode(
+    part: Part,
+    name: str,
+    fmt: Format,
+    algorithm: Algorithm,
+    inputs: InputStatistics | None,
+    options: AlgorithmOptions,
+) -> Encoded:
     spec = part.program.tensors[name]
     stored = part.weights.stored(name, fmt.name)
     if stored is not None:
@@ -52,7 +67,7 @@ def _encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded
     signal = noise = 0.0
     for start, stop in blocks:
         values = part.weights.block(name, start, stop)
-        made = algorithm.quantize(values, fmt)
+        made = algorithm.quantize(values, fmt, inputs, options)
         if not planes:
             shapes = fmt.shapes(spec.rows, spec.cols)
             planes = {p: np.empty(shapes[p], made[p].dtype) for p in shapes}

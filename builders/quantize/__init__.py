@@ -1,24 +1,59 @@
 """Algorithms: how values are chosen for a format. The file name is the name; the result is a Format's planes.
 
-An algorithm module has `quantize(weights f32 (rows, cols), fmt) -> planes` and `ROW_WISE`: whether rows may
-be quantized in blocks, so that a large matrix never lies in memory whole.
+An algorithm module has `quantize(weights, fmt, inputs, options) -> planes`, and says two things of itself:
+`ROW_WISE`, whether rows may be quantized in blocks, so that a large matrix never lies in memory whole; and
+`CALIBRATED`, whether it needs statistics of the inputs. One that also scales channels has `scale_inputs`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Protocol, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
 
+from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.errors import BadConfig, nearest
 
 
+@dataclass(frozen=True, slots=True)
+class AlgorithmOptions:
+    """What the user may set: observer None means the algorithm's own choice; device is torch's."""
+
+    observer: str | None = None
+    device: str = "cpu"
+
+
 class Algorithm(Protocol):
     ROW_WISE: bool
+    CALIBRATED: bool
 
-    def quantize(self, weights: Array, fmt: Format) -> dict[str, Array]:
-        """Planes of `fmt` for f32 weights (rows, cols). Raises ValueOutOfRange."""
+    def quantize(
+        self, weights: Array, fmt: Format, inputs: InputStatistics | None, options: AlgorithmOptions
+    ) -> dict[str, Array]:
+        """Planes of `fmt` for f32 weights (rows, cols). Raises ValueOutOfRange.
+
+        `inputs` is None where nothing is known of them (an embedding, or no calibration): an algorithm then
+        does the best it can without.
+        """
+        ...
+
+
+@runtime_checkable
+class ChannelScaler(Protocol):
+    """An algorithm that moves magnitude between inputs and weights before it rounds."""
+
+    def scale_inputs(
+        self,
+        weights: Sequence[Array],
+        formats: Sequence[Format],
+        inputs: InputStatistics,
+        options: AlgorithmOptions,
+    ) -> Array:
+        """s f32 (cols,), positive: columns of all `weights` (rows, cols) that read the same inputs are
+        multiplied by s, and the inputs divided by it."""
         ...
 
 

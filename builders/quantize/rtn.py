@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from builders.quantize import AlgorithmOptions
+from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 
 ROW_WISE = True  # per-tensor scales are the one exception, which the caller knows from the format
+CALIBRATED = False
 
 
-def quantize(weights: Array, fmt: Format) -> dict[str, Array]:
+def quantize(
+    weights: Array, fmt: Format, inputs: InputStatistics | None, options: AlgorithmOptions
+) -> dict[str, Array]:
     """Planes of f32 weights (rows, cols). Raises ValueOutOfRange on NaN, Inf or too large a scale."""
     planes = fmt.encode(weights)
     q = fmt.plane("q")
