@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,6 +35,7 @@ class Calibration:
             for tensor in group
         }
         self._last: tuple[tuple[int, int], InputStatistics] | None = None
+        self._lock = threading.Lock()
 
     def statistics(self, tensor: str) -> InputStatistics | None:
         """Of the tensor's inputs; None for an embedding or a vector. Those of the last tensors that read the
@@ -41,14 +43,15 @@ class Calibration:
         at = self._where.get(tensor)
         if at is None:
             return None
-        if self._last is None or self._last[0] != at:
-            self._last = None
-            i, g = at
-            path = self._folder.segment(i)
-            with Shard(path, path.name) as shard:
-                stored = {key: shard.read(f"{g}.{key}") for key in _ARRAYS}
-            self._last = at, _unpack(stored, self.tokens)
-        return self._last[1]
+        with self._lock:
+            if self._last is None or self._last[0] != at:
+                self._last = None
+                i, g = at
+                path = self._folder.segment(i)
+                with Shard(path, path.name) as shard:
+                    stored = {key: shard.read(f"{g}.{key}") for key in _ARRAYS}
+                self._last = at, _unpack(stored, self.tokens)
+            return self._last[1]
 
     def close(self) -> None:
         """Let the folder go; the statistics stay in it for another build."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class SegmentRunner:
         self._weights, self._device = weights, device
         self._ops = segments[i].ops(program)
         self._reads, self._keeps = segments[i].reads, kept_after(program, segments, i)
-        self._tables = {op.weight for op in self._ops if isinstance(op, Embed)}
+        self.tables = {op.weight for op in self._ops if isinstance(op, Embed)}
         needed = {name for op in self._ops if not isinstance(op, Embed) for name in names_of(op)}
         self.held = {name: load(weights, name, device) for name in sorted(needed)}
 
@@ -67,15 +68,20 @@ class SegmentRunner:
         rows: Array | None,
         hook: Hook | None = None,
         replaced: Mapping[str, Tensor] | None = None,
+        tables: Mapping[str, Callable[[Array], Array]] | None = None,
     ) -> Tensor:
         """Rows that the segment leaves, (windows, length, width), for token ids (windows, length) and rows
-        that the one before left. `replaced` weights take the place of its own."""
+        that the one before left.
+
+        `replaced` weights take the place of its own; `tables` give f32 rows by id in place of an embedding.
+        """
         held = {**self.held, **(replaced or {})}
         ids = torch.empty(0)
-        if self._tables:
+        if self.tables:
             unique, places = np.unique(tokens, return_inverse=True)
-            for name in self._tables - held.keys():
-                held[name] = torch.from_numpy(self._weights.rows(name, unique)).to(self._device)
+            for name in self.tables:
+                rows_of = (tables or {}).get(name) or partial(self._weights.rows, name)
+                held[name] = torch.from_numpy(rows_of(unique)).to(self._device, copy=True)
             ids = torch.from_numpy(places.reshape(tokens.shape).astype(np.int64)).to(self._device)
         buffers: Buffers = {}
         if rows is not None:
