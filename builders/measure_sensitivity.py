@@ -36,7 +36,7 @@ from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
 if TYPE_CHECKING:
     from builders.pipeline import Watcher
 
-KL_FLOPS = 6e12  # of running lanes: a minute or two of two cores; a fixed figure, so that builds repeat
+KL_FLOPS = 3e12  # of running lanes: about two minutes of two cores; a fixed figure, so that builds repeat
 LEAST_TOKENS = 256  # that a KL is measured on
 
 

@@ -1,8 +1,8 @@
 """One tensor in one format: its values as they come back, and the error at its output by the statistics.
 
 tr(E H E^T) with E = Q - W is the mean square of what the rounding adds to the outputs (statistics.py). All
-rows of a matrix have the same inputs, so a sample of them is enough for the ratio to tr(W H W^T); an embedding
-has no inputs, and each of its rows counts as often as its token occurs.
+rows of a matrix have the same inputs, so a sample of them is enough for the ratio to tr(W H W^T). An
+embedding has no inputs, and each of its rows counts as often as its token occurs.
 """
 
 from __future__ import annotations
