@@ -20,6 +20,8 @@ LAZY = {
 # What the builder may know of the runtime beyond the engine and the manner of commands
 RUNS = {
     "evaluate.py": {"edge_runtime", "edge_runtime.backends.protocol", "edge_runtime.backends.reference"},
+    # What a model is calibrated on must be, id for id, what it will be asked
+    "texts.py": {"edge_runtime.serving.chat", "edge_runtime.serving.tokenizer"},
     "prefix.py": {"edge_runtime", "edge_runtime.open_engine", "edge_runtime.serving.prefix_file"},
 }
 
