@@ -16,7 +16,7 @@ from edge_runtime.engine.formats import Array
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """The orthogonal matrix Q = diag(signs) (odd x H), f64: signs (n,), odd (m, m), H 2^k x 2^k normalised."""
+    """The orthogonal matrix Q = diag(signs) (odd x H), f64: signs (n,), odd (m, m), H 2^k x 2^k."""
 
     signs: Array
     odd: Array

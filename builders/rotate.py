@@ -232,7 +232,7 @@ class _Planner:
         self._set(op.weight, heads_right=width)
 
     def _set(self, tensor: str, **what: object) -> None:
-        """Add to a tensor's change; a table that would be changed in two ways becomes two, one for the head."""
+        """Add to a tensor's change; a table changed in two ways becomes two, one of them for the head."""
         old = self.changes.get(tensor, _Change(tensor))
         new = replace(old, **what)  # type: ignore[arg-type]
         spec = self._program.tensors[tensor]
