@@ -60,7 +60,9 @@ def gaussian_error(fmt: str) -> float:
     values = np.random.default_rng(0).standard_normal((32, 1024), dtype=np.float32) * np.float32(0.02)
     record = get_format(fmt)
     found = record.decode(record.encode(values), *values.shape)
-    return float(np.square(found - values, dtype=np.float64).sum() / np.square(values, dtype=np.float64).sum())
+    return float(
+        np.square(found - values, dtype=np.float64).sum() / np.square(values, dtype=np.float64).sum()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ class Losses:
             return given[pair]
         nats = KV_LOSSES.get(pair)
         if nats is None:
-            halves = [loss for name, loss in KV_LOSSES.items() if name.split(",")[0] == k or name == f"{v},{v}"]
+            halves = [
+                loss for name, loss in KV_LOSSES.items() if name.split(",")[0] == k or name == f"{v},{v}"
+            ]
             nats = max(halves, default=max(KV_LOSSES.values()))
         return nats * self._per_nat()
 

@@ -8,11 +8,12 @@ would try every order of them. Nothing here knows a tensor or a format.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,23 @@ def solve(problem: Problem, objective: int | None = None) -> Solution | None:
         if not any(over):
             return Solution(choice, problem.loss(choice), gap)
         # The solver may pass a limit by its tolerance; ask again for a little more than that.
-        limits = [limit - 2 * extra for limit, extra in zip(limits, over, strict=True)]
-    raise BuildError("the planner's solver keeps breaking a budget by its tolerance; change the budget a little")
+        limits = [limit - 2 * extra if extra else limit for limit, extra in zip(limits, over, strict=True)]
+    raise BuildError(
+        "the planner's solver keeps breaking a budget by its tolerance; change the budget a little"
+    )
+
+
+def closest(problem: Problem) -> tuple[int, Solution]:
+    """Of a problem that no choice solves: the first budget that cannot be kept together with those before it,
+    and the choice that costs least of it while it keeps them."""
+    for row in range(len(problem.budgets)):
+        kept = [b if r < row else replace(b, limit=math.inf) for r, b in enumerate(problem.budgets)]
+        found = solve(replace(problem, budgets=tuple(kept)), objective=row)
+        if found is None:
+            break
+        if problem.costs(found.choice)[row] > problem.budgets[row].limit:
+            return row, found
+    raise BuildError("the planner's solver contradicts itself; change a budget a little")
 
 
 def prices(problem: Problem) -> list[float]:
@@ -126,6 +142,17 @@ def prices(problem: Problem) -> list[float]:
     return out
 
 
+def undominated(unit: Sequence[Option]) -> list[int]:
+    """Indices of options that no other equals or beats in loss and every cost; of equals the first."""
+    order = sorted(range(len(unit)), key=lambda i: (unit[i].loss, unit[i].costs, i))
+    kept: list[int] = []
+    for i in order:  # a later one never beats an earlier one
+        costs = unit[i].costs
+        if not any(all(a <= b for a, b in zip(unit[k].costs, costs, strict=True)) for k in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
 def _over(problem: Problem, choice: Sequence[int]) -> list[float]:
     """By how much each budget is broken."""
     costs = problem.costs(choice)
@@ -154,7 +181,7 @@ class _Table:
             # Labels differ between equal units of different names: only numbers make them alike
             groups.setdefault(tuple(Option((), o.loss, o.costs) for o in unit), []).append(i)
         members = list(groups.values())
-        options = [_undominated(problem.units[m[0]]) for m in members]
+        options = [undominated(problem.units[m[0]]) for m in members]
         columns = [problem.units[m[0]][o] for m, kept in zip(members, options, strict=True) for o in kept]
         owner = [g for g, kept in enumerate(options) for _ in kept]
         membership = np.zeros((len(members), len(columns)))
@@ -185,23 +212,14 @@ class _Table:
         column = 0
         for group, kept in zip(self.members, self.options, strict=True):
             unit = self.problem.units[group[0]]
-            taken = [o for o, n in zip(kept, counts[column : column + len(kept)], strict=True) for _ in range(n)]
+            taken = [
+                o for o, n in zip(kept, counts[column : column + len(kept)], strict=True) for _ in range(n)
+            ]
             taken.sort(key=lambda o: (unit[o].loss, o))
             for i, o in zip(group, taken, strict=True):
                 choice[i] = o
             column += len(kept)
         return tuple(choice)
-
-
-def _undominated(unit: Sequence[Option]) -> list[int]:
-    """Options that no other one equals or beats in loss and in every cost; of equals the first."""
-    rows = np.array([(o.loss, *o.costs) for o in unit], float)
-    order = sorted(range(len(unit)), key=lambda i: (*rows[i], i))
-    kept: list[int] = []
-    for i in order:
-        if not kept or not bool((rows[kept] <= rows[i]).all(axis=1).any()):
-            kept.append(i)
-    return sorted(kept)
 
 
 def _search(table: _Table, limits: Sequence[float], objective: int | None) -> tuple[Array | None, float]:

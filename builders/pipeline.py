@@ -20,10 +20,12 @@ import msgspec
 from builders import pack, planner
 from builders.encoding import encode
 from builders.evaluate import compare_models, known_answer, read_text
+from builders.explain import explain
 from builders.fitting import require_fit
 from builders.parts import Contents, Extras, open_contents
 from builders.planner import Plans
 from builders.quantize import Algorithm, get_algorithm
+from builders.sensitivity import Sensitivity
 from builders.weights import EngineWeights, StoredPlanes
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
@@ -51,6 +53,7 @@ class Options:
     force: bool = False
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None  # what the planner spends bytes by; None: its model
 
 
 class Watcher:
@@ -87,11 +90,17 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             )
         with _timed(seconds, "plan"):
             beside = contents.companions()
-            plans, _ = require_fit(contents.target.program, profile, options.request, beside)
+            plans, resolved = require_fit(
+                contents.target.program, profile, options.request, beside, options.sensitivity
+            )
         pack.check_disk(options.output, plans, contents)
         programs = {part.name: part.program for part in contents.parts}
         _keep(options, "read", {"parts": programs, "vocabulary": contents.target.vocabulary})
-        _keep(options, "plan", plans)
+        why = {}
+        if resolved.weights == planner.AUTO and options.keep_json is not None:
+            program = contents.target.program
+            why["explanation"] = explain(program, profile, resolved, plans, beside, options.sensitivity)
+        _keep(options, "plan", plans | why)
         writer = stack.enter_context(
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )

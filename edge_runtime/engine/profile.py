@@ -83,8 +83,8 @@ class CudaLimit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """Products with one weight format: bytes (1e9/s) of stored weights read at one token, streamed from memory
-    and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt."""
+    """Products with one weight format: bytes (1e9/s) of stored weights read at one token, streamed from
+    memory and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt."""
 
     gbps: Positive
     cached_gbps: Positive
@@ -122,7 +122,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds what it measured."""
+    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds its figures."""
 
     bandwidth: Share
     compute: Share

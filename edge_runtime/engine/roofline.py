@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.kv import row_nbytes
@@ -37,7 +38,7 @@ PROMPT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of `tokens` tokens of one sequence that already holds `before`; the last of a prompt has logits."""
+    """A step of `tokens` tokens of one sequence that holds `before`; head: whether it ends in logits."""
 
     tokens: int
     before: int
@@ -107,7 +108,7 @@ class Roofline:
         if self._measured is None or not self._native:
             return 0.0
         extra = 0
-        for before, after in zip(formats, formats[1:], strict=False):
+        for before, after in pairwise(formats):
             if family(before) != family(after):
                 extra += 2 if _quantizes(after) else 1
         return extra * len(steps) * self._measured.stage_us * 1e-6
@@ -210,11 +211,13 @@ def timer(
 
 def weights_read(program: Program, tensors: Mapping[str, TensorPlan]) -> int:
     """Bytes of the matrices that a step multiplies with."""
-    names = {op.weight for op in program.ops if isinstance(op, Linear | Logits)}
-    specs = program.tensors
-    return sum(
-        packed_nbytes(tensors[n].format, tensors[n].packing, specs[n].rows, specs[n].cols) for n in names
-    )
+    chosen = ((program.tensors[n], tensors[n]) for n in weight_names(program))
+    return sum(packed_nbytes(t.format, t.packing, s.rows, s.cols) for s, t in chosen)
+
+
+def weight_names(program: Program) -> list[str]:
+    """Matrices that a step multiplies with, in order, each once."""
+    return list(dict.fromkeys(op.weight for op in program.ops if isinstance(op, Linear | Logits)))
 
 
 def is_cached(profile: Profile, nbytes: int) -> bool:
