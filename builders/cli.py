@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builders import fitting, planner, report
+from builders.budgets import parse_bytes, parse_formats
+from builders.explain import explain
+from builders.explanation_text import explanation_text
 from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
+from builders.plan_picture import check_picture, draw_plan
 from builders.prefix import read_prefix, write_prefix
 from builders.quality import EVAL_BACKENDS
 from builders.quantize import algorithms
 from builders.runner import native_backend
+from builders.sensitivity import read_sensitivity
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
@@ -29,11 +34,12 @@ _EXAMPLES = (
     "edge-build --profile auto --weights auto -o planner.edge path/to/model",
     "edge-build --profile orin --draft path/to/small --lora tidy=path/to/peft path/to/model",
     "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
+    "edge-build --profile orin-nano-8gb --max-memory 3GiB --min-tokens-per-second 20 path/to/model",
     "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
     "edge-build --profile orin --task cases.jsonl --min-accuracy 0.95 --max-kl 0.05 path/to/model",
     "edge-build --profiles",
 )
-_UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json")
+_UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot")
 
 
 def make_parser() -> Parser:
@@ -47,6 +53,7 @@ def make_parser() -> Parser:
     )
     add("--profiles", action="store_true", help="list the devices and stop")
     add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
+    add("--plot", type=Path, metavar="FILE", help="with --dry-run: draw the plan (.svg or .png)")
     add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE-WEIGHTS.edge]")
     add(
         "--force",
@@ -57,9 +64,9 @@ def make_parser() -> Parser:
     add = plan.add_argument
     add(
         "--weights",
-        default=planner.DEFAULT_WEIGHTS,
         metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}, or auto: the best that fits [{planner.DEFAULT_WEIGHTS}]",
+        help=f"{', '.join(FORMATS)}, keep, or auto: a format for each tensor, by the budgets "
+        f"[auto with a budget, else {planner.DEFAULT_WEIGHTS}]",
     )
     add(
         "--head-weights",
@@ -70,7 +77,8 @@ def make_parser() -> Parser:
         "--kv",
         default="int8",
         metavar="FORMAT",
-        help=f"{', '.join(K_FORMATS)} (c: K per channel), or K,V such as int8,int4 [int8]",
+        help=f"{', '.join(K_FORMATS)} (c: K per channel), K,V such as int8,int4, or auto: by the budgets "
+        "[int8]",
     )
     add("--context", type=int, metavar="N", help="longest sequence, tokens [the model's, at most 4096]")
     add("--sequences", type=int, default=4, metavar="N", help="sequences served at once [4]")
@@ -89,6 +97,19 @@ def make_parser() -> Parser:
     )
     add("--page-tokens", type=int, default=16, metavar="N", help="tokens of a KV page, 16 or 32 [16]")
     add("--power-mode", metavar="MODE", help="power mode of the profile to predict for [its default]")
+    budgets = parser.add_argument_group("budgets: each tensor gets the format that serves them best")
+    add = budgets.add_argument
+    add("--max-memory", metavar="SIZE", help="all that the engine needs at run time: 3GiB, 900MiB, 2.5GB")
+    add("--min-tokens-per-second", type=float, metavar="N", help="predicted decode speed of one sequence")
+    add("--max-first-token-ms", type=float, metavar="MS", help="predicted, of a prompt of 512 tokens")
+    add("--bits", type=float, metavar="N", help="bits a weight on average, scales included")
+    add("--formats", metavar="FORMAT,FORMAT", help="formats to choose from [all that the device runs]")
+    add(
+        "--sensitivity-file",
+        type=Path,
+        metavar="FILE",
+        help="losses of each tensor and format, measured by a build [modelled]",
+    )
     beside = parser.add_argument_group("speculation and adapters")
     add = beside.add_argument
     add(
@@ -167,18 +188,26 @@ def run(args: argparse.Namespace) -> Answer:
 
 def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
+    if args.plot is not None:
+        check_picture(args.plot)
     profile = load_profile(args.profile)
     config, name = read_config(args.model)
     architecture = read_architecture(config, request.context)
     beside = read_companions(_extras(args), architecture, request.context)
     program = architecture.program
-    plans, resolved = planner.choose(program, profile, request, beside)
-    changes, error = [], None
-    if not planner.fits(plans):
-        changes = fitting.changes_that_fit(program, profile, resolved, beside)
-        error = fitting.does_not_fit(plans, profile, changes)
+    losses = None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file)
+    plans, resolved = planner.choose(program, profile, request, beside, losses)
+    error, changes = fitting.shortfall(program, profile, resolved, plans, beside, losses)
     text = report.plan_text(name, program, plans, resolved, profile, changes)
-    return Answer(report.plan_data(name, program, plans, resolved, changes), text, error)
+    data = report.plan_data(name, program, plans, resolved, changes)
+    if request.weights == planner.AUTO or args.plot is not None:
+        why = explain(program, profile, resolved, plans, beside, losses)
+        data["explanation"] = why.as_dict()
+        text += f"\n\n{explanation_text(why)}"
+        if args.plot is not None:
+            draw_plan(why, args.plot)
+            data["plot"] = str(args.plot)
+    return Answer(data, text, error)
 
 
 def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
@@ -206,6 +235,7 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         force=args.force,
         keep_json=args.keep_json,
         recipe=_recipe(args),
+        sensitivity=None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file),
     )
     beside = None if args.prefix is None else read_prefix(args.prefix)  # before the work of a build
     backend = load_profile(args.profile).backend
@@ -227,7 +257,12 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _request(args: argparse.Namespace) -> planner.Request:
-    k, v = kv_pair(args.kv)
+    free = args.kv == planner.AUTO
+    k, v = kv_pair("int8" if free else args.kv)
+    budgets = (args.max_memory, args.min_tokens_per_second, args.max_first_token_ms, args.bits)
+    chosen = any(x is not None for x in (*budgets, args.formats, args.sensitivity_file))
+    if args.weights is None:
+        args.weights = planner.AUTO if chosen else planner.DEFAULT_WEIGHTS
     return planner.Request(
         weights=args.weights,
         head_weights=args.head_weights,
@@ -242,6 +277,12 @@ def _request(args: argparse.Namespace) -> planner.Request:
         draft_weights=args.draft_weights,
         draft_kv=None if args.draft_kv is None else kv_pair(args.draft_kv),
         draft_length=args.draft_length,
+        max_memory=None if args.max_memory is None else parse_bytes("--max-memory", args.max_memory),
+        bits=args.bits,
+        min_tokens_per_second=args.min_tokens_per_second,
+        max_first_token_ms=args.max_first_token_ms,
+        formats=() if args.formats is None else parse_formats(args.formats),
+        kv_choices=planner.KV_CHOICES if free else (),
     )
 
 

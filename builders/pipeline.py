@@ -20,6 +20,7 @@ import msgspec
 from builders import pack, planner
 from builders.encoding import encode
 from builders.evaluate import read_text
+from builders.explain import explain
 from builders.fitting import require_fit
 from builders.known_answer import known_answer
 from builders.limits import Limits, broken_limits
@@ -27,6 +28,7 @@ from builders.parts import Contents, Extras, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
 from builders.quantize import Algorithm, get_algorithm
+from builders.sensitivity import Sensitivity
 from builders.task import Task
 from builders.task_file import read_task
 from builders.watcher import Watcher
@@ -61,6 +63,7 @@ class Options:
     force: bool = False  # replace a target that is no engine, and write one that breaks a limit
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None  # what the planner spends bytes by; None: its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,18 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             )
         with _timed(seconds, "plan"):
             beside = contents.companions()
-            plans, _ = require_fit(contents.target.program, profile, options.request, beside)
+            plans, resolved = require_fit(
+                contents.target.program, profile, options.request, beside, options.sensitivity
+            )
         pack.check_disk(options.output, plans, contents)
         task = read_target_task(contents, plans[LANGUAGE], options)
         programs = {part.name: part.program for part in contents.parts}
         _keep(options, "read", {"parts": programs, "vocabulary": contents.target.vocabulary})
-        _keep(options, "plan", plans)
+        why = {}
+        if resolved.weights == planner.AUTO and options.keep_json is not None:
+            program = contents.target.program
+            why["explanation"] = explain(program, profile, resolved, plans, beside, options.sensitivity)
+        _keep(options, "plan", plans | why)
         writer = stack.enter_context(
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
