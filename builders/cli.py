@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from builders import fitting, planner, report
+from builders.arguments import make_parser
 from builders.budgets import parse_bytes, parse_formats
+from builders.calibrating import CalibrationRequest
+from builders.corpus import CorpusOptions
 from builders.explain import explain
 from builders.explanation_text import explanation_text
 from builders.limits import Limits
@@ -17,163 +21,15 @@ from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
 from builders.plan_picture import check_picture, draw_plan
 from builders.prefix import read_prefix, write_prefix
-from builders.quality import EVAL_BACKENDS
-from builders.quantize import algorithms
 from builders.runner import native_backend
 from builders.sensitivity import read_sensitivity
 from builders.sources import model_name, read_config
-from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
-from edge_runtime.engine.formats import FORMATS
-from edge_runtime.engine.kv import K_FORMATS, kv_pair
-from edge_runtime.engine.plan import DRAFT_LENGTH
+from edge_runtime.cli.output import Answer, profiles_answer, progress, run_command
+from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BackendUnavailable, BadConfig
 
-_EXAMPLES = (
-    "edge-build --profile orin-nano-8gb --weights int4_g64 --kv int8 path/to/model",
-    "edge-build --profile auto --weights auto -o planner.edge path/to/model",
-    "edge-build --profile orin --draft path/to/small --lora tidy=path/to/peft path/to/model",
-    "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
-    "edge-build --profile orin-nano-8gb --max-memory 3GiB --min-tokens-per-second 20 path/to/model",
-    "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
-    "edge-build --profile orin --task cases.jsonl --min-accuracy 0.95 --max-kl 0.05 path/to/model",
-    "edge-build --profiles",
-)
 _UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        "edge-build", "Turn a Hugging Face model folder into one engine file for one device.", _EXAMPLES
-    )
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="model folder; with --dry-run also a config.json")
-    add(
-        "--profile", metavar="NAME", help="device: a name of --profiles, a .yaml file, or auto (this machine)"
-    )
-    add("--profiles", action="store_true", help="list the devices and stop")
-    add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
-    add("--plot", type=Path, metavar="FILE", help="with --dry-run: draw the plan (.svg or .png)")
-    add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE-WEIGHTS.edge]")
-    add(
-        "--force",
-        action="store_true",
-        help="replace a file there that is no engine; write an engine that breaks a quality limit",
-    )
-    plan = parser.add_argument_group("plan")
-    add = plan.add_argument
-    add(
-        "--weights",
-        metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}, keep, or auto: a format for each tensor, by the budgets "
-        f"[auto with a budget, else {planner.DEFAULT_WEIGHTS}]",
-    )
-    add(
-        "--head-weights",
-        metavar="FORMAT",
-        help="embedding and head [as --weights if float or int8, else int8_row]",
-    )
-    add(
-        "--kv",
-        default="int8",
-        metavar="FORMAT",
-        help=f"{', '.join(K_FORMATS)} (c: K per channel), K,V such as int8,int4, or auto: by the budgets "
-        "[int8]",
-    )
-    add("--context", type=int, metavar="N", help="longest sequence, tokens [the model's, at most 4096]")
-    add("--sequences", type=int, default=4, metavar="N", help="sequences served at once [4]")
-    add(
-        "--kv-tokens",
-        type=int,
-        metavar="N",
-        help="tokens that the KV cache holds for all of them [--context]",
-    )
-    add(
-        "--step-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of one step; sizes the buffers [128]",
-    )
-    add("--page-tokens", type=int, default=16, metavar="N", help="tokens of a KV page, 16 or 32 [16]")
-    add("--power-mode", metavar="MODE", help="power mode of the profile to predict for [its default]")
-    budgets = parser.add_argument_group("budgets: each tensor gets the format that serves them best")
-    add = budgets.add_argument
-    add("--max-memory", metavar="SIZE", help="all that the engine needs at run time: 3GiB, 900MiB, 2.5GB")
-    add("--min-tokens-per-second", type=float, metavar="N", help="predicted decode speed of one sequence")
-    add("--max-first-token-ms", type=float, metavar="MS", help="predicted, of a prompt of 512 tokens")
-    add("--bits", type=float, metavar="N", help="bits a weight on average, scales included")
-    add("--formats", metavar="FORMAT,FORMAT", help="formats to choose from [all that the device runs]")
-    add(
-        "--sensitivity-file",
-        type=Path,
-        metavar="FILE",
-        help="losses of each tensor and format, measured by a build [modelled]",
-    )
-    beside = parser.add_argument_group("speculation and adapters")
-    add = beside.add_argument
-    add(
-        "--draft",
-        type=Path,
-        metavar="FOLDER",
-        help="smaller model with the same vocabulary; config.json will do for --dry-run",
-    )
-    add("--draft-weights", metavar="FORMAT", help="its weights [--weights]")
-    add("--draft-kv", metavar="FORMAT", help="its KV cache, one format or K,V [--kv]")
-    add(
-        "--draft-length",
-        type=int,
-        metavar="N",
-        help=f"tokens proposed at once; sizes the logits [{DRAFT_LENGTH} with --draft or --medusa, else 0]",
-    )
-    add("--medusa", type=Path, metavar="FOLDER", help="heads that builders.medusa trained on the model")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="PEFT folder that requests choose by name; may be repeated",
-    )
-    add(
-        "--prefix",
-        type=Path,
-        metavar="FILE",
-        help="text, or .json with chat messages, whose KV pages go into ENGINE.prefix",
-    )
-    quality = parser.add_argument_group("quality")
-    add = quality.add_argument
-    add(
-        "--algorithm",
-        default="rtn",
-        metavar="NAME",
-        help=f"how values are chosen: {', '.join(algorithms())} [rtn]",
-    )
-    add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
-    add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
-    add(
-        "--eval-backend",
-        choices=EVAL_BACKENDS,
-        default=EVAL_BACKENDS[0],
-        help="reference: activations f32; native: as this machine's backend computes [reference]",
-    )
-    add("--task", type=Path, metavar="FILE", help="JSONL of prompts and right answers to measure accuracy on")
-    add("--task-f32", action="store_true", help="the f32 checkpoint's accuracy too [where it is small]")
-    add("--max-kl", type=float, metavar="NATS", help="write nothing if mean KL is more (exit code 3)")
-    add(
-        "--max-ppl-increase",
-        type=float,
-        metavar="PERCENT",
-        help="write nothing if perplexity rises more (exit code 3)",
-    )
-    add(
-        "--min-accuracy",
-        type=float,
-        metavar="SHARE",
-        help="write nothing if less of the task, 0 to 1, is right (exit code 3)",
-    )
-    add("--no-eval", action="store_true", help="do not measure quality")
-    add("--keep-json", type=Path, metavar="FOLDER", help="leave one JSON of every phase there")
-    return parser
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -190,6 +46,8 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
     if args.plot is not None:
         check_picture(args.plot)
+    if request.weights == planner.DEFAULT:
+        request = replace(request, weights=planner.DEFAULT_WEIGHTS)
     profile = load_profile(args.profile)
     config, name = read_config(args.model)
     architecture = read_architecture(config, request.context)
@@ -217,7 +75,8 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
     model = Path(args.model)
     name = engine_name(f"{model_name(model)}-{args.profile.removesuffix('.yaml').rsplit('/', 1)[-1]}")
-    output = args.output or Path(f"{name}-{args.weights}.edge")
+    given = planner.DEFAULT_WEIGHTS if args.weights == planner.DEFAULT else args.weights
+    output = args.output or Path(f"{name}-{given}.edge")
     options = Options(
         model=model,
         output=output,
@@ -225,6 +84,10 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         request=request,
         extras=_extras(args),
         algorithm=args.algorithm,
+        observer=args.observer,
+        rotate=args.rotate,
+        calibration=_calibration(args),
+        calibrates=any(x is not None for x in (args.calibration, args.calibration_folder, args.sensitivity)),
         text=args.eval,
         text_tokens=args.eval_tokens,
         measure=not args.no_eval,
@@ -262,7 +125,7 @@ def _request(args: argparse.Namespace) -> planner.Request:
     budgets = (args.max_memory, args.min_tokens_per_second, args.max_first_token_ms, args.bits)
     chosen = any(x is not None for x in (*budgets, args.formats, args.sensitivity_file))
     if args.weights is None:
-        args.weights = planner.AUTO if chosen else planner.DEFAULT_WEIGHTS
+        args.weights = planner.AUTO if chosen else planner.DEFAULT
     return planner.Request(
         weights=args.weights,
         head_weights=args.head_weights,
@@ -283,6 +146,19 @@ def _request(args: argparse.Namespace) -> planner.Request:
         max_first_token_ms=args.max_first_token_ms,
         formats=() if args.formats is None else parse_formats(args.formats),
         kv_choices=planner.KV_CHOICES if free else (),
+    )
+
+
+def _calibration(args: argparse.Namespace) -> CalibrationRequest:
+    memory = args.calibration_memory
+    plain = CalibrationRequest()
+    return CalibrationRequest(
+        source=args.calibration,
+        corpus=CorpusOptions(args.samples, args.sample_tokens, args.seed),
+        device=args.device,
+        memory=plain.memory if memory is None else parse_bytes("--calibration-memory", memory),
+        folder=args.calibration_folder,
+        sensitivity=args.sensitivity,
     )
 
 

@@ -36,6 +36,7 @@ from edge_runtime.engine.roofline import predict
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 
 AUTO = "auto"
+DEFAULT = "default"  # KEEP for such a checkpoint, else DEFAULT_WEIGHTS; the pipeline settles it
 KEEP = "keep"  # of a checkpoint that is already quantized: every matrix as it is there
 # What edge-build takes when nothing is said: decoding on a robot is bound by the bytes of its weights.
 DEFAULT_WEIGHTS = "int4_g64"
