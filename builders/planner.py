@@ -60,9 +60,13 @@ class Request:
 
 
 def precision(format_name: str) -> str:
-    """The precision class that a profile lists: f32, f16, bf16, int8, int4, nf4, fp8."""
+    """The precision class that a profile lists: f32, f16, bf16, int2 to int6, int8, nf4, fp8, mxfp4, nvfp4.
+
+    A k-quant's is that of its codes: q4_k is int4.
+    """
     get_format(format_name)
-    return format_name.split("_")[0]
+    first, _, rest = format_name.partition("_")
+    return f"int{first[1:]}" if rest == "k" else first
 
 
 def default_context(longest: int, asked: int | None) -> int:
