@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builders import fitting, planner, report
-from builders.evaluate import native_backend
+from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
 from builders.prefix import read_prefix, write_prefix
+from builders.quality import EVAL_BACKENDS
 from builders.quantize import algorithms
+from builders.runner import native_backend
 from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
 from edge_runtime.engine.formats import FORMATS
@@ -28,6 +30,7 @@ _EXAMPLES = (
     "edge-build --profile orin --draft path/to/small --lora tidy=path/to/peft path/to/model",
     "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
     "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
+    "edge-build --profile orin --task cases.jsonl --min-accuracy 0.95 --max-kl 0.05 path/to/model",
     "edge-build --profiles",
 )
 _UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json")
@@ -45,7 +48,11 @@ def make_parser() -> Parser:
     add("--profiles", action="store_true", help="list the devices and stop")
     add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
     add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE-WEIGHTS.edge]")
-    add("--force", action="store_true", help="replace a file at that place that is not an engine")
+    add(
+        "--force",
+        action="store_true",
+        help="replace a file there that is no engine; write an engine that breaks a quality limit",
+    )
     plan = parser.add_argument_group("plan")
     add = plan.add_argument
     add(
@@ -123,12 +130,27 @@ def make_parser() -> Parser:
     add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
     add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
     add(
+        "--eval-backend",
+        choices=EVAL_BACKENDS,
+        default=EVAL_BACKENDS[0],
+        help="reference: activations f32; native: as this machine's backend computes [reference]",
+    )
+    add("--task", type=Path, metavar="FILE", help="JSONL of prompts and right answers to measure accuracy on")
+    add("--task-f32", action="store_true", help="the f32 checkpoint's accuracy too [where it is small]")
+    add("--max-kl", type=float, metavar="NATS", help="write nothing if mean KL is more (exit code 3)")
+    add(
         "--max-ppl-increase",
         type=float,
         metavar="PERCENT",
         help="write nothing if perplexity rises more (exit code 3)",
     )
-    add("--no-eval", action="store_true", help="do not measure perplexity and KL")
+    add(
+        "--min-accuracy",
+        type=float,
+        metavar="SHARE",
+        help="write nothing if less of the task, 0 to 1, is right (exit code 3)",
+    )
+    add("--no-eval", action="store_true", help="do not measure quality")
     add("--keep-json", type=Path, metavar="FOLDER", help="leave one JSON of every phase there")
     return parser
 
@@ -160,8 +182,8 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
-    if args.max_ppl_increase is not None and (args.no_eval or not args.max_ppl_increase >= 0):
-        raise BadConfig(f"--max-ppl-increase {args.max_ppl_increase:g} needs 0 or more, and no --no-eval")
+    if args.task_f32 and args.task is None:
+        raise BadConfig("--task-f32 needs --task")
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
     model = Path(args.model)
@@ -177,7 +199,10 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         text=args.eval,
         text_tokens=args.eval_tokens,
         measure=not args.no_eval,
-        max_ppl_increase=args.max_ppl_increase,
+        eval_backend=args.eval_backend,
+        task=args.task,
+        task_f32=args.task_f32 or None,
+        limits=Limits(args.max_kl, args.max_ppl_increase, args.min_accuracy),
         force=args.force,
         keep_json=args.keep_json,
         recipe=_recipe(args),

@@ -19,19 +19,26 @@ import msgspec
 
 from builders import pack, planner
 from builders.encoding import encode
-from builders.evaluate import compare_models, known_answer, read_text
+from builders.evaluate import read_text
 from builders.fitting import require_fit
+from builders.known_answer import known_answer
+from builders.limits import Limits, broken_limits
 from builders.parts import Contents, Extras, open_contents
 from builders.planner import Plans
+from builders.quality import Subject, measure_quality, measure_task
 from builders.quantize import Algorithm, get_algorithm
-from builders.weights import EngineWeights, StoredPlanes
+from builders.task import Task
+from builders.task_file import read_task
+from builders.watcher import Watcher
+from builders.weights import StoredPlanes
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.packing import pack as pack_planes
+from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile, load_profile
 from edge_runtime.engine.proof import plane_name
 from edge_runtime.engine.writer import EngineWriter, OsCalls
-from edge_runtime.errors import QualityLimit
+from edge_runtime.errors import BadConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +54,13 @@ class Options:
     text: Path | None = None
     text_tokens: int = 512
     measure: bool = True
-    max_ppl_increase: float | None = None  # percent of perplexity above f32 that the user allows
-    force: bool = False
+    eval_backend: str = "reference"
+    task: Path | None = None
+    task_f32: bool | None = None  # None: where the model is small
+    limits: Limits = field(default_factory=Limits)
+    force: bool = False  # replace a target that is no engine, and write one that breaks a limit
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
-
-
-class Watcher:
-    """Hears how a build goes on; the command line shows it, by default nobody does."""
-
-    def phase(self, name: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def step(self, what: str) -> None:
-        """One step of it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class Report:
 def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | None = None) -> Report:
     """Build one engine. Raises an EdgeError; the target is then what it was before."""
     watcher = watcher or Watcher()
+    options.limits.check(measured=options.measure, task=options.task is not None)
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
     seconds: dict[str, float] = {}
@@ -89,6 +90,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             beside = contents.companions()
             plans, _ = require_fit(contents.target.program, profile, options.request, beside)
         pack.check_disk(options.output, plans, contents)
+        task = read_target_task(contents, plans[LANGUAGE], options)
         programs = {part.name: part.program for part in contents.parts}
         _keep(options, "read", {"parts": programs, "vocabulary": contents.target.vocabulary})
         _keep(options, "plan", plans)
@@ -99,17 +101,20 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             sqnr = quantize(contents, plans, get_algorithm(options.algorithm), writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
-            quality, answer = verify(contents, plans, profile, options, writer, sqnr[LANGUAGE], watcher)
+            quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
-        if quality is not None and options.max_ppl_increase is not None:
-            check_rise(quality, options.max_ppl_increase)
+        notices = list(contents.notices)
+        if quality is not None and quality.broken:
+            if not options.force:
+                raise broken_limits(quality.broken)
+            notices.append(f"written by --force although {'; '.join(quality.broken)}")
         with _timed(seconds, "pack"):
             watcher.phase("pack", 1)
             record = pack.Record(profile, quality, answer, options.algorithm, options.recipe)
             manifest = pack.finish(writer, contents, plans, record)
             watcher.step(options.output.name)
         _keep(options, "pack", {"file": options.output.name, "planes": manifest.planes})
-        return Report(options.output, options.output.stat().st_size, manifest, seconds, contents.notices)
+        return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
 
 
 def quantize(
@@ -135,11 +140,22 @@ def quantize(
     return sqnr
 
 
+def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:
+    """The task file in the target's tokens, before any long work. Raises BadConfig."""
+    if options.task is None:
+        return None
+    if not options.measure:
+        raise BadConfig("--task is part of the quality report; leave --no-eval away")
+    target = contents.target
+    return Task(read_task(options.task), target.source, target.vocabulary, plan.step.context)
+
+
 def verify(
     contents: Contents,
     plans: Plans,
     profile: Profile,
     options: Options,
+    task: Task | None,
     writer: EngineWriter,
     sqnr: dict[str, float],
     watcher: Watcher,
@@ -147,45 +163,23 @@ def verify(
     """Phase 5. Measure the language part's planes as they lie in the file against the checkpoint; record a
     known answer. Companions change no answer, so they are not measured here."""
     watcher.phase("verify", 2)
-    checkpoint, plan = contents.target, plans[LANGUAGE]
+    target, plan = contents.target, plans[LANGUAGE]
     window = min(plan.step.context, options.text_tokens)
-    text = read_text(
-        checkpoint.source, checkpoint.vocabulary, options.text, limit=options.text_tokens, window=window
-    )
-    stored = StoredPlanes(LANGUAGE, checkpoint.program, plan, writer)
+    text = read_text(target.source, target.vocabulary, options.text, limit=options.text_tokens, window=window)
+    stored = StoredPlanes(LANGUAGE, target.program, plan, writer)
     quality = None
     if options.measure:
-        engine = EngineWeights(checkpoint.program, plan.tensors, stored.of)
-        found = compare_models(checkpoint.weights, engine, plan.kv, text)
-        del engine  # it keeps the planes of one tensor
-        matrices = {n for n, s in checkpoint.program.tensors.items() if s.role != "vector"}
-        bits = 8.0 * sum(stored.true_nbytes(n) for n in matrices)
-        quality = Quality(
-            text=text.name,
-            tokens=found.tokens,
-            perplexity=found.perplexity,
-            perplexity_f32=found.perplexity_f32,
-            kl_mean=found.kl_mean,
-            kl_p99=found.kl_p99,
-            top1_agreement=found.top1_agreement,
-            bits_per_weight=bits / sum(checkpoint.program.tensors[n].size for n in matrices),
-            bytes=plan.memory.weights,
-            sqnr_db=sqnr,
-        )
+        subject = Subject(target, profile, plan, stored)
+        quality = measure_quality(subject, text, options.eval_backend, sqnr)
     watcher.step("quality")
-    answer = known_answer(profile, checkpoint.program, plan, stored.of, text.windows[0])
+    answer = known_answer(profile, target.program, plan, stored.of, text.windows[0])
     watcher.step("known answer")
+    if quality is not None and task is not None:
+        figures = measure_task(subject, task, options.task_f32, watcher)
+        quality = msgspec.structs.replace(quality, task=figures)
+    if quality is not None:
+        quality = msgspec.structs.replace(quality, broken=tuple(options.limits.broken(quality)))
     return quality, answer
-
-
-def check_rise(quality: Quality, most: float) -> None:
-    """Raise QualityLimit when perplexity rises above f32 by more than `most` percent."""
-    rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
-    if rise > most:
-        raise QualityLimit(
-            f"perplexity rises by {rise:.2f}% on {quality.text}, at most {most:g}% is allowed; nothing was "
-            "written; use a format with more bits or smaller groups"
-        )
 
 
 @contextmanager

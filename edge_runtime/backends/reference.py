@@ -6,7 +6,8 @@ a token's numbers to f32 rounding, not to the bit, when the step around it chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,7 @@ from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
 from edge_runtime.engine.adapter import Adapter, LowRank, check_adapter, free_number
 from edge_runtime.engine.formats import FORMATS, Array
+from edge_runtime.engine.layout import live_segments
 from edge_runtime.engine.ops import (
     Activation,
     Add,
@@ -66,6 +68,10 @@ class ReferenceExecutor:
         self._step = step
         self._arena: KvArena | None = KvArena(program, kv)
         self._buffers: dict[str, Array] = {}
+        self._read_last: dict[int, list[str]] = {}  # op -> buffers that no later op reads
+        for name, ranges in live_segments(program).items():
+            for _, last in ranges:
+                self._read_last.setdefault(last, []).append(name)
         self._adapters: dict[int, Adapter] = {}
         self._hidden = np.empty((0, program.hidden_width), np.float32)
 
@@ -92,19 +98,28 @@ class ReferenceExecutor:
 
         With `logits`, an evaluation takes the logits of a long text in pieces that fit into memory.
         """
+        _, buffers = deque(self.walk_hidden(batch), maxlen=1)[0]
+        hidden = buffers[self._head.x]
+        _finite(hidden, "the final hidden state")
+        return hidden
+
+    def walk_hidden(self, batch: StepBatch) -> Iterator[tuple[int, Mapping[str, Array]]]:
+        """As `run_hidden`, op by op: after each, its index and the buffers that are still to be read, f32
+        (T, width). Copy what shall outlive the next op, which may work in place.
+        """
         arena = self._open()
         check_batch(batch, self._program, self._kv, self._step)
         check_adapters(batch.adapters, self._adapters)
         refuse_tree(batch, self._kv)
         self._buffers = {}
-        # Overflow is found by the finite checks below, not by a warning
-        with np.errstate(over="ignore", invalid="ignore"):
-            for op in self._program.ops[:-1]:
+        for index, op in enumerate(self._program.ops[:-1]):
+            # Overflow is found by the finite checks, not by a warning
+            with np.errstate(over="ignore", invalid="ignore"):
                 self._run(op, batch, arena)
-        hidden = self._buffers[self._head.x]
+            for name in self._read_last.get(index, ()):
+                del self._buffers[name]
+            yield index, self._buffers
         self._buffers = {}
-        _finite(hidden, "the final hidden state")
-        return hidden
 
     def logits(self, hidden: Array, adapters: Array | None = None) -> Array:
         """Logits f32 (rows, vocab) of hidden rows (rows, hidden), `adapters` (rows,) numbers or -1.
