@@ -17,6 +17,7 @@ from builders.architecture import Architecture
 from builders.archs import read_program
 from builders.companions import Companions
 from builders.planner import default_context
+from builders.reorder import order_inputs
 from builders.sources import Source, open_source, read_config, read_vocabulary
 from builders.sources.matrix import Stored
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
@@ -206,7 +207,7 @@ def check_same_vocabulary(target: Checkpoint, draft: Checkpoint) -> None:
 
 def _checkpoint(stack: ExitStack, folder: Path, context: int | None) -> Checkpoint:
     source = stack.enter_context(open_source(folder))
-    architecture = read_architecture(source.config, context)
+    architecture = order_inputs(read_architecture(source.config, context), source.orders())
     weights = CheckpointWeights(architecture, source)
     return Checkpoint(source, architecture, weights, read_vocabulary(source, architecture.program.vocab_size))
 

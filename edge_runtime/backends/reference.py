@@ -24,6 +24,7 @@ from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
+from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.adapter import Adapter, LowRank, check_adapter, free_number
 from edge_runtime.engine.formats import FORMATS, Array
 from edge_runtime.engine.layout import live_segments
@@ -33,12 +34,14 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Gather,
     Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
+    Round,
 )
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
@@ -74,6 +77,9 @@ class ReferenceExecutor:
                 self._read_last.setdefault(last, []).append(name)
         self._adapters: dict[int, Adapter] = {}
         self._hidden = np.empty((0, program.hidden_width), np.float32)
+        for op in program.ops:
+            if isinstance(op, Gather):
+                check_order(op.order, provider(op.order), program.buffers[op.x])
 
     def forward(self, batch: StepBatch) -> Array:
         """Logits f32 (L, vocab) of `batch.logit_rows`. Raises BadRequest, or NumericError on NaN/Inf."""
@@ -237,6 +243,12 @@ class ReferenceExecutor:
                 b[op.out] = out if op.up is None else out * b[op.up]
             case Add():
                 b[op.out] = b[op.a] + np.float32(op.scale) * b[op.b]
+            case Gather():
+                _finite(b[op.x], f"the input of the order {op.order!r}")  # also where it is not chosen
+                b[op.out] = b[op.x][:, weight(op.order)[0].astype(np.int64)]
+            case Round():
+                _finite(b[op.x], f"the input of a rounding to {op.format}")
+                b[op.out] = numpy_ops.rounded(b[op.x], op.format, op.scale)
             case Logits():
                 pass  # `logits` does it, for the rows that are wanted
 
@@ -333,10 +345,12 @@ class ReferenceBackend:
         return Support(True)
 
     def load(self, part: Part, *, threads: int = 0) -> ReferenceExecutor:
-        """`threads` has no effect: BLAS has its own pool. Raises Unsupported."""
+        """`threads` has no effect: BLAS has its own pool. Raises Unsupported, BadEngineFile (bad indices)."""
         answer = self.supports(part.program, {name: t.format for name, t in part.weights.items()})
         if not answer.ok:
             raise Unsupported(f"the reference backend cannot run this engine: {answer.why}")
+        for name, tensor in part.weights.items():
+            check_indices(name, tensor)
         return ReferenceExecutor(part.program, DecodedWeights(part.weights), part.kv, part.step)
 
 

@@ -199,6 +199,14 @@ void Executor::run_op(const edge_op& op, int64_t t) {
         case EDGE_OP_ADD:
             kernels_.add(x, op.y + t * op.x_width, op.scale, out, op.x_width);
             break;
+        case EDGE_OP_GATHER:
+            if (!all_finite(x, op.x_width)) return fail(EDGE_NOT_FINITE);  // also where it is not chosen
+            for (int64_t j = 0; j < op.out_width; ++j) out[j] = x[static_cast<int64_t>(op.vec[j])];
+            break;
+        case EDGE_OP_ROUND_E4M3:
+        case EDGE_OP_ROUND_I8:
+            if (!kernels_.round(op.kind, op.scale, x, out, op.x_width)) fail(EDGE_NOT_FINITE);
+            break;
         case EDGE_OP_KV_APPEND: {
             const edge_cache& cache = cache_[static_cast<size_t>(op.layer)];
             const int32_t token = static_cast<int32_t>(t);

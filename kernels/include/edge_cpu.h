@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 5 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 6 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Group scales are f16, row and tensor scales f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -35,6 +35,9 @@ enum edge_op_kind {
     EDGE_OP_ADD,
     EDGE_OP_LOGITS,
     EDGE_OP_INPUT, /* of the batch; only as the first op */
+    EDGE_OP_GATHER,
+    EDGE_OP_ROUND_E4M3, /* with op.scale, or the token's own where it is 0 */
+    EDGE_OP_ROUND_I8,
 };
 
 enum edge_simd { EDGE_SIMD_AUTO, EDGE_SIMD_SCALAR, EDGE_SIMD_AVX2, EDGE_SIMD_AVX512, EDGE_SIMD_NEON };
@@ -90,7 +93,7 @@ typedef struct edge_op {
     const float* x;
     const float* y; /* second input: v of kv_append, up of an activation, b of add */
     float* out;
-    const float* vec; /* norm weight; inv_freq of rope */
+    const float* vec; /* norm weight; inv_freq of rope; columns of gather */
     const float* bias;
     edge_matrix weight;
     int64_t x_width, out_width;

@@ -23,6 +23,7 @@ from builders.sources.shards import Shards
 from edge_runtime.engine.folder import parse_object
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.formats.nf4 import NF4
+from edge_runtime.engine.formats.nf4_double import DYNAMIC
 from edge_runtime.errors import BadCheckpoint, Unsupported
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -107,14 +108,8 @@ def _absmax(module: Module, state: dict[str, Any], blocks: int) -> tuple[Array, 
         absmax = table[codes] * np.repeat(scale, size)[:blocks] + np.float32(offset)
     if not np.isfinite(absmax).all():
         raise BadCheckpoint(f"the scales of {module.name!r} hold NaN or Inf; the checkpoint is damaged")
-    return absmax, Nested(codes, scale, float(offset)) if size == NESTED and _standard(table) else None
-
-
-def _standard(table: Array) -> bool:
-    """Whether it is the map that nf4_g64_dq has."""
-    from edge_runtime.engine.formats.nf4_double import DYNAMIC
-
-    return np.array_equal(table, DYNAMIC)
+    standard = np.array_equal(table, DYNAMIC)  # the map that nf4_g64_dq has
+    return absmax, Nested(codes, scale, float(offset)) if size == NESTED and standard else None
 
 
 def _shape(module: Module, value: Any) -> tuple[int, int]:

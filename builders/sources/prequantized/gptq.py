@@ -68,12 +68,13 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
     if module.has("g_idx"):
         (cols,) = module.shape("g_idx", 1, "I32", "I64")
         bits = next((b for b in BITS if word_count(cols, b) == words), bits)
+        module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
         order, group = read_order(module, "g_idx", groups)
     else:
         cols, order = words * 32 // bits, None
         group = cols if group == -1 else group
+        module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
         module.expect("scales", (groups, rows), (-(-cols // group), rows))
-    module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
     module.expect("qzeros", module.shape("qzeros", 2, "I32"), (groups, word_count(rows, bits)))
     zeros = module.raw("qzeros")
     if v1 and bits != 3:
