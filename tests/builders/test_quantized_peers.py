@@ -161,8 +161,8 @@ def test_bitsandbytes_nf4(tmp_path: Path, block: int, double: bool) -> None:
 
 
 def test_bitsandbytes_int8(tmp_path: Path) -> None:
-    """The library rounds twice (by SCB, then by 1/127), we once: within 2^-22 of it, and all but a few are equal
-    in f16."""
+    """The library rounds twice (by SCB, then by 1/127), we once: within 2^-22 of it, and nearly all equal in
+    f16."""
     bnb = pytest.importorskip(
         "bitsandbytes.functional", reason="needs bitsandbytes: pip install bitsandbytes"
     )
