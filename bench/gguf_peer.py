@@ -120,7 +120,7 @@ class GgufWeights:
 
 
 def read_quantized(path: Path, exact: CheckpointWeights, heads: int, kv_heads: int) -> GgufWeights:
-    """Dequantize every tensor by the gguf package; `exact` gives the Program and the tables that no file has."""
+    """Dequantize every tensor by the gguf package; `exact` gives the Program and what no file has."""
     import gguf
 
     tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -27,13 +26,11 @@ from builders.moments import Moments, sample_tokens
 from builders.segment_runner import SegmentRunner, batches
 from builders.segments import Segment, cut
 from builders.torch_device import Workers, repeatable, resolve_device
+from builders.watcher import Watcher
 from builders.weights import Weights
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import Linear
 from edge_runtime.errors import Unsupported, ValueOutOfRange
-
-if TYPE_CHECKING:
-    from builders.pipeline import Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,9 @@ def calibrate(
     held = CalibrationFolder(folder, identity)
     try:
         with repeatable(device, options.cores) as workers:
-            sha256 = _run(_Work(weights, segments, corpus.windows, held, options, device, workers), watcher)
+            sha256 = _run(
+                _Work(weights, segments, corpus.windows, held, options, device, workers), watcher or Watcher()
+            )
     except BaseException:
         held.close()
         raise
@@ -104,18 +103,16 @@ class _Work:
     workers: Workers
 
 
-def _run(work: _Work, watcher: Watcher | None) -> str:
+def _run(work: _Work, watcher: Watcher) -> str:
     """All segments that have no statistics yet; the digest of all."""
     count = len(work.segments)
     done = work.folder.finished(count)
-    if watcher is not None:
-        watcher.phase("calibrate", count)
+    watcher.phase("calibrate", count)
     held: Array | None = None  # rows after the segment before, when they are in memory
     for i in range(count):
         if i >= done:
             held = _segment(work, i, held)
-        if watcher is not None:
-            watcher.step(f"segment {i + 1} of {count}")
+        watcher.step(f"segment {i + 1} of {count}")
     return work.folder.finish(count)
 
 

@@ -27,6 +27,7 @@ class Calibration:
         identity = folder.identity
         self.text, self.tokens = identity.text, identity.samples * identity.length
         self.sha256 = sha256
+        self.folder = folder.path
         self._folder = folder
         self._where = {
             tensor: (i, g)

@@ -131,12 +131,8 @@ class CalibrationFolder:
 
     def remove(self) -> None:
         """Delete everything that a calibration writes, and the folder if nothing else is in it."""
-        for pattern in (DONE, "segment-*.safetensors", "rows-*.f32", "*.part", MANIFEST, LOCK):
-            for path in self.path.glob(pattern):
-                path.unlink()
         self.close()
-        with suppress(OSError):
-            self.path.rmdir()
+        forget(self.path)
 
     def _claim(self) -> None:
         """Write the identity, or compare it with the one that is there."""
@@ -195,3 +191,13 @@ def write_safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
     file.write(text)
     for array in arrays.values():
         file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+
+
+def forget(path: Path) -> None:
+    """Delete everything that a calibration writes in a folder that nobody holds, and the folder if nothing
+    else is in it."""
+    for pattern in (DONE, "segment-*.safetensors", "rows-*.f32", "sensitivity-*", "*.part", MANIFEST, LOCK):
+        for file in path.glob(pattern):
+            file.unlink()
+    with suppress(OSError):
+        path.rmdir()

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from builders import evaluation_text
 from builders.comparison import BLOCK_ITEMS, Comparison, Positions, logits, measure, summarise
-from builders.hidden import compare_hidden, head_of
+from builders.hidden import Restore, compare_hidden, head_of
 from builders.runner import Runner
 from builders.sources import Source
 from builders.weights import Weights, row_blocks
@@ -84,13 +84,18 @@ def read_text(
 
 
 def compare_models(
-    reference: Weights, engine: Weights, kv: KvPlan, text: EvaluationText, runner: Runner | None = None
+    reference: Weights,
+    engine: Weights,
+    kv: KvPlan,
+    text: EvaluationText,
+    runner: Runner | None = None,
+    restore: Restore | None = None,
 ) -> Comparison:
     """Perplexity, KL, agreement and cosine by layer of `engine` (with its KV formats) against `reference`
     (with an f32 cache). With a `runner` of the engine its logits are those of that backend, int8 activations
-    and all; the cosines are the reference backend's either way.
+    and all; the cosines are the reference backend's either way, of rows that `restore` gave back their basis.
     """
-    x_f, x_q, cosines = compare_hidden(reference, engine, kv, text.windows)
+    x_f, x_q, cosines = compare_hidden(reference, engine, kv, text.windows, restore)
     if runner is None:
         targets = np.concatenate([w[1:] for w in text.windows])
         found = summarise([measure(_logit_blocks(reference, x_f, (engine, x_q)), targets)])

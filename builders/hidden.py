@@ -7,7 +7,7 @@ nor a text's states of all layers lie in memory. Activations are f32; the KV cac
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from edge_runtime.engine.ops import Add, KvAppend, Logits
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
+Restore = Callable[[Array], Array]
 Windows = tuple[Array, ...]  # token ids int32 (n,) of texts that have nothing to do with each other
 STEP_TOKENS = 2048  # of one evaluation step: buffers stay small, weights are read seldom
 
@@ -55,12 +56,13 @@ def hidden_states(weights: Weights, kv: KvPlan, windows: Windows) -> Array:
 
 
 def compare_hidden(
-    reference: Weights, engine: Weights, kv: KvPlan, windows: Windows
+    reference: Weights, engine: Weights, kv: KvPlan, windows: Windows, restore: Restore | None = None
 ) -> tuple[Array, Array, tuple[float, ...]]:
     """Run both over the windows, `reference` with an f32 cache and `engine` with the plan's.
 
     Returns their inputs of the logits as `hidden_states` gives them, and by layer the cosine of the two
-    residual streams after it: the mean over all tokens, f64.
+    residual streams after it: the mean over all tokens, f64. `restore` gives the engine's stream in the
+    reference's basis where it is another.
     """
     exact = msgspec.structs.replace(kv, k="f32", v="f32")
     found: tuple[list[Array], list[Array]] = ([], [])
@@ -72,7 +74,8 @@ def compare_hidden(
         rows: tuple[Array, Array] = (np.empty(0), np.empty(0))
         for layer, rows in enumerate(zip(of_reference, of_engine, strict=True)):
             if layer < len(sums):
-                sums[layer] += _cosines(*rows).sum()
+                of_f, of_q = rows
+                sums[layer] += _cosines(of_f, of_q if restore is None else restore(of_q)).sum()
         for kept, states in zip(found, rows, strict=True):
             kept.append(states[_followed(group)])
     return np.concatenate(found[0]), np.concatenate(found[1]), tuple((sums / tokens).tolist())

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -22,19 +22,16 @@ from builders.corpus import Corpus
 from builders.journal import Journal
 from builders.lanes import Lane, LaneRunner, lane_bytes
 from builders.quantize import AlgorithmOptions, get_algorithm
-from builders.rounding_error import Rounder, occurrences, sampled_rows, weighted_square
+from builders.rounding_error import Model, Rounder, occurrences, sampled_rows, weighted_square
 from builders.segments import cut
 from builders.sensitivity import Sensitivity
 from builders.torch_device import Workers, repeatable, resolve_device
-from builders.weights import Weights
+from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.ops import Embed, Logits
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
-
-if TYPE_CHECKING:
-    from builders.pipeline import Watcher
 
 KL_FLOPS = 3e12  # of running lanes: about two minutes of two cores; a fixed figure, so that builds repeat
 LEAST_TOKENS = 256  # that a KL is measured on
@@ -56,7 +53,7 @@ class SensitivityOptions:
 
 
 def measure_sensitivity(
-    weights: Weights,
+    weights: Model,
     calibration: Calibration,
     corpus: Corpus,
     formats: Sequence[str],
@@ -88,7 +85,7 @@ def measure_sensitivity(
     with repeatable(device, options.cores) as workers:
         search = _Search(weights, calibration, corpus, formats, options, device, workers, notes)
         try:
-            found = search.run(watcher)
+            found = search.run(watcher or Watcher())
         except BaseException:
             notes.close()
             raise
@@ -120,7 +117,7 @@ def lane_flops(program: Program) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    weights: Weights
+    weights: Model
     calibration: Calibration
     corpus: Corpus
     formats: Sequence[str]
@@ -129,13 +126,12 @@ class _Search:
     workers: Workers
     notes: Journal
 
-    def run(self, watcher: Watcher | None) -> Sensitivity:
+    def run(self, watcher: Watcher) -> Sensitivity:
         program = self.weights.program
         names = [n for n, spec in program.tensors.items() if spec.role != "vector"]
         flops = sum(lane_flops(program).values())
         unit = self.options.unit or ("kl" if flops * LEAST_TOKENS <= KL_FLOPS else "hessian")
-        if watcher is not None:
-            watcher.phase("sensitivity", len(names) * (1 if unit == "hessian" else 2))
+        watcher.phase("sensitivity", len(names) * (1 if unit == "hessian" else 2))
         errors = self._errors(names, watcher)
         if unit == "hessian":
             tokens, measured, losses = self.calibration.tokens, (), errors
@@ -159,7 +155,7 @@ class _Search:
             self.weights, get_algorithm(self.options.algorithm), AlgorithmOptions(device=self.device)
         )
 
-    def _errors(self, names: Sequence[str], watcher: Watcher | None) -> dict[str, dict[str, float]]:
+    def _errors(self, names: Sequence[str], watcher: Watcher) -> dict[str, dict[str, float]]:
         """tr(E H E^T) / tr(W H W^T) of each tensor and format; a format that cannot hold it is left out."""
         ids, counts = np.unique(self.corpus.windows, return_counts=True)
         embeddings = {op.weight for op in self.weights.program.ops if isinstance(op, Embed)}
@@ -172,8 +168,7 @@ class _Search:
                 share = shares.get(fmt, self.notes.get("error", name, fmt))
                 if share is not None and share >= 0.0:
                     found[name][fmt] = share
-            if watcher is not None:
-                watcher.step(f"error {name}")
+            watcher.step(f"error {name}")
         return found
 
     def _shares(
@@ -220,7 +215,7 @@ class _Search:
         errors: dict[str, dict[str, float]],
         measured: Sequence[str],
         windows: Array,
-        watcher: Watcher | None,
+        watcher: Watcher,
     ) -> dict[str, dict[str, float]]:
         """KL of each tensor in each measured format, nats a token."""
         rounder = self._rounder()
@@ -247,7 +242,7 @@ class _Search:
         for done, kl in runner.measure(lanes):
             found[done.tensor][done.label] = self.notes.put(kl, "kl", done.tensor, done.label)
             left[done.tensor] -= 1
-            if watcher is not None and not left[done.tensor]:
+            if not left[done.tensor]:
                 watcher.step(f"KL {done.tensor}")
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,14 @@ class Contents:
     adapters: dict[str, Adapter]
     folders: dict[str, Source | MedusaHeads | Path]
     notices: list[str]
+
+    @property
+    def language(self) -> Part:
+        """The model that answers, as it will be quantized: rotated, it is not `target`'s program any more."""
+        return self.parts[0]
+
+    def with_language(self, part: Part) -> Contents:
+        return replace(self, parts=(part, *self.parts[1:]))
 
     def companions(self) -> Companions:
         return _companions([part.program for part in self.parts[1:]], self.adapters)

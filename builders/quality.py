@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from builders.evaluate import EvaluationText, compare_models
 from builders.known_answer import REFERENCE_LIMIT
-from builders.parts import Checkpoint
+from builders.parts import Checkpoint, Part
+from builders.rotate import RotatedWeights
 from builders.runner import backend_here, checkpoint_runner, engine_runner, formats_of
 from builders.task import Task
 from builders.watcher import Watcher
@@ -22,9 +23,10 @@ EVAL_BACKENDS = ("reference", "native")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: the language part's checkpoint, its plan for a profile, and its stored planes."""
+    """What is measured: a part's plan for a profile and its stored planes, against its checkpoint."""
 
     checkpoint: Checkpoint
+    part: Part
     profile: Profile
     plan: Plan
     stored: StoredPlanes
@@ -36,7 +38,8 @@ def measure_quality(
     """Figures on the text. eval_backend: "reference" computes with f32 activations, "native" as a backend of
     this machine does. Raises BackendUnavailable where none can run the engine.
     """
-    program, plan = subject.checkpoint.program, subject.plan
+    program, plan = subject.part.program, subject.plan
+    restore = subject.part.weights.unturned if isinstance(subject.part.weights, RotatedWeights) else None
     engine = EngineWeights(program, plan.tensors, subject.stored.of)
     if eval_backend == "native":
         backend = backend_here(subject.profile, program, formats_of(plan))
@@ -46,9 +49,9 @@ def measure_quality(
             )
         longest = max(map(len, text.windows))
         with engine_runner(backend, program, plan, subject.stored.of, context=longest) as runner:
-            found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, runner)
+            found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, runner, restore)
     else:
-        found = compare_models(subject.checkpoint.weights, engine, plan.kv, text)
+        found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, restore=restore)
     matrices = {n for n, s in program.tensors.items() if s.role != "vector"}
     bits = 8.0 * sum(subject.stored.true_nbytes(n) for n in matrices)
     return Quality(
@@ -69,7 +72,7 @@ def measure_quality(
 
 def measure_task(subject: Subject, task: Task, with_f32: bool | None, watcher: Watcher) -> TaskQuality:
     """Accuracy of the engine, and of the f32 checkpoint where `with_f32` (None: where the model is small)."""
-    program, plan = subject.checkpoint.program, subject.plan
+    program, plan = subject.part.program, subject.plan
     if with_f32 is None:
         with_f32 = sum(spec.size for spec in program.tensors.values()) <= REFERENCE_LIMIT
     watcher.phase("task", len(task) * (2 if with_f32 else 1))
@@ -79,7 +82,8 @@ def measure_task(subject: Subject, task: Task, with_f32: bool | None, watcher: W
         right = task.answered(runner, lambda what: watcher.step(f"engine {what}"))
     right_f32 = None
     if with_f32:
-        plain = backend_here(subject.profile, program, dict.fromkeys(program.tensors, "f32"))
+        exact = subject.checkpoint.program
+        plain = backend_here(subject.profile, exact, dict.fromkeys(exact.tensors, "f32"))
         with checkpoint_runner(plain, subject.checkpoint.weights, plan, **sizes) as runner:
             right_f32 = task.answered(runner, lambda what: watcher.step(f"f32 {what}"))
     return TaskQuality(

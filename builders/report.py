@@ -72,11 +72,15 @@ class ProgressBar(Watcher):
 
 
 def formats_of(program: Program, plan: Plan) -> dict[str, str]:
-    """role -> format of the plan (every tensor of a role has the same one); vectors are always f32."""
+    """role -> format of the plan, most tensors first where they have several; vectors are always f32."""
+    found: dict[str, Counter[str]] = {}
+    for name, chosen in plan.tensors.items():
+        role = program.tensors[name].role
+        if role != "vector":
+            found.setdefault(role, Counter())[chosen.format] += 1
     return {
-        program.tensors[n].role: t.format
-        for n, t in plan.tensors.items()
-        if program.tensors[n].role != "vector"
+        role: next(iter(of)) if len(of) == 1 else " + ".join(f"{n} {fmt}" for fmt, n in of.most_common())
+        for role, of in found.items()
     }
 
 
@@ -141,7 +145,7 @@ def plan_text(
     if changes:
         lines += ["", "what would make it fit:"]
         for change in changes:
-            way = " ".join(f"--{k} {v}" for k, v in change.options.items())
+            way = change.text
             lines.append(f"  {way}  (needs {size(change.need)})")
     elif not fit:
         lines += ["", "no format, context or KV format makes it fit; take a larger device or a smaller model"]

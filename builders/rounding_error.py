@@ -8,12 +8,13 @@ embedding has no inputs, and each of its rows counts as often as its token occur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from builders.encoding import encode
-from builders.parts import Part
+from builders.parts import Blocks, Part
 from builders.quantize import Algorithm, AlgorithmOptions
 from builders.statistics import InputStatistics
 from builders.weights import Weights
@@ -23,11 +24,15 @@ from edge_runtime.engine.program import Program, TensorSpec
 SAMPLED_ROWS = 512  # of a matrix: the ratio of two traces over them is near that over all
 
 
+class Model(Weights, Blocks, Protocol):
+    """Weights of a model that can be asked for in every way, and for planes that they already have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rounder:
     """Rounds tensors of a model by one algorithm; `part` names it in errors."""
 
-    weights: Weights
+    weights: Model
     algorithm: Algorithm
     options: AlgorithmOptions
 
@@ -37,6 +42,7 @@ class Rounder:
         """f32 values of the tensor (or of its rows `ids`) after a round trip. Raises ValueOutOfRange."""
         spec = self.weights.program.tensors[name]
         alone = self.algorithm.ROW_WISE and not any(p.per == "tensor" for p in fmt.planes)
+        alone &= self.weights.stored(name, fmt.name) is None
         if ids is not None and alone:  # rows do not know of each other, so the others need no rounding
             rows = _SomeRows(self.weights, name, ids)
             spec = rows.program.tensors[name]
@@ -67,6 +73,9 @@ class _SomeRows:
 
     def block(self, name: str, start: int, stop: int) -> Array:
         return np.asarray(self._values[start:stop])
+
+    def stored(self, name: str, fmt: str) -> None:
+        return None
 
 
 def sampled_rows(rows: int) -> Array:

@@ -28,6 +28,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokens: int
     losses: dict[str, dict[str, float]]
     measured: tuple[str, ...] = ()
+    kv_losses: dict[str, float] | None = None  # of cache pairs such as "int8,int4", in the same unit
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -39,7 +40,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
         found = msgspec.json.decode(read_capped(path, MAX_INDEX), type=Sensitivity)
     except (msgspec.MsgspecError, BadCheckpoint) as error:
         raise BadConfig(f"{path} is no sensitivity file of edge-build: {error}") from None
-    for tensor, losses in found.losses.items():
+    for tensor, losses in [*found.losses.items(), ("the KV cache", found.kv_losses or {})]:
         for name, loss in losses.items():
             if not 0.0 <= loss < float("inf"):
                 raise BadConfig(

@@ -20,7 +20,7 @@ from edge_runtime.errors import BadCheckpoint, BadConfig, BadEngineFile, BadRequ
 from edge_runtime.serving.chat import ChatTemplate, check_messages
 from edge_runtime.serving.tokenizer import Tokenizer
 
-MAX_TEXT = 1 << 28  # bytes of one file: it is held in memory
+MAX_TEXT = 1 << 30  # bytes of one file: it is held in memory
 PIECE = 1 << 17  # characters of a plain text that are tokenized in one go
 SUFFIXES = (".txt", ".md", ".jsonl")  # what is read of a folder
 
@@ -36,6 +36,11 @@ class Passage:
     text: str = ""
     before: str | None = None
     messages: tuple[dict[str, str], ...] = ()
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether something is asked and answered."""
+        return bool(self.messages) or self.before is not None
 
 
 class ModelText:

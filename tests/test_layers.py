@@ -113,7 +113,7 @@ def test_the_runtime_loads_no_heavy_library_and_no_other_folder() -> None:
 
 
 def test_edge_build_loads_no_heavy_library_until_it_needs_one() -> None:
-    """A module that imports torch when it is loaded may be imported only by such modules, or in a function."""
+    """A module that imports torch when it is loaded is imported only by such modules, or in a function."""
     heavy: set[str] = set()
     loads = {_module(path): {*imports(path, top_only=True)} for path in BUILDERS}
     while found := {

@@ -122,6 +122,14 @@ class Quality(_Strict, frozen=True):
     broken: tuple[str, ...] = ()
 
 
+class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The text whose activations chose the values: its name, tokens, and the digest of the statistics."""
+
+    text: str
+    tokens: int
+    sha256: Digest
+
+
 class Provenance(_Strict, frozen=True):
     """Where the numbers came from: enough to make the same engine again."""
 
@@ -131,6 +139,7 @@ class Provenance(_Strict, frozen=True):
     algorithm: str
     recipe: dict[str, str]  # options as given on the command line
     tools: dict[str, str]  # package -> version
+    calibration: CalibrationRecord | None = None
 
 
 class KnownAnswer(_Strict, frozen=True):
