@@ -28,8 +28,8 @@ from builders.limits import Limits, broken_limits
 from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
-from builders.quantize import AlgorithmOptions, get_algorithm
-from builders.quantizing import quantize
+from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantizing import quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
 from builders.task import Task
@@ -92,6 +92,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     with ExitStack() as stack:
         with _timed(seconds, "read"):
             contents, request = read(stack, options)
+        if isinstance(algorithm, ChannelScaler):
+            check_adapters(contents, f"--algorithm {options.algorithm}")
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
@@ -109,7 +111,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         )
         with _timed(seconds, "quantize"):
             how = AlgorithmOptions(options.observer, calibrations.device)
-            sqnr = quantize(contents, plans, options.algorithm, how, calibrations, writer, watcher)
+            scaled = scale_channels(contents, plans, algorithm, how, calibrations, watcher)
+            sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
             quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
@@ -124,7 +127,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             record = pack.Record(
                 profile, quality, answer, options.algorithm, options.recipe, calibrations.record()
             )
-            manifest = pack.finish(writer, contents, plans, record)
+            manifest = pack.finish(writer, scaled, plans, record)
             watcher.step(options.output.name)
         _keep(options, "pack", {"file": options.output.name, "planes": manifest.planes})
         return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
@@ -147,11 +150,19 @@ def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]
     if options.rotate is not None:
         if request.weights == planner.KEEP:
             raise BadConfig("--rotate changes every value; it cannot keep quantized weights as they are")
-        if contents.adapters:
-            raise Unsupported("--rotate and --lora: adapters were trained on the weights as they are")
+        check_adapters(contents, "--rotate")
         turned = rotate(contents.target.weights, options.rotate)
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     return contents, request
+
+
+def check_adapters(contents: Contents, option: str) -> None:
+    """Raise Unsupported where adapters are to travel with weights that they were not trained on."""
+    if contents.adapters:
+        raise Unsupported(
+            f"{option} changes what the weights mean to an adapter, and --lora brings some; build with gptq, "
+            "hqq or rtn, or without --lora"
+        )
 
 
 def measured_sensitivity(
