@@ -9,6 +9,7 @@ phases holds a model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import msgspec
 
 from builders import pack, planner
 from builders.calibrating import CalibrationRequest, Calibrations
+from builders.corpus import BUILTIN, SELF
 from builders.evaluate import read_text
 from builders.explain import explain
 from builders.fitting import require_fit
@@ -34,11 +36,13 @@ from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
 from builders.task import Task
 from builders.task_file import read_task
+from builders.texts import text_files
 from builders.watcher import Watcher
 from builders.weights import StoredPlanes
+from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.plan import Plan
-from edge_runtime.engine.profile import Profile, load_profile
+from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -120,12 +124,18 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         notices = list(contents.notices)
         if quality is not None and quality.broken:
             if not options.force:
-                raise broken_limits(quality.broken)
+                raise broken_limits(quality)
             notices.append(f"written by --force although {'; '.join(quality.broken)}")
         with _timed(seconds, "pack"):
             watcher.phase("pack", 1)
             record = pack.Record(
-                profile, quality, answer, options.algorithm, options.recipe, calibrations.record()
+                profile,
+                quality,
+                answer,
+                options.algorithm,
+                options.recipe,
+                digests(contents, options),
+                calibrations.record(),
             )
             manifest = pack.finish(writer, scaled, plans, record)
             watcher.step(options.output.name)
@@ -206,6 +216,26 @@ def plan(
         why["explanation"] = explain(program, profile, resolved, plans, beside, sensitivity)
     _keep(options, "plan", plans | why)
     return plans
+
+
+def digests(contents: Contents, options: Options) -> dict[str, str]:
+    """Digest of every file that the engine was made, planned or measured with, by its name in the provenance.
+
+    Those that are no part of it as `eval/…`, `task/…`, `calibration/…` and, for a profile of the user's own,
+    `profile/…`; losses that a file gave as `sensitivity`.
+    """
+    beside = {"eval": options.text, "task": options.task}
+    if options.calibration.source not in (None, SELF, BUILTIN):
+        beside["calibration"] = Path(options.calibration.source)
+    if options.profile.endswith(SUFFIXES):
+        beside["profile"] = Path(options.profile)
+    found = contents.sha256()
+    for prefix, path in beside.items():
+        files = () if path is None else text_files(path) if path.is_dir() else (path,)
+        found |= {f"{prefix}/{file.name}": sha256_of(file) for file in files}
+    if options.sensitivity is not None:
+        found["sensitivity"] = hashlib.sha256(msgspec.json.encode(options.sensitivity)).hexdigest()
+    return found
 
 
 def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:
