@@ -90,14 +90,22 @@ class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
     gops: Positive
 
 
+class QueryTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Attention of one query head over one key: for each value of a head, and for the score itself, in ns."""
+
+    value_ns: Rest
+    score_ns: Rest
+
+
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What `edge-bench --calibrate` measured on the device, in the terms of engine/roofline.py.
 
     threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
-    beyond the backend's work, token_us: each of its tokens. stage_us: beginning and end of a stage of the thread pool, or a kernel launch.
-    value_ns: a value of an op between products, output_ns: one that a product gives, on one thread. logit_ns: a logit in sampling. attention_ns: a
-    value of a query with one of a key; kv_ns: reading a value of a key and one of a value in that cache
-    format, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
+    beyond the backend's work; token_us: each of its tokens beyond that. stage_us: beginning and end of a
+    stage of the thread pool, or a kernel launch. value_ns: a value of an op between products, output_ns: one
+    that a product gives, both on one thread. logit_ns: a logit in sampling. query: a token alone, chunk_query:
+    one of a prompt's. kv_ns: reading a value of a key and one of a value in that cache format, row_ns: the row
+    of both, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
     """
 
     threads: Count
@@ -108,7 +116,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     value_ns: Rest
     output_ns: Rest
     logit_ns: Rest
-    attention_ns: Rest
+    query: QueryTime
+    chunk_query: QueryTime
+    row_ns: Rest
     kv_ns: dict[str, Rest]
     cache_bytes: Bytes
     formats: dict[str, FormatSpeed]
