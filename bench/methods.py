@@ -72,21 +72,10 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     common = ["--profile", "cpu", "--kv", "f16", "--eval-tokens", str(args.tokens), "--context", "256"]
-    common += [
-        "--calibration-folder",
-        str(work / "calibration"),
-        "--samples",
-        "128",
-        "--sample-tokens",
-        "256",
-    ]
+    common += ["--calibration-folder", str(work / "calibration"), "--sample-tokens", "256"]
     if name == "planner":
-        common += [
-            "--eval",
-            str(chats(args.work, 60, held_out=True)),
-            "--task",
-            str(task(args.work, args.commands)),
-        ]
+        held = chats(args.work, 60, held_out=True)
+        common += ["--eval", str(held), "--task", str(task(args.work, args.commands))]
     else:
         common += ["--eval", str(STORY)]
     rows = []
@@ -124,8 +113,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                 lines.append(f"| {row['bits']} | {row['method']} | {row['refused']} |" + " |" * (5 + plans))
                 continue
             rise = 100 * (row["perplexity"] / row["perplexity_f32"] - 1)
-            line = f"| {row['bits']} | {row['method']} | {row['bytes'] / 1024:.0f} | {row['bits_per_weight']:.2f}"
-            line += f" | {row['kl_mean']:.5f} | {rise:+.2f}% |"
+            line = f"| {row['bits']} | {row['method']} | {row['bytes'] / 1024:.0f}"
+            line += f" | {row['bits_per_weight']:.2f} | {row['kl_mean']:.5f} | {rise:+.2f}% |"
             line += f" {row['accuracy']:.1%} |" if plans else ""
             lines.append(line + f" {row['seconds']:.0f} s |")
         lines.append("")
