@@ -49,6 +49,8 @@ void print(const char* path, const std::string& kernel, const T* data, size_t co
 struct Case {
     const char* name;
     int encoding, scale_per, group, bits;
+    int high_bits = 0, scale_encoding = EDGE_ENC_F16;
+    bool zero = false, min = false;
 };
 
 const Case kMatrices[] = {
@@ -65,14 +67,30 @@ const Case kMatrices[] = {
     {"u4o8_g32", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 32, 4},
     {"u4o8_g64", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 64, 4},
     {"u4o8_g128", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 128, 4},
-    {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4},
+    {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4, 0, EDGE_ENC_F16, true},
+    {"u2o2_g32", EDGE_ENC_U2O2, EDGE_SCALE_GROUP, 32, 2},
+    {"u2_g128", EDGE_ENC_U2, EDGE_SCALE_GROUP, 128, 2, 0, EDGE_ENC_F16, true},
+    {"u3o4_g64", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 64, 2, 1},
+    {"u3_g32", EDGE_ENC_U2, EDGE_SCALE_GROUP, 32, 2, 1, EDGE_ENC_F16, true},
+    {"u5o16_g128", EDGE_ENC_U4O16, EDGE_SCALE_GROUP, 128, 4, 1},
+    {"u6o32_g64", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 64, 4, 2},
+    {"u4_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_F16, false, true},
+    {"u5_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 1, EDGE_ENC_F16, false, true},
+    {"q2_k", EDGE_ENC_U2, EDGE_SCALE_GROUP, 16, 2, 0, EDGE_ENC_U4U4},
+    {"q3_k", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 16, 2, 1, EDGE_ENC_I8},
+    {"q4_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_U8, false, true},
+    {"q5_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 1, EDGE_ENC_U8, false, true},
+    {"q6_k", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 16, 4, 2, EDGE_ENC_I8},
+    {"mxfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_E8M0},
+    {"nvfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 16, 4, 0, EDGE_ENC_E4M3},
 };
 
 void matrices(const char* path, const edge::Kernels& k) {
     constexpr int64_t kRows = 90, kCols = 300, kTokens = 15, kPanels = 6;
     for (const Case& c : kMatrices) {
         state = 7;
-        const int64_t groups = (kCols + c.group - 1) / c.group, padded = groups * c.group;
+        const int64_t unit = c.group < EDGE_SMALLEST_UNIT ? EDGE_SMALLEST_UNIT : c.group;
+        const int64_t padded = (kCols + unit - 1) / unit * unit, groups = padded / c.group;
         const int64_t items = kPanels * 16 * padded;
         // f16 and bf16 codes stay below their exponents of Inf, fp8 below NaN
         const uint8_t mask =
@@ -89,13 +107,27 @@ void matrices(const char* path, const edge::Kernels& k) {
         w.codes = codes.data();
         w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data())
                                                   : row_scales.data();
-        w.zero = c.encoding == EDGE_ENC_U4 ? zero.data() : nullptr;
+        w.zero = c.zero ? zero.data() : nullptr;
         w.rows = kRows;
         w.cols = kCols;
         w.encoding = c.encoding;
         w.scale_per = c.scale_per;
         w.group = c.group;
         const std::vector<float> x = values(kTokens * kCols), bias = values(kRows);
+        const std::vector<uint8_t> high = bytes(items * c.high_bits / 8, 0xff);
+        const std::vector<uint8_t> small = bytes(kPanels * groups * 16, 0x77),
+                                   minima = bytes(2 * groups * 96, 0xb7);
+        const std::vector<uint16_t> super = halves(kPanels * 2 * 16), super_min = halves(super.size());
+        w.high_bits = c.high_bits;
+        w.scale_encoding = c.scale_encoding;
+        w.high = c.high_bits == 0 ? nullptr : high.data();
+        w.min = c.min ? minima.data() : nullptr;
+        if (c.scale_encoding != EDGE_ENC_F16) {
+            w.scale = small.data();
+            w.super = c.scale_encoding == EDGE_ENC_E4M3 ? static_cast<const void*>(row_scales.data())
+                                                        : super.data();
+            w.super_min = super_min.data();
+        }
         std::vector<int8_t> a(static_cast<size_t>(kTokens * padded));
         std::vector<float> scales(static_cast<size_t>(kTokens * groups));
         std::vector<int32_t> sums(scales.size());
@@ -176,8 +208,8 @@ void rows(const char* path, const edge::Kernels& k) {
 
 constexpr int kHeads = 6, kKvHeads = 2, kTokens = 3;
 
-// Attention of kTokens queries from `position` on, in a cache of six pages that lie shuffled. open: the keys of
-// the tokens' own page where K is per channel.
+// Attention of kTokens queries from `position` on, in a cache of six pages that lie shuffled. open: the keys
+// of the tokens' own page where K is per channel.
 std::vector<float> attend(const edge::Kernels& k, const edge_cache& cache, int page_tokens, int position,
                           float softcap, const float* open, std::vector<float> q) {
     const int head_dim = cache.head_dim;
