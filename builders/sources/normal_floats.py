@@ -74,7 +74,9 @@ class NormalFloats(Matrix):
         return get_format(home.format).encode_on_grid(self.ordered_values(0, rows), grid)
 
     def without_home(self) -> str:
-        return f"NF4 blocks of {self.block} do not divide rows of {self.shape[1]} into groups of {GROUP}"
+        if self.block % GROUP:
+            return f"NF4 in blocks of {self.block} has no format here"
+        return f"NF4 blocks of {self.block} lie across the ends of rows"
 
     def _fits_double(self) -> bool:
         """Whether no 8 groups of a row lie across the end of 256 absmaxes of the flat tensor."""
