@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builders import planner
+from builders.observers import OBSERVERS
 from builders.quality import EVAL_BACKENDS
 from builders.quantize import algorithms
 from edge_runtime.cli.output import Parser

@@ -6,7 +6,7 @@ run over row chunks, so that a large matrix needs little memory beside itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -102,16 +102,27 @@ def group_errors(
 
 
 def least_squares(
-    x: Array, scale: Array, shift: Array, levels: Array, span: int, weight: Array, *, shifted: bool
+    x: Array,
+    scale: Array,
+    shift: Array,
+    levels: Array,
+    span: int,
+    weight: Array,
+    *,
+    shifted: bool,
+    aim: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, Array]:
     """Scale (and shift, where `shifted`) that fit x best, weighted, with the levels that x has now.
 
+    aim(values, rounded), both (r, groups, span): what to fit in place of the values.
     Returns f32 (rows, groups) each; a group without information keeps what it has.
     """
     rows, groups = x.shape[0], weight.shape[0]
     new_scale = np.broadcast_to(scale, (rows, groups)).astype(np.float32)
     new_shift = np.broadcast_to(shift, (rows, groups)).astype(np.float32)
-    for r, g, z, _, m in _levels_in_chunks(x, scale, shift, levels, span):
+    for r, g, z, s, m in _levels_in_chunks(x, scale, shift, levels, span):
+        if aim is not None:
+            g = aim(g, z * s + m)
         szz = np.einsum("rgs,rgs,gs->rg", z, z, weight, dtype=np.float64)
         szx = np.einsum("rgs,rgs,gs->rg", z, g if shifted else g - m, weight, dtype=np.float64)
         if shifted:

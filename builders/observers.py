@@ -144,6 +144,7 @@ class _Search:
         self.x, self.fmt = x, fmt
         self.levels = levels_of(fmt)
         self.span = fmt.span(x.shape[1])
+        importance = _with_silent_groups(importance, self.span)
         self.weight = spread_importance(importance, x.shape[1], self.span)
         seen = x if importance is None or importance.all() else np.where(importance > 0, x, np.float32(0))
         self.low, self.high = minmax(seen, fmt)
@@ -203,6 +204,15 @@ class _Search:
         self.error = np.where(better, error, self.error)
         self.low, self.high = np.where(better, low, self.low), np.where(better, high, self.high)
         self.scale, self.shift = np.where(better, scale, self.scale), np.where(better, shift, self.shift)
+
+
+def _with_silent_groups(importance: Array | None, span: int) -> Array | None:
+    """The importance with 1 in place of 0 where a whole group has none: it is rounded by itself."""
+    if importance is None or importance.all():
+        return importance
+    known = np.add.reduceat(importance, np.arange(0, len(importance), span)) > 0
+    filled: Array = np.where(np.repeat(known, span)[: len(importance)], importance, 1.0)
+    return filled
 
 
 def _least_factor(levels: int) -> float:

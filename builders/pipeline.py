@@ -108,7 +108,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
         with _timed(seconds, "quantize"):
-            how = AlgorithmOptions(options.observer, options.calibration.device)
+            how = AlgorithmOptions(options.observer, calibrations.device)
             sqnr = quantize(contents, plans, options.algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):

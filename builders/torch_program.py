@@ -20,12 +20,14 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Gather,
     Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
+    Round,
 )
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import Unsupported
@@ -146,11 +148,35 @@ class TorchProgram:
                 b[op.out] = out if op.up is None else out * b[op.up]
             case Add():
                 b[op.out] = b[op.a] + op.scale * b[op.b]
+            case Gather():
+                b[op.out] = b[op.x][..., self.weight(op.order)[0].long()]
+            case Round():
+                b[op.out] = _Rounded.apply(b[op.x], op.format, op.scale)
             case Logits():
                 b["logits"] = self.logits(b[op.x])
             case Input():
                 if op.out not in b:
                     raise Unsupported(f"this program begins with rows of {op.out!r}, which were not given")
+
+
+class _Rounded(torch.autograd.Function):
+    """Activations in the values of a format, as `numpy_ops.rounded`; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, kind: str, scale: float | None) -> Tensor:
+        largest = 448.0 if kind == "fp8_e4m3" else 127.0
+        if scale is None:
+            s = x.abs().amax(-1, keepdim=True) / largest
+            s = torch.where(s == 0, torch.inf, s.clamp_min(2.0**-126))
+        else:
+            s = x.new_full((1,), scale)
+        y = (x / s).clamp(-largest, largest)
+        y = y.to(torch.float8_e4m3fn).to(x.dtype) if kind == "fp8_e4m3" else y.round()
+        return torch.where(torch.isinf(s), 0.0, y * s)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -65,7 +65,7 @@ def algorithms() -> list[str]:
 
 
 def get_algorithm(name: str) -> Algorithm:
-    """The algorithm of that name, or of "FIRST+LAST": the first one's channel scales, the last one's rounding.
+    """The algorithm of that name, or of "FIRST+LAST": channel scales of the first, rounding of the last.
 
     Raises BadConfig naming the nearest valid one, Unsupported where it needs torch and there is none.
     """
@@ -75,7 +75,7 @@ def get_algorithm(name: str) -> Algorithm:
     scaler, rounder = _load(first), _load(last)
     if not isinstance(scaler, ChannelScaler) or isinstance(rounder, ChannelScaler):
         raise BadConfig(
-            f"algorithm {name!r}: the first one must scale channels and the last one must not, as in 'awq+gptq'"
+            f"algorithm {name!r}: the first must scale channels and the last must not, as in 'awq+gptq'"
         )
     return Combined(scaler, rounder)
 

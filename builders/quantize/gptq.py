@@ -7,10 +7,10 @@ tr(E H E^T) stays small, with E = W - Q and H the second moment of the inputs. W
     q_j = nearest level to w_j + sum_{i<j} e_i M_ij,    tr(E H E^T) = sum_j D_j |target_j - q_j|^2.
 
 Grids are fixed before any column is rounded ("static groups"), so columns may go in any order: those of the
-greatest mean square go first ("act-order"), and every Format with scales can be used. Damping adds 1% of the
-mean diagonal to H. The paper stops here; builders/descent.py
-then improves codes and scales together. Where the inputs were those of a model already quantized up to here, the
-weights are first moved so that the outputs meet those of the f32 model (see `InputStatistics.cross`).
+greatest mean square go first ("act-order"), and every Format with scales can be used. Damping adds 1% of
+the mean diagonal to H. The paper stops here; builders/descent.py then improves codes and scales together.
+Where the inputs were those of a model already quantized up to here, the weights are first moved so that the
+outputs meet those of the f32 model (see `InputStatistics.cross`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Hessian:
 
     @staticmethod
     def of(inputs: InputStatistics, device: str, *, act_order: bool = True) -> Hessian:
-        """Raises NumericError when the moment is not positive even when damped: the statistics are damaged."""
+        """Raises NumericError when the moment is not positive even when damped: statistics are damaged."""
         exact = len(inputs.hessian) <= _EXACT and device == "cpu"
         matrix = _damped(inputs.hessian, torch.float64 if exact else torch.float32, device)
         if act_order:

@@ -33,7 +33,12 @@ class Matrix(Structure):
         ("encoding", c_int32),
         ("scale_per", c_int32),
         ("group", c_int32),
-        ("unused", c_int32),
+        ("scale_encoding", c_int32),
+        ("second", c_void_p),
+        ("offset", c_void_p),
+        ("outlier", c_void_p),
+        ("index", c_void_p),
+        ("outliers", c_int64),
     ]
 
 

@@ -22,11 +22,14 @@ _SHAPES = {
     ("e5m2", None, None, False),
     ("e4m3", "row", "f32", False),
     ("e4m3", "tensor", "f32", False),
+    ("e4m3", "group", "f32", False),
     ("i8", "row", "f32", False),
     ("i8", "group", "f16", False),
     ("u4o8", "group", "f16", False),
     ("u4", "group", "f16", True),
     ("nf4", "group", "f16", False),
+    ("nf4", "group", "f32", False),
+    ("nf4", "group", "dynamic8", False),
 }
 _GROUPS = (32, 64, 128)
 
@@ -58,15 +61,23 @@ class CpuWeights:
             shape = kernel_shape(tensor.format)
             assert shape is not None  # supports() has said so
             planes = self._packed(name, tensor, cpu_packing(tensor.format))
+            kept = {plane: self._keep(data) for plane, data in planes.items()}
+            scale = fmt.plane("scale")
             self._matrices[name] = rec.Matrix(
-                codes=self._keep(planes[fmt.planes[0].name]),
-                scale=self._keep(planes["scale"]) if "scale" in planes else None,
-                zero=self._keep(planes["zero"]) if "zero" in planes else None,
+                codes=kept[fmt.planes[0].name],
+                scale=kept.get("scale"),
+                zero=kept.get("zero"),
                 rows=tensor.rows,
                 cols=tensor.cols,
                 encoding=ENCODING_ID[shape[0]],
                 scale_per=rec.SCALE_PER[shape[1]],
                 group=fmt.group or DEFAULT_GROUP,
+                scale_encoding=ENCODING_ID[scale.encoding] if scale else 0,
+                second=kept.get("scale2"),
+                offset=kept.get("offset"),
+                outlier=kept.get("outlier"),
+                index=kept.get("index"),
+                outliers=planes["index"].size if "index" in planes else 0,
             )
         return self._matrices[name]
 

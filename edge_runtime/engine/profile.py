@@ -94,17 +94,20 @@ class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What `edge-bench --calibrate` measured on the device, in the terms of engine/roofline.py.
 
-    request_us: a request beyond its steps. step_us: a step beyond the backend's work. stage_us: beginning and
-    end of a stage of the thread pool, or a kernel launch. value_ns: a value of an op between products.
-    logit_ns: a logit in sampling. attention_ns: a multiply-add pair (score and sum) of one query value with a
-    key; kv_ns: reading a value of a key and of its value in that cache format, once for a block of tokens.
-    cache_bytes: weights of this size or less stay in the last cache.
+    threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
+    beyond the backend's work, token_us: each of its tokens. stage_us: beginning and end of a stage of the thread pool, or a kernel launch.
+    value_ns: a value of an op between products, output_ns: one that a product gives, on one thread. logit_ns: a logit in sampling. attention_ns: a
+    value of a query with one of a key; kv_ns: reading a value of a key and one of a value in that cache
+    format, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
     """
 
+    threads: Count
     request_us: Rest
     step_us: Rest
+    token_us: Rest
     stage_us: Rest
     value_ns: Rest
+    output_ns: Rest
     logit_ns: Rest
     attention_ns: Rest
     kv_ns: dict[str, Rest]

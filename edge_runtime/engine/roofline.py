@@ -31,7 +31,7 @@ from edge_runtime.engine.ops import (
 from edge_runtime.engine.packing import cpu_packing, packed_nbytes
 from edge_runtime.engine.plan import KvPlan, Prediction, StepShape, TensorPlan
 from edge_runtime.engine.profile import Measured, PowerMode, Profile
-from edge_runtime.engine.program import Program
+from edge_runtime.engine.program import Program, TensorSpec
 
 PROMPT_TOKENS = 512
 
@@ -87,10 +87,10 @@ class Roofline:
         for op in self._readers.get(name, ()):
             match op:
                 case Linear():
-                    seconds += sum(self._product(chosen.format, nbytes, spec.size, s.tokens) for s in steps)
+                    seconds += sum(self._product(chosen.format, nbytes, spec, s.tokens) for s in steps)
                 case Logits():
                     heads = sum(s.head for s in steps)
-                    seconds += heads * self._product(chosen.format, nbytes, spec.size, 1)
+                    seconds += heads * self._product(chosen.format, nbytes, spec, 1)
                 case _:  # a row of the table a token
                     row = get_format(chosen.format).nbytes(1, spec.cols)
                     seconds += sum(s.tokens for s in steps) * row / self._read_rate(chosen.format)
@@ -113,19 +113,20 @@ class Roofline:
                 extra += 2 if _quantizes(after) else 1
         return extra * len(steps) * self._measured.stage_us * 1e-6
 
-    def _product(self, fmt: str, nbytes: int, size: int, tokens: int) -> float:
+    def _product(self, fmt: str, nbytes: int, spec: TensorSpec, tokens: int) -> float:
         """One linear over `tokens` rows. Compute binds only beyond one row where rates are measured: at one
         row the measured read rate says what the kernel does."""
         if self._measured is None:
-            compute = 2.0 * size * tokens / (_rate(fmt, self._mode) * self._efficiency.compute)
+            compute = 2.0 * spec.size * tokens / (_rate(fmt, self._mode) * self._efficiency.compute)
             return max(nbytes / self._read_rate(fmt), compute)
+        outputs = spec.rows * tokens * self._measured.output_ns * 1e-9 / self._measured.threads
         speed = self._measured.speed(fmt)
         if speed is None:
             read = self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
             rate = _rate(fmt, self._mode) * self._efficiency.compute
-            return max(nbytes / read, 2.0 * size * tokens / rate)
-        compute = 2.0 * size * tokens / (speed.gops * 1e9) if tokens > 1 else 0.0
-        return max(nbytes / self._read_rate(fmt), compute)
+            return max(nbytes / read, 2.0 * spec.size * tokens / rate) + outputs
+        compute = 2.0 * spec.size * tokens / (speed.gops * 1e9) if tokens > 1 else 0.0
+        return max(nbytes / self._read_rate(fmt), compute) + outputs
 
     def _read_rate(self, fmt: str) -> float:
         """Bytes per second."""
@@ -158,13 +159,14 @@ class Roofline:
         """Ops of a value at a time: where they are measured; else they hide behind the launches."""
         if self._measured is None:
             return 0.0
-        return s.tokens * values_per_token(self.program) * self._measured.value_ns * 1e-9
+        turns = -(-s.tokens // self._measured.threads)  # tokens are shared out, the values of one are not
+        return turns * values_per_token(self.program) * self._measured.value_ns * 1e-9
 
     def _overhead(self, s: Step) -> float:
         if self._measured is None:
             return len(self.program.ops) * self._efficiency.launch_overhead_us * 1e-6
         stages = unbroken_stages(self.program) if self._native else len(self.program.ops)
-        host = self._measured.step_us + stages * self._measured.stage_us
+        host = self._measured.step_us + s.tokens * self._measured.token_us + stages * self._measured.stage_us
         return host * 1e-6 + s.head * self.program.vocab_size * self._measured.logit_ns * 1e-9
 
 

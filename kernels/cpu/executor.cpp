@@ -166,6 +166,8 @@ void Executor::run_step(const TokenStep& step, int64_t t) {
             args.padded = padded_cols(op.weight);
             args.group = op.weight.group;
             args.offset = kernels_.offset(op.weight.encoding);
+            args.skip = op.weight.index;
+            args.skips = op.weight.outliers;
             args.block = block.size;
             args.codes = s.codes + block.first * s.code_stride + 4 * lane;
             args.scales = s.scales + block.first * s.group_stride + lane;

@@ -69,6 +69,8 @@ struct QuantizeArgs {
     int64_t n, padded;
     int group;
     int32_t offset;
+    const int32_t* skip;  // (skips) columns that get the code 0, ascending; -1 ends them before
+    int64_t skips;
     int64_t block;  // tokens of the token's block; the pointers are those of the token's first four codes
     int8_t* codes;
     float* scales;

@@ -24,13 +24,25 @@ EDGE_INLINE void store_codes(const QuantizeArgs& p, int64_t at, i32x16 code) {
 // scale = absmax / 127, code = round_half_even(x / scale); a zero group has scale 0.
 bool quantize(const QuantizeArgs& p) {
     int32_t worst = 0;
+    const int32_t *skip = p.skip, *const skip_end = p.skip + p.skips;
     for (int64_t at = 0; at < p.padded; at += p.group) {
         f32x16 v[8];  // group <= 128
         i32x16 top = set1(0);
         const int parts = p.group / 16;
+        const float* x = p.x + at;
+        float kept[128];
+        if (skip != skip_end && *skip >= 0 && *skip < at + p.group) {
+            for (int64_t i = 0; i < p.group; ++i) kept[i] = at + i < p.n ? x[i] : 0.0f;
+            for (; skip != skip_end && *skip >= 0 && *skip < at + p.group; ++skip) {
+                const int32_t size = bits_of(kept[*skip - at]) & 0x7fffffff;
+                worst = size > worst ? size : worst;  // NaN and Inf are found here too
+                kept[*skip - at] = 0.0f;
+            }
+            x = kept;
+        }
         for (int i = 0; i < parts; ++i) {
             const int64_t left = p.n - at - 16 * i;
-            v[i] = left > 0 ? load_first(p.x + at + 16 * i, left) : zero16();
+            v[i] = left > 0 ? load_first(x + 16 * i, left) : zero16();
             top = max(top, as_i32(abs16(v[i])));
         }
         const int32_t absmax = max_lanes(top);
@@ -233,6 +245,7 @@ int32_t argmax(const float* y, int64_t n) {
 }
 
 LinearKernel linear(const edge_matrix& weight) {
+    if (weight.outlier != nullptr) return outlier_kernel(weight);
     return quantizes(weight.encoding) ? int_kernel(weight) : float_kernel(weight);
 }
 

@@ -1,11 +1,11 @@
 """LLM.int8() (Dettmers et al. 2022): `int8_row_o128`, int8 with an f32 scale per row and f16 outlier columns.
 
 One column for every 128 (ceil(cols/128) of them) is kept in f16. Their places are free: plane `index` (1, n),
-i32, holds the column numbers, or -1 for a slot that is not used; plane `outlier` (rows, n) their values. `q`
-holds 0 there. scale = absmax of the row's other columns / 127, code = round_half_even(x / scale).
+i32, holds the column numbers, ascending, then -1 for slots that are not used; plane `outlier` (rows, n) their
+values. `q` holds 0 there. scale = absmax of the row's other columns / 127, code = round_half_even(x / scale).
 
-Without an index the codec takes the columns of greatest magnitude, ascending; an algorithm that knows the
-activations gives its own `index` in the grid. A backend leaves the activations of these columns out of its
+Without an index the codec takes the columns of greatest magnitude; an algorithm that knows the activations
+gives its own `index` in the grid, in any order. A backend leaves the activations of these columns out of its
 int8 codes, which is the point: one large input no longer coarsens the codes of all the others.
 """
 
@@ -35,19 +35,27 @@ def largest_columns(x: Array) -> Array:
 
 
 def _check_index(planes: Planes, cols: int) -> None:
-    used = planes["index"][planes["index"] != NONE]
+    index = planes["index"].reshape(-1)
+    used = index[index != NONE]
     if used.size and (used.min() < 0 or used.max() >= cols):
         raise ValueOutOfRange(
             f"{NAME}: plane 'index' names columns {used.min()}..{used.max()}, "
             f"expected numbers below {cols}, or {NONE} for none"
         )
-    if len(np.unique(used)) != used.size:
-        raise ValueOutOfRange(f"{NAME}: plane 'index' names a column twice, expected each at most once")
+    if (np.diff(used) <= 0).any() or (index[: used.size] == NONE).any():
+        raise ValueOutOfRange(
+            f"{NAME}: plane 'index' is not ascending, each column once, then {NONE} for none"
+        )
+
+
+def _ascending(index: Array) -> Array:
+    """Columns in order, unused slots last."""
+    return np.sort(index.view(np.uint32)).view(np.int32)
 
 
 def _on_grid(x: Array, grid: Planes) -> dict[str, Array]:
     scaled.check_scales(NAME, grid)
-    index = grid["index"] if "index" in grid else largest_columns(x)
+    index = _ascending(grid["index"]) if "index" in grid else largest_columns(x)
     _check_index({"index": index}, x.shape[1])
     used = index[0] != NONE
     columns = index[0][used]

@@ -1,9 +1,10 @@
-"""GPTQ against the paper's dense formula, with an explicit inverse Hessian; what comes after it only helps."""
+"""GPTQ against the paper's dense formula, with an explicit inverse Hessian; what follows it only helps."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from made_weights import made_statistics
 
 from builders.grids import affine, grid_for
 from builders.observers import minmax, mse
@@ -16,14 +17,6 @@ pytest.importorskip("torch")
 gptq = get_algorithm("gptq")
 PLAIN = AlgorithmOptions()
 WITH_GRID = [name for name, fmt in FORMATS.items() if fmt.levels is not None]
-
-
-def statistics(cols: int, tokens: int = 400, seed: int = 1) -> InputStatistics:
-    """Of correlated inputs whose channels differ much in size."""
-    rng = np.random.default_rng(seed)
-    mixing = rng.normal(size=(cols, cols)) / np.sqrt(cols) + np.eye(cols)
-    x = (rng.normal(size=(tokens, cols)) @ mixing * np.exp(rng.normal(size=cols))).astype(np.float32)
-    return InputStatistics(tokens, x.T @ x / tokens, np.abs(x).max(0), np.abs(x).mean(0), x[:256])
 
 
 def matrix(rows: int, cols: int, seed: int = 2) -> Array:
@@ -53,12 +46,27 @@ def paper(w: Array, fmt: Format, grid: dict[str, Array], hessian: Array, order: 
     return q
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "int3_g64", "int4_g32_zp", "int4_g32_min", "q2_k", "q4_k", "q6_k",
-                                  "nf4_g64", "int8_row", "fp8_e4m3_tensor", "mxfp4_g32", "nvfp4_g16"])  # fmt: skip
+DENSE = [
+    "int4_g32",
+    "int3_g64",
+    "int4_g32_zp",
+    "int4_g32_min",
+    "q2_k",
+    "q4_k",
+    "q6_k",
+    "nf4_g64",
+    "int8_row",
+    "fp8_e4m3_tensor",
+    "mxfp4_g32",
+    "nvfp4_g16",
+]
+
+
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("act_order", [False, True])
 def test_codes_are_those_of_the_papers_dense_formula(name: str, act_order: bool) -> None:
     """200 columns: two blocks, and a partial last group; at least one code in 100 is not the nearest."""
-    fmt, w, inputs = get_format(name), matrix(12, 200), statistics(200)
+    fmt, w, inputs = get_format(name), matrix(12, 200), made_statistics(200)
     grid = grid_for(fmt, *minmax(w, fmt))
     hessian = gptq.Hessian.of(inputs, "cpu", act_order=act_order)
     got, same = gptq.round_rows(w, fmt, grid, hessian, refine=False)
@@ -73,7 +81,7 @@ def test_codes_are_those_of_the_papers_dense_formula(name: str, act_order: bool)
 
 @pytest.mark.parametrize("name", WITH_GRID)
 def test_less_error_of_outputs_than_the_nearest_levels_in_every_format(name: str) -> None:
-    fmt, w, inputs = get_format(name), matrix(24, 160), statistics(160)
+    fmt, w, inputs = get_format(name), matrix(24, 160), made_statistics(160)
     planes = gptq.quantize(w, fmt, inputs, PLAIN)
     fmt.check_planes(planes, *w.shape)
     mine = output_error(fmt.decode(planes, *w.shape) - w, inputs)
@@ -84,7 +92,7 @@ def test_less_error_of_outputs_than_the_nearest_levels_in_every_format(name: str
 
 @pytest.mark.parametrize("name", ["int4_g32", "int3_g64_zp", "q3_k", "q4_k", "nf4_g64", "nvfp4_g16"])
 def test_refining_never_adds_error_to_a_row(name: str) -> None:
-    fmt, w, inputs = get_format(name), matrix(40, 160), statistics(160)
+    fmt, w, inputs = get_format(name), matrix(40, 160), made_statistics(160)
     hessian = gptq.Hessian.of(inputs, "cpu")
     h = hessian.matrix.numpy()
     grid = grid_for(fmt, *mse(w, fmt, inputs.importance))
@@ -98,7 +106,7 @@ def test_refining_never_adds_error_to_a_row(name: str) -> None:
 
 
 def test_rows_in_chunks_are_rows_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt, w, inputs = get_format("int4_g32"), matrix(23, 96), statistics(96)
+    fmt, w, inputs = get_format("int4_g32"), matrix(23, 96), made_statistics(96)
     whole = gptq.quantize(w, fmt, inputs, PLAIN)
     monkeypatch.setattr(gptq, "_CHUNK", 96 * 5)
     for plane, data in gptq.quantize(w, fmt, inputs, PLAIN).items():
@@ -106,7 +114,7 @@ def test_rows_in_chunks_are_rows_in_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_channels_that_never_fired_are_rounded_by_themselves() -> None:
-    fmt, w, inputs = get_format("int4_g32"), matrix(8, 64), statistics(64)
+    fmt, w, inputs = get_format("int4_g32"), matrix(8, 64), made_statistics(64)
     dead = [3, 40]
     hessian = inputs.hessian.copy()
     hessian[dead] = 0
@@ -139,12 +147,12 @@ def test_without_inputs_the_grid_of_least_error() -> None:
 def test_formats_without_scales_are_encoded() -> None:
     for name in ("f32", "bf16", "fp8_e5m2"):
         fmt, w = get_format(name), matrix(4, 64)
-        got, want = gptq.quantize(w, fmt, statistics(64), PLAIN), fmt.encode(w)
+        got, want = gptq.quantize(w, fmt, made_statistics(64), PLAIN), fmt.encode(w)
         assert all(np.array_equal(got[p], want[p]) for p in want)
 
 
 def test_a_damaged_moment_is_named() -> None:
-    inputs = statistics(8)
+    inputs = made_statistics(8)
     inputs.hessian[:] = np.eye(8) + 3 * np.eye(8)[::-1]  # symmetric, and negative along some directions
     with pytest.raises(NumericError, match="calibrate again"):
         gptq.Hessian.of(inputs, "cpu")
