@@ -56,8 +56,8 @@ def _matrix(module: Module, group: int) -> Integers:
         (rows, cols),
         bits=4,
         group=group,
-        scale=np.ascontiguousarray(module.scales("scales").T),
-        zero=_unpack(module.raw("qzeros")).astype(np.int16),
+        read_scale=lambda: np.ascontiguousarray(module.scales("scales").T),
+        read_zero=lambda: _unpack(module.raw("qzeros")).astype(np.int16),
         read=lambda: _unpack(module.raw("qweight")),
     )
 
