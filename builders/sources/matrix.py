@@ -120,8 +120,8 @@ class Matrix(ABC):
         return Stored(home.format, planes, home.error)
 
     def on_grid(self, name: str, grid: dict[str, Array]) -> dict[str, Array]:
-        """Planes of a format whose scales are known: value / scale is the code again to 2^-23, so rounding finds
-        it. Done in blocks of rows, so that no whole matrix lies in f32."""
+        """Planes of a format whose scales are known: value / scale is the code again to 2^-23, so rounding
+        finds it. Made in blocks of rows: no whole matrix lies in f32."""
         fmt = get_format(name)
         planes = {p.name: np.empty(p.shape(*self.shape), ENCODINGS[p.encoding].dtype) for p in fmt.planes}
         planes |= grid
