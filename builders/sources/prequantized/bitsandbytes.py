@@ -18,8 +18,8 @@ import numpy as np
 from builders.model_config import ModelConfig
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
+from builders.sources.module_keys import Module, modules
 from builders.sources.normal_floats import NESTED, Nested, NormalFloats
-from builders.sources.prequantized.module_keys import Module, modules
 from builders.sources.shards import Shards
 from edge_runtime.engine.folder import parse_object
 from edge_runtime.engine.formats import Array

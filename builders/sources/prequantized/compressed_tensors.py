@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.model_config import ModelConfig
+from builders.sources.act_order import read_order
 from builders.sources.floats4 import Floats4
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.act_order import read_order
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.prequantized.fp8 import Block, drop_activation_scales, float8, read_block
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
-from builders.sources.prequantized.words import unpack, word_count
 from builders.sources.shards import Shards
+from builders.sources.words import unpack, word_count
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import numpy as np
 
 from builders.model_config import ModelConfig
+from builders.sources.act_order import read_order
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.act_order import read_order
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
-from builders.sources.prequantized.words import unpack, word_count
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.shards import Shards
+from builders.sources.words import unpack, word_count
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadConfig, Unsupported
 
