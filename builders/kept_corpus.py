@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BuildError
 
-NAME = "own-text.safetensors"
+OWN_TEXT = "own-text.safetensors"
 
 
 def kept(path: Path | None, subject: Mapping[str, Any], make: Callable[[], Array]) -> Array:
