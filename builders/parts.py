@@ -18,6 +18,7 @@ from builders.archs import read_program
 from builders.companions import Companions
 from builders.planner import default_context
 from builders.sources import Source, open_source, read_config, read_vocabulary
+from builders.sources.matrix import Stored
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
 from builders.sources.vocabulary import token_ids
 from builders.weights import CheckpointWeights
@@ -43,9 +44,12 @@ class Extras:
 
 
 class Blocks(Protocol):
-    """f32 weights by rows, so that nothing larger than a block need lie in memory."""
+    """f32 weights by rows, so that nothing larger than a block need lie in memory; `stored`: the planes of a
+    tensor that the checkpoint already holds in that format."""
 
     def block(self, name: str, start: int, stop: int) -> Array: ...
+
+    def stored(self, name: str, fmt: str) -> Stored | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ the plans and `fitting.py` the smallest changes, all measured by the one memory 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from builders.companions import ALONE, Companions, check_companions, companion_shapes
 from builders.roofline import predict
@@ -24,6 +25,7 @@ from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 
 AUTO = "auto"
+KEEP = "keep"  # of a checkpoint that is already quantized: every matrix as it is there
 # What edge-build takes when nothing is said: decoding on a robot is bound by the bytes of its weights.
 DEFAULT_WEIGHTS = "int4_g64"
 # Best quality first; `auto` takes the first that fits and that the device's precisions allow.
@@ -40,6 +42,7 @@ class Request:
     """What the user asked of the planner. None means: the planner's default.
 
     kv_tokens: tokens that the KV pool holds for all sequences together (default: one full context).
+    kept: for weights "keep", tensor -> the format that the checkpoint has it in (CheckpointWeights.kept).
     draft_weights, draft_kv: as the target's. draft_length: tokens proposed at once (default: 8 where the
     engine has a draft or Medusa heads, else 0); sizes the logits, for a step must hold their verification.
     """
@@ -57,12 +60,17 @@ class Request:
     draft_weights: str | None = None
     draft_kv: tuple[str, str] | None = None
     draft_length: int | None = None
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 def precision(format_name: str) -> str:
-    """The precision class that a profile lists: f32, f16, bf16, int8, int4, nf4, fp8."""
+    """The precision class that a profile lists: f32, f16, bf16, int2 to int6, int8, nf4, fp8, mxfp4, nvfp4.
+
+    A k-quant's is that of its codes: q4_k is int4.
+    """
     get_format(format_name)
-    return format_name.split("_")[0]
+    first, _, rest = format_name.partition("_")
+    return f"int{first[1:]}" if rest == "k" else first
 
 
 def default_context(longest: int, asked: int | None) -> int:
@@ -76,8 +84,10 @@ def resolve(program: Program, profile: Profile, request: Request, beside: Compan
     Raises BadConfig for a wrong value, Unsupported for a format that the device lacks.
     """
     profile.mode(request.power_mode)
-    asked = (request.weights, request.head_weights, request.draft_weights)
-    formats = [f for f in asked if f not in (None, AUTO)]
+    asked = (request.weights, request.head_weights, request.draft_weights, *request.kept.values())
+    formats = [f for f in asked if f not in (None, AUTO, KEEP)]
+    if request.weights == KEEP and not request.kept:
+        raise BadConfig("--weights keep is for checkpoints that are already quantized; name a format")
     for name in formats:
         if name not in FORMATS:
             raise BadConfig(f"unknown weight format {name!r}; {nearest(str(name), [*FORMATS, AUTO])}")
@@ -108,7 +118,7 @@ def resolve(program: Program, profile: Profile, request: Request, beside: Compan
 def make_plans(program: Program, profile: Profile, request: Request, beside: Companions = ALONE) -> Plans:
     """The plans of a resolved request whose `weights` is a format. They may be larger than the device."""
     context = default_context(program.max_context, request.context)
-    tensors = _tensors(program, profile, request.weights, request.head_weights)
+    tensors = _tensors(program, profile, request.weights, request.head_weights, request.kept)
     kv_tokens = max(request.kv_tokens or 0, context)
     page = request.page_tokens
     kv = KvPlan(k=request.kv_k, v=request.kv_v, page_tokens=page, pages=-(-kv_tokens // page))
@@ -171,6 +181,7 @@ def _companion_plans(
     plans: Plans = {}
     for name, program in beside.programs().items():
         weights = (request.draft_weights or request.weights) if name == DRAFT else request.weights
+        weights = DEFAULT_WEIGHTS if weights == KEEP else weights
         tensors = _tensors(program, profile, weights, request.head_weights)
         cache, shape = companion_shapes(name, kv, step, request.draft_kv or (request.kv_k, request.kv_v))
         plans[name] = _plan(program, profile, request.power_mode, tensors, cache, shape)
@@ -214,7 +225,13 @@ def _threads(profile: Profile) -> int:
     return max(PLAN_THREADS, os.cpu_count() or 1) if profile.memory_source != "profile" else PLAN_THREADS
 
 
-def _tensors(program: Program, profile: Profile, weights: str, head: str | None) -> dict[str, TensorPlan]:
+def _tensors(
+    program: Program, profile: Profile, weights: str, head: str | None, kept: Mapping[str, str] | None = None
+) -> dict[str, TensorPlan]:
+    kept = {} if kept is None or weights != KEEP else kept
+    if head is not None:  # asked for: it wins over what the checkpoint has
+        kept = {name: fmt for name, fmt in kept.items() if program.tensors[name].role == "matrix"}
+    weights = DEFAULT_WEIGHTS if weights == KEEP else weights
     if head is None:
         head = weights if precision(weights) in ("f32", "f16", "bf16", "int8") else HEAD_FORMAT
         if not profile.supports(precision(head)):
@@ -222,7 +239,7 @@ def _tensors(program: Program, profile: Profile, weights: str, head: str | None)
     by_role = {"matrix": weights, "embedding": head, "head": head, "vector": "f32"}
     plans: Plans = {}
     for name, spec in program.tensors.items():
-        fmt = by_role[spec.role]
+        fmt = kept.get(name, by_role[spec.role])
         rows = profile.backend != "cpu" or spec.role == "vector"
         plans[name] = TensorPlan(fmt, "rows" if rows else cpu_packing(fmt))
     return plans

@@ -73,7 +73,7 @@ def predict(
 def _rate(format_name: str, mode: PowerMode) -> float:
     """Operations per second of products with this weight format: integers meet int8 activations."""
     compute = mode.compute
-    if format_name.startswith("int"):
+    if get_format(format_name).kind == "int":
         return compute.int8 * 1e12
     if format_name.startswith("fp8"):
         return (compute.fp8 or compute.fp16) * 1e12

@@ -3,20 +3,23 @@
 rows
     Planes exactly as the format's codec gives them, C order, flattened.
 
-n16k4 (integer formats: encodings u4o8, u4, i8) and n16 (float and table formats), for the cpu backend
-    Rows are padded to panels of 16 with zero weights, columns to whole groups: `G` = the format's group, or
-    64 when scales are per row or per tensor or absent. panels = ceil(rows/16), groups = ceil(cols/G).
+n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu backend
+    Rows are padded to panels of 16 with zero weights, columns to whole units: `U` = the format's group but at
+    least 32, or 64 when scales are per row or per tensor or absent. panels = ceil(rows/16), units =
+    ceil(cols/U).
 
-    n16k4, plane q, i8:     [panel][groups*G/4][16 rows][4 inputs] bytes, each the code + 128 (unsigned lanes)
-    n16k4, plane q, nibble: [panel][group][G/8 blocks][16 rows][4 inputs] bytes; with block b of a group, the
-                            low nibble is input 4*b + i of the group, the high nibble input 4*b + i + G/2.
-                            A padding code is the code of value 0: 8 for u4o8; for u4 the zero point of its
-                            group (0 in padding rows and groups).
-    n16, plane q/w, 8..32 bit: [panel][groups*G inputs][16 rows] items; padding is 0.
-    n16, nibble (nf4):      [panel][group][G/2][16 rows] bytes; low nibble input j of the group, high j + G/2.
+    n16k4, planes of codes, i8: [panel][units*U/4][16 rows][4 inputs] bytes, each the code + 128 (unsigned
+                            lanes)
+    n16k4, planes of codes, c = 2, 4 or 8 codes a byte (u4*, e2m1; u2*; u1):
+                            [panel][unit][U/(4*c) blocks][16 rows][4 inputs] bytes; in block b of a unit the
+                            p-th lowest code of a byte is that of input 4*b + i + p*U/c of the unit. A padding
+                            code is that of value 0 (the offset of u*o*, the zero point of its group, 0 in
+                            padding rows and groups); 0 in formats with minima, where activations are 0.
+    n16, plane q/w, 8..32 bit: [panel][units*U inputs][16 rows] items; padding is 0.
+    n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
-    planes `scale`, `zero`: per group [panel][group][16 rows]; per row [panel][16 rows]; per tensor [1].
-                            Padding rows and groups hold scale 0 and zero point 0.
+    planes that weights share (scale, zero, min, super): every n weights [panel][ceil(units*U/n)][16 rows];
+                            per row [panel][16 rows]; per tensor [1]. Padding rows and groups hold 0.
 """
 
 from __future__ import annotations
@@ -27,23 +30,29 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_runtime.engine.formats import ENCODINGS, Array, Format, Plane, Planes, get_format
-from edge_runtime.engine.formats.nibbles import join, split
+from edge_runtime.engine.formats.codes import pack_bits, unpack_bits
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange, nearest
 
 PANEL = 16  # rows of one panel
 LANE = 4  # inputs of one 32-bit lane
 DEFAULT_GROUP = 64  # columns are padded to it when a format has no groups
+SMALLEST_UNIT = 32  # columns that a byte of eight codes and four inputs a lane take
 ALIGN = 64  # bytes each plane is padded to in an engine
 PACKINGS = ("rows", "n16", "n16k4")
-_LANE_ENCODINGS = ("u4o8", "u4", "i8")
 _CHUNK = 1 << 19  # weights moved at a time
 
-_PADDING_CODE = {"u4o8": 8, "i8": 0, "nf4": 7}  # 0 for every other encoding
+# Code of value 0 by the encoding of the lower bits, higher bits included; 0 for every other encoding.
+_PADDING_CODE = {"u2o2": 2, "u2o4": 4, "u4o8": 8, "u4o16": 16, "u4o32": 32, "nf4": 7}
 
 
 def cpu_packing(fmt_name: str) -> str:
     """The packing that the cpu backend reads for a format: n16k4 for integers, n16 for the rest."""
-    return "n16k4" if get_format(fmt_name).planes[0].encoding in _LANE_ENCODINGS else "n16"
+    return "n16k4" if get_format(fmt_name).kind == "int" else "n16"
+
+
+def unit_of(fmt: Format) -> int:
+    """Columns that a packed row is padded to a multiple of."""
+    return max(fmt.group or DEFAULT_GROUP, SMALLEST_UNIT)
 
 
 def plane_items(fmt_name: str, packing: str, rows: int, cols: int) -> dict[str, tuple[int, str]]:
@@ -59,7 +68,7 @@ def plane_items(fmt_name: str, packing: str, rows: int, cols: int) -> dict[str, 
             r, c = plane.shape(rows, cols)
             items[plane.name] = (r * c, encoding.dtype)
         elif plane.per == 1:
-            codes = grid.panels * PANEL * grid.groups * grid.group
+            codes = grid.panels * PANEL * grid.width
             dtype = "u1" if encoding.name == "i8" else encoding.dtype
             items[plane.name] = (codes // encoding.items_per_byte, dtype)
         else:
@@ -81,7 +90,7 @@ def pack(fmt_name: str, packing: str, planes: Planes, rows: int, cols: int) -> d
         return {p.name: np.ascontiguousarray(planes[p.name]).reshape(-1) for p in fmt.planes}
     grid = _Grid.of(fmt, rows, cols)
     return {
-        p.name: _pack_codes(p, planes, grid) if p.per == 1 else _pack_shared(p, planes[p.name], grid)
+        p.name: _pack_codes(fmt, p, planes, grid) if p.per == 1 else _pack_shared(p, planes[p.name], grid)
         for p in fmt.planes
     }
 
@@ -120,27 +129,36 @@ def _checked(fmt_name: str, packing: str) -> Format:
 
 @dataclass(frozen=True)
 class _Grid:
-    """A matrix cut into panels of 16 rows and whole groups of columns."""
+    """A matrix cut into panels of 16 rows and whole units of columns."""
 
     rows: int
     cols: int
-    group: int
+    unit: int
     panels: int
-    groups: int
+    units: int
 
     @classmethod
     def of(cls, fmt: Format, rows: int, cols: int) -> _Grid:
-        group = fmt.group or DEFAULT_GROUP
-        return cls(rows, cols, group, -(-rows // PANEL), -(-cols // group))
+        unit = unit_of(fmt)
+        return cls(rows, cols, unit, -(-rows // PANEL), -(-cols // unit))
+
+    @property
+    def width(self) -> int:
+        """Columns with padding."""
+        return self.units * self.unit
 
     def shared_items(self, plane: Plane) -> int:
         if plane.per == "tensor":
             return 1
-        return self.panels * PANEL * (1 if plane.per == "row" else self.groups)
+        return self.panels * PANEL * self.shared_cols(plane)
+
+    def shared_cols(self, plane: Plane) -> int:
+        """Items of a row of a plane that weights of a row share, with padding."""
+        return 1 if plane.per == "row" else -(-self.width // int(plane.per))
 
     def chunks(self) -> list[tuple[slice, slice]]:
         """(panels, rows) slices of about _CHUNK weights; rows end at the matrix' last one."""
-        step = max(1, _CHUNK // (PANEL * self.groups * self.group))
+        step = max(1, _CHUNK // (PANEL * self.width))
         starts = range(0, self.panels, step)
         ends = (min(s + step, self.panels) for s in starts)
         return [
@@ -149,22 +167,24 @@ class _Grid:
         ]
 
 
-def _pack_codes(plane: Plane, planes: Planes, grid: _Grid) -> Array:
+def _pack_codes(fmt: Format, plane: Plane, planes: Planes, grid: _Grid) -> Array:
     """Plane of codes -> 1-D, in the order that its encoding has (see the module's docstring)."""
-    nibble = ENCODINGS[plane.encoding].bits == 4
+    bits = ENCODINGS[plane.encoding].bits
     order = _order(plane, grid)
     source = planes[plane.name]
-    width = grid.groups * grid.group
+    width = grid.width
     per_panel = PANEL * width // ENCODINGS[plane.encoding].items_per_byte
     out = np.empty(grid.panels * per_panel, "u1" if plane.encoding == "i8" else source.dtype)
+    below = 0 if plane == fmt.codes[0] else ENCODINGS[fmt.codes[0].encoding].bits  # bits of the plane before
+    padding = _PADDING_CODE.get(fmt.codes[0].encoding, 0) >> below
     for panels, r in grid.chunks():
         count = panels.stop - panels.start
-        codes = split(source[r], grid.cols) if nibble else source[r]
-        padding = _PADDING_CODE.get(plane.encoding, 0)
-        full = np.full((count * PANEL, width), padding, codes.dtype)
+        codes = unpack_bits(source[r], bits, grid.cols) if bits < 8 else source[r]
+        full = np.full((count * PANEL, width), padding & ((1 << bits) - 1), codes.dtype)
         full[: codes.shape[0], : grid.cols] = codes
         if "zero" in planes and width > grid.cols:
-            full[: codes.shape[0], grid.cols :] = planes["zero"][r, -1:]
+            zero = planes["zero"][r, -1:] >> np.uint8(below)
+            full[: codes.shape[0], grid.cols :] = zero & np.uint8((1 << bits) - 1)
         out[panels.start * per_panel : panels.stop * per_panel] = order.forth(full)
     return out
 
@@ -177,16 +197,16 @@ def _unpack_codes(plane: Plane, packed: Array, grid: _Grid) -> Array:
     for panels, r in grid.chunks():
         codes = order.back(packed[panels.start * per_panel : panels.stop * per_panel])
         codes = codes[: r.stop - r.start, : grid.cols]
-        out[r] = join(codes) if encoding.bits == 4 else codes
+        out[r] = pack_bits(codes, encoding.bits) if encoding.bits < 8 else codes
     return out
 
 
 def _pack_shared(plane: Plane, source: Array, grid: _Grid) -> Array:
-    """Scales or zero points (rows, n) -> [panel][n][16 rows], padded with 0."""
+    """Scales or zero points (rows, n) -> [panel][padded n][16 rows], padded with 0."""
     if plane.per == "tensor":
         return source.reshape(-1)
-    full = np.zeros((grid.panels * PANEL, source.shape[1]), source.dtype)
-    full[: grid.rows] = source
+    full = np.zeros((grid.panels * PANEL, grid.shared_cols(plane)), source.dtype)
+    full[: grid.rows, : source.shape[1]] = source
     return np.ascontiguousarray(full.reshape(grid.panels, PANEL, -1).transpose(0, 2, 1)).reshape(-1)
 
 
@@ -194,40 +214,44 @@ def _unpack_shared(plane: Plane, packed: Array, grid: _Grid) -> Array:
     if plane.per == "tensor":
         return packed.reshape(1, 1)
     full = packed.reshape(grid.panels, -1, PANEL).transpose(0, 2, 1).reshape(grid.panels * PANEL, -1)
-    return np.ascontiguousarray(full[: grid.rows])
+    return np.ascontiguousarray(full[: grid.rows, : plane.shape(grid.rows, grid.cols)[1]])
 
 
 @dataclass(frozen=True)
 class _Order:
-    """The permutation of a chunk of codes, (panels*16, groups*G) <-> 1-D, both ways."""
+    """The permutation of a chunk of codes, (panels*16, units*U) <-> 1-D, both ways."""
 
     forth: Callable[[Array], Array]
     back: Callable[[Array], Array]
 
 
 def _order(plane: Plane, grid: _Grid) -> _Order:
-    if plane.encoding in ("u4o8", "u4", "nf4"):
-        return _nibble_order(grid, LANE if plane.encoding != "nf4" else 1)
+    bits = ENCODINGS[plane.encoding].bits
+    if bits < 8:
+        return _shared_byte_order(grid, bits, LANE if plane.encoding != "nf4" else 1)
     return _lane_order(grid) if plane.encoding == "i8" else _input_order(grid)
 
 
-def _nibble_order(grid: _Grid, lane: int) -> _Order:
-    """Low nibbles are the first half of a group, high nibbles the second; `lane` inputs of a row together."""
-    unit = np.dtype("<u4" if lane == LANE else "u1")  # codes stay below 16, so a shift by 4 keeps to its byte
-    four, mask = unit.type(4), unit.type(0x0F0F0F0F & ((1 << 8 * unit.itemsize) - 1))
-    half = grid.group // 2 // lane
+def _shared_byte_order(grid: _Grid, bits: int, lane: int) -> _Order:
+    """The lowest codes of a unit's bytes are its first inputs, the next ones follow; `lane` inputs of a row
+    together."""
+    item = np.dtype("<u4" if lane == LANE else "u1")  # codes are small, so that shifts keep to their bytes
+    mask = item.type(((1 << bits) - 1) * (0x01010101 & ((1 << 8 * item.itemsize) - 1)))
+    count = 8 // bits
+    part = grid.unit // count // lane
 
     def forth(codes: Array) -> Array:
-        c = codes.view(unit).reshape(-1, PANEL, grid.groups, 2, half)
-        low, high = c[:, :, :, 0], c[:, :, :, 1]
-        joined = np.ascontiguousarray((low | (high << four)).transpose(0, 2, 3, 1))
-        return joined.view(np.uint8).reshape(-1)
+        c = codes.view(item).reshape(-1, PANEL, grid.units, count, part)
+        joined = c[:, :, :, 0].copy()
+        for p in range(1, count):
+            joined |= c[:, :, :, p] << item.type(bits * p)
+        return np.ascontiguousarray(joined.transpose(0, 2, 3, 1)).view(np.uint8).reshape(-1)
 
     def back(packed: Array) -> Array:
-        b = packed.view(unit).reshape(-1, grid.groups, half, PANEL).transpose(0, 3, 1, 2)
-        codes = np.empty((b.shape[0], PANEL, grid.groups, 2, half), unit)
-        np.bitwise_and(b, mask, out=codes[:, :, :, 0])
-        np.bitwise_and(b >> four, mask, out=codes[:, :, :, 1])
+        b = packed.view(item).reshape(-1, grid.units, part, PANEL).transpose(0, 3, 1, 2)
+        codes = np.empty((b.shape[0], PANEL, grid.units, count, part), item)
+        for p in range(count):
+            np.bitwise_and(b >> item.type(bits * p), mask, out=codes[:, :, :, p])
         return codes.view(np.uint8).reshape(b.shape[0] * PANEL, -1)
 
     return _Order(forth, back)
@@ -238,20 +262,20 @@ def _lane_order(grid: _Grid) -> _Order:
     flip = np.uint8(128)
 
     def forth(codes: Array) -> Array:
-        lanes = (codes.view(np.uint8) ^ flip).view("<u4").reshape(-1, PANEL, grid.groups * grid.group // LANE)
+        lanes = (codes.view(np.uint8) ^ flip).view("<u4").reshape(-1, PANEL, grid.width // LANE)
         return np.ascontiguousarray(lanes.transpose(0, 2, 1)).view(np.uint8).reshape(-1)
 
     def back(packed: Array) -> Array:
-        lanes = packed.view("<u4").reshape(-1, grid.groups * grid.group // LANE, PANEL)
+        lanes = packed.view("<u4").reshape(-1, grid.width // LANE, PANEL)
         codes: Array = np.ascontiguousarray(lanes.transpose(0, 2, 1)).view(np.uint8) ^ flip
-        return codes.view(np.int8).reshape(-1, grid.groups * grid.group)
+        return codes.view(np.int8).reshape(-1, grid.width)
 
     return _Order(forth, back)
 
 
 def _input_order(grid: _Grid) -> _Order:
     """One item per weight, the 16 rows of an input together."""
-    width = grid.groups * grid.group
+    width = grid.width
 
     def forth(codes: Array) -> Array:
         return np.ascontiguousarray(codes.reshape(-1, PANEL, width).transpose(0, 2, 1)).reshape(-1)

@@ -18,7 +18,9 @@ import yaml
 import edge_runtime
 from edge_runtime.errors import BadConfig, nearest
 
-Precision = Literal["f32", "f16", "bf16", "int8", "int4", "nf4", "fp8", "nvfp4"]
+Precision = Literal[
+    "f32", "f16", "bf16", "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp8", "nvfp4", "mxfp4"
+]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]

@@ -59,7 +59,7 @@ def test_c_header_compiles_and_says_what_the_records_say(tmp_path: Path, compile
         zero, offset = fmt.plane("zero") is not None, fmt.planes[0].encoding == "u4o8"
         f32 = scale is not None and scale.encoding == "f32"
         flags = f"{zero:d} {offset:d} {f32:d}"
-        want.append(f"fmt {name} {group} {per} {flags} {group or 64} {cpu_packing(name)}")
+        want.append(f"fmt {name} {group} {per} {flags} {max(group or 64, 32)} {cpu_packing(name)}")
     want += [f"kv {name} {fmt_name}" for name, fmt_name in K_FORMATS.items()]
     assert done.stdout.splitlines() == [*want, "id int4_g64_zp"]
 

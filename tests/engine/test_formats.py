@@ -17,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edge_runtime.engine.formats import FORMATS, Format, Plane, abi_hash, get_format, register, scaled
+from edge_runtime.engine.formats import (
+    ENCODINGS,
+    FORMATS,
+    Format,
+    Plane,
+    abi_hash,
+    get_format,
+    register,
+    scaled,
+)
 from edge_runtime.engine.formats.c_header import c_header
 from edge_runtime.engine.formats.nf4 import NF4
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
@@ -26,7 +35,8 @@ GOLDEN = Path(__file__).parent / "golden"
 TAILS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 67, 127, 129, 193, 255, 1023)
 NAMES = sorted(FORMATS)
 SCALED = [n for n in NAMES if FORMATS[n].on_grid is not None]
-GROUPED = [n for n in NAMES if FORMATS[n].group]
+TENSOR = [n for n in NAMES if any(p.per == "tensor" for p in FORMATS[n].planes)]
+GROUPED = [n for n in NAMES if FORMATS[n].group and n not in TENSOR]
 
 
 def slow_formats() -> ModuleType:
@@ -67,13 +77,50 @@ def closed_form(name: str, x: np.ndarray) -> np.ndarray:
         return np.maximum(v * 2.0**-4, scale * 2.0**-10) + rounding
     if name == "int8_row":
         return (largest / 127 * (1 + 2.0**-20) + 2.0**-126) / 2 + rounding
-    if name.endswith("_zp"):
-        wanted, half = (high - low) / 15, 0.5
-    elif name.startswith("nf4"):
+    if "fp4" in name:
+        return closed_form_of_fp4(name, v, largest) + rounding
+    if name.endswith("_k"):
+        return closed_form_of_k_quant(int(name[1]), low, high) + rounding
+    if name.startswith("nf4"):
         wanted, half = largest, (1 - 0.6961928) / 2  # the widest gap of the table
+    elif name.endswith("_zp"):
+        wanted, half = (high - low) / (2 ** int(name[3]) - 1), 0.5
+    elif name.endswith("_min"):
+        least = -low * (1 + 2.0**-10) + 2.0**-24  # what the minimum may reach below 0
+        wanted, half = (high + least) / (2 ** int(name[3]) - 1), 0.5
+        rounding += least * 2.0**-21
     else:
-        wanted, half = largest / (127 if name.startswith("int8") else 7), 0.5
+        wanted, half = largest / (2 ** (int(name[3]) - 1) - 1), 0.5
     return half * (wanted * (1 + 2.0**-10) + 2.0**-24) + rounding
+
+
+def closed_form_of_fp4(name: str, v: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """Half the distance of E2M1's neighbours; the way to 6 steps where the scale was rounded down."""
+    if name.startswith("mx"):
+        scale = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(largest, 2.0**-149))) - 2, -127)
+        return np.maximum(v / 4, scale / 4)
+    unit = largest.max() / (448 * 6) + 2.0**-126  # of the E4M3 scales, whose own least step is 2^-9
+    scale = largest / 6 * (1 + 2.0**-4) + unit * 2.0**-10
+    return np.maximum(np.maximum(v, scale) / 4, largest * 2.0**-4 + 6 * unit * 2.0**-10)
+
+
+def closed_form_of_k_quant(bits: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Half a step, which is a whole number of the super-block's f16 units: at most one more than wanted."""
+
+    def unit(wanted: np.ndarray, most: int) -> np.ndarray:
+        out = np.empty(wanted.shape)
+        for start in range(0, wanted.shape[1], 256):
+            part = wanted[:, start : start + 256]
+            out[:, start : start + 256] = part.max(axis=1, keepdims=True) / most * (1 + 2.0**-10) + 2.0**-24
+        return out
+
+    if bits in (3, 6):
+        wanted = np.maximum(high, -low) / (2 ** (bits - 1) - 1)
+        return (wanted + unit(wanted, 127)) / 2
+    most = 15 if bits == 2 else 255
+    least = -low + unit(-low, most)
+    wanted = (high + least) / (2**bits - 1)
+    return (wanted + unit(wanted, most)) / 2 + least * 2.0**-21
 
 
 def shared(name: str, reduce: np.ufunc, x: np.ndarray) -> np.ndarray:
@@ -114,7 +161,8 @@ def test_error_bound_is_broken_by_codes_that_are_off_by_one(name: str) -> None:
     planes = {n: a.copy() for n, a in fmt.encode(x).items()}
     stored = planes[fmt.planes[0].name]
     codes = stored.view(f"u{stored.itemsize}")
-    codes ^= 0x11 if "4_g" in name else 1  # the neighbouring code, in both nibbles
+    bits = ENCODINGS[fmt.planes[0].encoding].bits
+    codes ^= {1: 0xFF, 2: 0x55, 4: 0x11}.get(bits, 1)  # the neighbouring code, in all of a byte's codes
     error = np.abs(x - fmt.decode(planes, *x.shape).astype(np.float64))
     assert (error > fmt.bound(x, planes)).mean() > 0.99  # a tie lies half a step from both
 
@@ -132,22 +180,28 @@ def test_zeros_decode_to_zero(name: str) -> None:
     assert not decoded.any()
     negative = FORMATS[name].encode(np.full((3, 130), -0.0, np.float32))
     assert not FORMATS[name].decode(negative, 3, 130).any()
-    for plane in FORMATS[name].planes[1:]:
+    for plane in FORMATS[name].grid_planes:
         assert not negative[plane.name].any() and not np.signbit(negative[plane.name]).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_huge_outlier_costs_its_own_group_only(name: str) -> None:
+    """Two-level formats: its own super-block only."""
     x = matrix(4, 300)
     usual = FORMATS[name].encode(x)
     x[1, 200] = 50000.0
     planes, decoded = check(name, x)
     assert decoded[1, 200] == pytest.approx(50000.0, rel=2.0**-3)
     if name in GROUPED:
+        before = FORMATS[name].decode(usual, 4, 300)
+        if name.endswith("_k"):
+            assert np.array_equal(decoded[:, 256:], before[:, 256:])
+            assert np.array_equal(decoded[[0, 2, 3]], before[[0, 2, 3]])
+            return
         group = FORMATS[name].group or 0
         other = np.arange(planes["scale"].shape[1]) != 200 // group
         assert np.array_equal(planes["scale"][:, other], usual["scale"][:, other])
-        assert np.array_equal(decoded[:, :128], FORMATS[name].decode(usual, 4, 300)[:, :128])
+        assert np.array_equal(decoded[:, :128], before[:, :128])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,11 +251,12 @@ def test_golden_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_codec_equals_the_slow_reference_on_random_bits(name: str) -> None:
     rng = np.random.default_rng(7)
-    bits = rng.integers(0, 2**32, (6, 131), dtype=np.uint32)
+    cols = 291 if name.endswith("_k") else 131  # more than a super-block
+    bits = rng.integers(0, 2**32, (6, cols), dtype=np.uint32)
     x = bits.view(np.float32)
     limit = 57344 if name == "fp8_e5m2" else 65504
     x = np.where(np.isfinite(x) & (np.abs(x) <= limit), x, np.float32(1.5))
-    x[3:] = np.round(rng.standard_normal((3, 131)) * 8) / 16  # many ties
+    x[3:] = np.round(rng.standard_normal((3, cols)) * 8) / 16  # many ties
     slow = SLOW.encode(name, [[float(v) for v in row] for row in x])
     assert {n: a.tobytes() for n, a in FORMATS[name].encode(x).items()} == slow
 
@@ -261,7 +316,7 @@ def test_nf4_table_is_the_published_construction() -> None:
     assert NF4[7] == 0 and NF4[0] == -1 and NF4[15] == 1
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("tensor")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in TENSOR])
 def test_a_row_does_not_depend_on_its_neighbours_or_on_chunks(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,14 +342,49 @@ def test_values_on_the_grid_keep_their_codes(name: str) -> None:
 @pytest.mark.parametrize("name", SCALED)
 def test_a_narrow_grid_clips_within_the_bound(name: str) -> None:
     fmt, x = FORMATS[name], matrix(9, 193)
-    grid = {p: a for p, a in fmt.encode(x).items() if p != "q"}
-    grid["scale"] = (grid["scale"] / 3).astype(grid["scale"].dtype)
-    grid["scale"][2:3] = 0
+    planes = fmt.encode(x)
+    grid = {p.name: planes[p.name].copy() for p in fmt.grid_planes}
+    for plane in fmt.grid_planes:
+        if plane.encoding in ("f16", "f32"):
+            grid[plane.name] /= 3
+            grid[plane.name][2:3] = 0
+        elif plane.encoding == "e8m0":
+            grid[plane.name] -= 2
     planes = fmt.encode_on_grid(x, grid)
     decoded = fmt.decode(planes, *x.shape)
     assert (np.abs(x - decoded.astype(np.float64)) <= fmt.bound(x, planes)).all()
-    assert not decoded[2].any() or fmt.planes[1].per == "tensor"
+    assert not decoded[2].any() or name in TENSOR or name == "mxfp4_g32"
     assert np.abs(decoded).max() < np.abs(x).max()
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_levels_and_affine_give_the_decoded_values(name: str) -> None:
+    fmt, x = FORMATS[name], matrix(5, 300)
+    planes = fmt.encode(x)
+    assert fmt.levels is not None and fmt.affine is not None and (np.diff(fmt.levels) > 0).all()
+    scale, shift = (np.broadcast_to(a, (5, a.shape[1])).astype(np.float64) for a in fmt.affine(planes))
+    which = np.arange(300) // fmt.span(300)
+    decoded = fmt.decode(planes, 5, 300).astype(np.float64)
+    values = fmt.levels.astype(np.float64) * scale[:, which, None] + shift[:, which, None]
+    off = np.abs(values - decoded[..., None]).min(axis=2)
+    assert (off <= (np.abs(decoded) + np.abs(shift[:, which])) * 2.0**-23).all()
+    # no level is nearer to a value than the one that was chosen
+    nearest = np.abs(values - x.astype(np.float64)[..., None]).min(axis=2)
+    error = np.abs(decoded - x)
+    assert (error <= nearest * (1 + 2.0**-20) + (np.abs(x) + np.abs(shift[:, which])) * 2.0**-21).all()
+
+
+@pytest.mark.parametrize("name", [n for n in SCALED if "fp4" not in n])
+def test_a_grid_for_a_range_covers_it(name: str) -> None:
+    """Up to half a step where zero points are whole numbers; the fp4 formats take the published scale."""
+    fmt, x = FORMATS[name], matrix(5, 300)
+    low, high = scaled.extent(x, fmt.span(300))
+    low, high = low * np.float32(0.7), high * np.float32(0.9)  # not what encode() would take
+    assert fmt.grid_for is not None and fmt.affine is not None and fmt.levels is not None
+    scale, shift = fmt.affine(fmt.grid_for(low, high))
+    ends = np.stack([fmt.levels[0] * scale + shift, fmt.levels[-1] * scale + shift])
+    slack = np.abs(scale) * (0.5 if name.endswith("_zp") else 0) + np.maximum(-low, high) * 2.0**-20
+    assert (ends.min(axis=0) <= low + slack).all() and (ends.max(axis=0) >= high - slack).all()
 
 
 def test_int4_grid_may_use_code_minus_8_and_a_negative_scale() -> None:
@@ -355,6 +445,9 @@ def test_damaged_values_and_planes_are_refused(name: str) -> None:
         ("int4_g128", 7 * 65520, "scale 65520"),
         ("int4_g32_zp", 15 * 65520, "scale 65520"),
         ("int4_g32_zp", 3.4e38, "int4_g32_zp: a group needs the scale"),
+        ("int5_g32_min", 65520, "int5_g32_min: a group begins at -65520, but its f16 minimum ends at -65504"),
+        ("q6_k", 127 * 32 * 65520, "q6_k: a group needs the scale"),
+        ("q4_k", 255 * 65520, "q4_k: a group needs the scale"),
         ("nf4_g64", 65520, "scale 65520"),
     ],
 )
@@ -374,6 +467,11 @@ def test_values_beyond_the_range_are_refused(name: str, largest: float, message:
         ("int8_g64", 127 * 65504),
         ("int4_g128", 7 * 65504),
         ("int4_g32_zp", 15 * 65504),
+        ("int3_g64", 3 * 65504),
+        ("int5_g32_min", 65504),
+        ("q6_k", 127 * 32 * 65504),
+        ("mxfp4_g32", 3.4e38),
+        ("nvfp4_g16", 3.4e38),
         ("nf4_g64", 65504),
     ],
 )
@@ -394,9 +492,11 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_the_registry_holds_what_the_architecture_asks_for() -> None:
-    groups = [f"int{b}_g{g}{z}" for b, z in ((8, ""), (4, ""), (4, "_zp")) for g in (32, 64, 128)]
+    kinds = [(b, z) for b in (2, 3, 4, 5, 6, 8) for z in ("", "_zp") if b < 5 or not z]
+    groups = [f"int{b}_g{g}{z}" for b, z in kinds for g in (32, 64, 128)]
+    homes = ["int4_g32_min", "int5_g32_min", *(f"q{b}_k" for b in (2, 3, 4, 5, 6)), "mxfp4_g32", "nvfp4_g16"]
     fp8 = ["fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e5m2"]
-    assert sorted(["f32", "f16", "bf16", "int8_row", *groups, *fp8, "nf4_g64"]) == NAMES
+    assert sorted(["f32", "f16", "bf16", "int8_row", *groups, *homes, *fp8, "nf4_g64"]) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -411,6 +511,18 @@ def test_the_registry_holds_what_the_architecture_asks_for() -> None:
         ("int4_g32_zp", 4.75),
         ("fp8_e4m3_tensor", 8 + 2.0**-19),
         ("nf4_g64", 4.25),
+        ("int2_g128", 2.125),
+        ("int3_g64", 3.25),
+        ("int3_g64_zp", 3.375),
+        ("int6_g64", 6.25),
+        ("int5_g32_min", 6),
+        ("q2_k", 2.625),
+        ("q3_k", 3.5625),
+        ("q4_k", 4.625),
+        ("q5_k", 5.625),
+        ("q6_k", 6.5625),
+        ("mxfp4_g32", 4.25),
+        ("nvfp4_g16", 4.5 + 2.0**-19),
     ],
 )
 def test_bits_per_weight_of_a_4096_square(name: str, bits: float) -> None:

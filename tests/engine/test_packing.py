@@ -14,6 +14,7 @@ import pytest
 
 from edge_runtime.engine import packing
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, get_format
+from edge_runtime.engine.formats.codes import pack_bits
 from edge_runtime.engine.packing import PACKINGS, cpu_packing, pack, packed_nbytes, plane_items, unpack
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
 
@@ -23,15 +24,16 @@ GOLDEN = Path(__file__).parent / "golden" / "packed.json"
 
 
 def random_planes(name: str, rows: int, cols: int) -> dict[str, np.ndarray]:
-    """Planes with every code possible; odd last nibbles are 0, as the codec writes them."""
+    """Planes with every code possible; unused last bits are 0, as the codec writes them."""
     rng = np.random.default_rng(rows * 10007 + cols)
     fmt = get_format(name)
     planes = fmt.encode(rng.uniform(-9, 5, (rows, cols)).astype(np.float32))
-    codes = planes[fmt.planes[0].name]
-    if name not in ("f32", "f16", "bf16"):
-        codes.view(np.uint8)[:] = rng.integers(0, 256, codes.shape)
-        if "4_g" in name and cols % 2:
-            codes[:, -1] &= 15
+    for plane in fmt.codes:
+        bits = ENCODINGS[plane.encoding].bits
+        if bits < 8:
+            planes[plane.name] = pack_bits(rng.integers(0, 1 << bits, (rows, cols), dtype=np.uint8), bits)
+        elif bits == 8:
+            planes[plane.name].view(np.uint8)[:] = rng.integers(0, 256, (rows, cols))
     return planes
 
 
@@ -113,16 +115,21 @@ def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_decodes_to_zero(name: str) -> None:
-    """Unpacked at the padded shape, everything beyond the matrix is 0."""
+    """Unpacked at the padded shape, everything beyond the matrix is 0.
+
+    A group with a minimum has no code of 0 in general: of it only the next groups are 0.
+    """
     rows, cols, fmt = 18, 67, get_format(name)
-    group = fmt.group or 64
-    padded = (32, -(-cols // group) * group)
+    unit = packing.unit_of(fmt)
+    padded = (32, -(-cols // unit) * unit)
     x = np.random.default_rng(5).uniform(-2, 1, (rows, cols)).astype(np.float32)
     planes = fmt.encode(x)
     wide = unpack(name, cpu_packing(name), pack(name, cpu_packing(name), planes, rows, cols), *padded)
     decoded = fmt.decode(wide, *padded)
     assert np.array_equal(decoded[:rows, :cols], fmt.decode(planes, rows, cols))
-    assert not decoded[rows:].any() and not decoded[:, cols:].any()
+    minima = fmt.plane("min") or fmt.plane("scale_min")
+    first = -(-cols // (fmt.group or 1)) * (fmt.group or 1) if minima else cols
+    assert not decoded[rows:].any() and not decoded[:, first:].any()
 
 
 def test_rows_are_the_codecs_planes_flattened() -> None:
@@ -153,6 +160,10 @@ def test_sizes_follow_from_the_record(name: str) -> None:
         ("fp8_e4m3_tensor", 16 * 64 + 64),
         ("fp8_e5m2", 16 * 64),
         ("nf4_g64", 16 * 64 // 2 + 64),
+        ("int3_g32", 16 * 32 // 4 + 16 * 32 // 8 + 64),
+        ("q2_k", 16 * 32 // 4 + 64 + 64 + 64),  # two groups of 16 in the smallest unit
+        ("q6_k", 16 * 32 // 2 + 16 * 32 // 4 + 64 + 64),
+        ("nvfp4_g16", 16 * 32 // 2 + 64 + 64),
     ],
 )
 def test_one_weight_takes_one_panel_of_one_group(name: str, nbytes: int) -> None:
@@ -160,8 +171,9 @@ def test_one_weight_takes_one_panel_of_one_group(name: str, nbytes: int) -> None
 
 
 def test_integers_take_lanes_and_the_rest_takes_inputs() -> None:
-    assert {cpu_packing(n) for n in NAMES if n.startswith("int")} == {"n16k4"}
-    assert {cpu_packing(n) for n in NAMES if not n.startswith("int")} == {"n16"}
+    whole = ("int", "q", "mxfp4", "nvfp4")
+    assert {cpu_packing(n) for n in NAMES if n.startswith(whole)} == {"n16k4"}
+    assert {cpu_packing(n) for n in NAMES if not n.startswith(whole)} == {"n16"}
     assert set(PACKINGS) == {"rows", "n16", "n16k4"}
 
 
@@ -173,8 +185,8 @@ def test_errors_name_what_is_wrong() -> None:
         plane_items("int4_g64", "n16", 16, 64)
     with pytest.raises(Unsupported, match="nf4_g64 has no packing 'n16k4'; use rows or n16"):
         packed_nbytes("nf4_g64", "n16k4", 16, 64)
-    with pytest.raises(BadConfig, match="unknown format 'int5'"):
-        cpu_packing("int5")
+    with pytest.raises(BadConfig, match="unknown format 'int7'"):
+        cpu_packing("int7")
     with pytest.raises(ValueOutOfRange, match=r"plane 'q' is uint8 \(16, 32\), expected uint8 \(16, 33\)"):
         pack("int4_g64", "n16k4", planes, 16, 65)
     packed = pack("int4_g64", "n16k4", planes, 16, 64)

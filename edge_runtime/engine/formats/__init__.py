@@ -1,6 +1,6 @@
 """The only definition of each stored number format. Importing this package fills the FORMATS table."""
 
-from edge_runtime.engine.formats import fp8, int4, int8, nf4, plain  # noqa: F401  (fills the table)
+from edge_runtime.engine.formats import fp8, int8, integer, kquant, microscaling, nf4, plain  # noqa: F401  (fills the table)
 from edge_runtime.engine.formats.record import (
     ENCODINGS,
     FORMATS,

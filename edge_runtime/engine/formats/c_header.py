@@ -11,7 +11,7 @@ from pathlib import Path
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, Format, abi_hash
 from edge_runtime.engine.formats.nf4 import NF4
 from edge_runtime.engine.kv import K_FORMATS, OPEN_PAGES, PAGE_TOKENS, per_channel
-from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, cpu_packing
+from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, cpu_packing, unit_of
 
 _STRUCT = """\
 /* `group`: weights that share a scale, 0 when none do. `scale_per`: EDGE_PER_NONE, EDGE_PER_ROW,
@@ -41,7 +41,7 @@ def _format_row(fmt: Format) -> str:
         f"EDGE_ENC_{fmt.planes[0].encoding.upper()}",
         per,
         str(int(fmt.plane("zero") is not None)),
-        str(fmt.group or DEFAULT_GROUP),
+        str(unit_of(fmt)),
         f"EDGE_ENC_{scale.encoding.upper()}" if scale is not None else "-1",
         f'"{cpu_packing(fmt.name)}"',
     )

@@ -45,6 +45,15 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("u8", 8, "u1"),
         Encoding("u4o8", 4, "u1"),  # nibble u, value u - 8
         Encoding("u4", 4, "u1"),  # nibble u, value u (a zero plane shifts it)
+        Encoding("u1", 1, "u1"),  # the highest bit of a code
+        Encoding("u2", 2, "u1"),
+        Encoding("u2o2", 2, "u1"),  # code u, value u - 2
+        Encoding("u2o4", 2, "u1"),  # lower bits of a code u of 3 bits, value u - 4
+        Encoding("u4o16", 4, "u1"),  # lower bits of a code u of 5 bits, value u - 16
+        Encoding("u4o32", 4, "u1"),  # lower bits of a code u of 6 bits, value u - 32
+        Encoding("u4u4", 8, "u1"),  # a scale in the low nibble, a minimum in the high one
+        Encoding("e2m1", 4, "u1"),  # OCP MX E2M1
+        Encoding("e8m0", 8, "u1"),  # OCP MX E8M0: 2^(u - 127)
         Encoding("nf4", 4, "u1"),  # nibble = index into the NF4 table
         Encoding("e4m3", 8, "u1"),  # OCP E4M3FN
         Encoding("e5m2", 8, "u1"),  # OCP E5M2
@@ -77,12 +86,15 @@ class Plane:
 class Format:
     """The numbers of a stored tensor, with its slow, obvious numpy codec.
 
-    `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`. The first
-    plane holds the codes, one per weight; the others (scale, zero) are the grid they are rounded to.
-    `bound(values, planes)` is the closed-form bound of |value - decoded| for every element.
+    `encode(values f32 (rows, cols)) -> {plane: array}` and `decode(planes, rows, cols) -> f32`. `codes` are
+    the planes with an item per weight, lower bits first; `grid_planes`, the others (scale, zero, min, super),
+    are the grid that codes are rounded to.
+    `bound(values, planes)` is the closed-form bound of |value - decoded| for every element. `kind`: int codes
+    are whole numbers (E2M1's when doubled), which kernels multiply with int8 activations.
 
     For algorithms that choose values: `grid_for(low, high)` gives the grid whose range covers [low, high] of
-    every group, f32 (rows, groups); `levels` are the values of the codes before scaling, ascending f32; and
+    every group, f32 (rows, groups) (microscaling formats: the published rule's grid, which may clip the value
+    of greatest magnitude); `levels` are the values of the codes before scaling, ascending f32; and
     `affine(grid)` gives scale and shift, f32 (rows or 1, groups), so that value = level * scale + shift. A
     scale may be negative. Formats without scales have none of the three.
     """
@@ -99,10 +111,20 @@ class Format:
     levels: Array | None = field(default=None, compare=False)
 
     @property
+    def codes(self) -> tuple[Plane, ...]:
+        """Planes with one item per weight: the codes, or their lower and their higher bits."""
+        return tuple(p for p in self.planes if p.per == 1)
+
+    @property
+    def grid_planes(self) -> tuple[Plane, ...]:
+        """Planes that weights share: scales, zero points, minima."""
+        return tuple(p for p in self.planes if p.per != 1)
+
+    @property
     def group(self) -> int | None:
         """Weights that share a scale, or None when the scale is per row, per tensor or absent."""
         pers = [p.per for p in self.planes if isinstance(p.per, int) and p.per > 1]
-        return pers[0] if pers else None
+        return min(pers, default=None)
 
     def span(self, cols: int) -> int:
         """Columns that share a range: the group, or the whole row."""
@@ -133,7 +155,7 @@ class Format:
         if self.on_grid is None:
             raise Unsupported(f"{self.name} has no scales to round to; use encode()")
         x = self._checked(values)
-        for plane in self.planes[1:]:
+        for plane in self.grid_planes:
             self._check_plane(plane, grid, *x.shape)
         return self.on_grid(x, grid)
 

@@ -119,14 +119,61 @@ def half_ulp(y: Array, least_exponent: int, mantissa_bits: int) -> Array:
     return half
 
 
-def check_scales(name: str, grid: Planes) -> None:
-    """Raises ValueOutOfRange when a scale of a given grid is not finite."""
-    if not np.isfinite(grid["scale"]).all():
-        raise ValueOutOfRange(f"{name}: the given plane 'scale' holds NaN or Inf, expected finite scales")
+def f16_below(name: str, wanted: Array) -> Array:
+    """The greatest f16 at or below each wanted minimum. Raises ValueOutOfRange beyond f16."""
+    with np.errstate(over="ignore"):
+        least: Array = (wanted + np.float32(0)).astype(np.float16)  # -0 becomes 0
+    beyond = least.astype(np.float32) > wanted
+    least[beyond] = np.nextafter(least[beyond], np.float16(-np.inf))
+    if not np.isfinite(least).all():
+        raise ValueOutOfRange(
+            f"{name}: a group begins at {wanted.min():.6g}, but its f16 minimum ends at -65504; "
+            "use a format with f32 scales (int8_row, fp8_e4m3_row) or mend the outlier"
+        )
+    return least
+
+
+def shifted_codes(x: Array, scale: Array, shift: Array, group: int, top: int) -> Array:
+    """u8 codes round_half_even((x - shift) / scale) in 0..top, (rows, cols); a zero scale gives 0.
+
+    scale, shift: f32 (rows, groups). The difference and the quotient are each rounded to f32.
+    """
+    rows, cols = x.shape
+    u = np.empty((rows, cols), np.uint8)
+    divisor = np.where(scale == 0, np.float32(np.inf), scale)
+    for r in row_chunks(rows, cols):
+        with np.errstate(over="ignore", under="ignore"):
+            y = (grouped(x[r], group) - shift[r, :, None]) / divisor[r, :, None]
+        np.rint(y, out=y)
+        np.clip(y, 0, top, out=y)
+        u[r] = y.reshape(y.shape[0], -1)[:, :cols]
+    return u
+
+
+def shifted_bound(values: Array, scale: Array, shift: Array, group: int, top: int) -> Array:
+    """`error_bound` where value = code * scale + shift, scale and shift f32 (rows, groups).
+
+    The f32 difference x - shift and the f32 sum err by at most 2^-24 of numbers no larger than |x| + |shift|.
+    """
+    step = spread(scale.astype(np.float64), group, values.shape)
+    start = spread(shift.astype(np.float64), group, values.shape)
+    ends = (start, start + top * step)
+    bound = error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
+    bound += np.abs(start) * 2.0**-22
+    return bound
+
+
+def check_scales(name: str, grid: Planes, *planes: str) -> None:
+    """Raises ValueOutOfRange when an item of the given planes (default: `scale`) is not finite."""
+    for plane in planes or ("scale",):
+        if not np.isfinite(grid[plane]).all():
+            raise ValueOutOfRange(
+                f"{name}: the given plane {plane!r} holds NaN or Inf, expected finite scales"
+            )
 
 
 def nearest_scale(low: Array, high: Array, least: float, greatest: float) -> Array:
-    """The scale of least magnitude with which the levels least < 0 to greatest > 0 cover [low, high].
+    """The scale of least magnitude with which levels least..greatest (around 0) cover [low, high].
 
     It is negative where the longer end of the levels serves the longer end of the range only when flipped.
     """

@@ -17,7 +17,9 @@ ROWS, COLS = 3, 67  # an odd number of nibbles, a partial group for every group 
 GOLDEN = Path(__file__).with_name("formats.json")
 
 F32, F16, BF16 = (23, -126, 8), (10, -14, 5), (7, -126, 8)  # mantissa bits, least exponent, exponent bits
-E4M3, E5M2 = (3, -6, 4), (2, -14, 5)
+E4M3, E5M2, E2M1 = (3, -6, 4), (2, -14, 5), (1, 0, 2)
+LOW_BITS = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4}  # of a code of so many bits, in plane q; the others in plane high
+K_GROUPS = {2: 16, 3: 16, 4: 32, 5: 32, 6: 16}
 # Dettmers et al. 2023, appendix E.
 NF4 = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
 -0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634
@@ -94,9 +96,23 @@ def clip(v: int, low: int, high: int) -> int:
     return max(low, min(high, v))
 
 
-def nibbles(codes: list[int]) -> bytes:
-    padded = codes + [0] * (len(codes) % 2)
-    return bytes(padded[i] | padded[i + 1] << 4 for i in range(0, len(padded), 2))
+def pack_bits(codes: list[int], bits: int) -> bytes:
+    """The first code of a byte in its lowest bits."""
+    count = 8 // bits
+    padded = codes + [0] * (-len(codes) % count)
+    runs = (padded[i : i + count] for i in range(0, len(padded), count))
+    return bytes(sum(code << (bits * i) for i, code in enumerate(run)) for run in runs)
+
+
+def code_planes(codes: list[int], bits: int) -> dict[str, bytes]:
+    low = LOW_BITS[bits]
+    planes = {"q": pack_bits([c & ((1 << low) - 1) for c in codes], low)}
+    return planes if bits == low else planes | {"high": pack_bits([c >> low for c in codes], bits - low)}
+
+
+def half(v: Fraction) -> bytes:
+    """An f16 that holds v exactly."""
+    return bits_of(v, F16, v < 0).to_bytes(2, "little")
 
 
 def encode(name: str, rows: list[list[float]]) -> dict[str, bytes]:
@@ -107,25 +123,38 @@ def encode(name: str, rows: list[list[float]]) -> dict[str, bytes]:
         return {"q": floats(rows, E5M2)}
     if name.startswith("fp8_e4m3"):
         return _e4m3(rows, name.endswith("tensor"))
-    cols = len(rows[0])
-    group = cols if name.endswith("row") else int(name.split("_")[1][1:])
-    planes = {"q": b"", "scale": b""} | ({"zero": b""} if name.endswith("_zp") else {})
+    if "fp4" in name:
+        return _microscaling(rows, name)
+    joined: dict[str, bytes] = {}
     for row in rows:
-        codes: list[int] = []
-        for start in range(0, cols, group):
-            part = row[start : start + group]
-            scale, zero, part_codes = _group(name, part)
-            codes += part_codes
-            f32 = name == "int8_row"
-            planes["scale"] += bits_of(scale, F32 if f32 else F16, False).to_bytes(4 if f32 else 2, "little")
-            if "zero" in planes:
-                planes["zero"] += bytes([zero])
-        planes["q"] += bytes(c & 255 for c in codes) if name.startswith("int8") else nibbles(codes)
-    return planes
+        planes = _k_quant(int(name[1]), row) if name.endswith("_k") else _grouped(name, row)
+        for plane, data in planes.items():
+            joined[plane] = joined.get(plane, b"") + data
+    return joined
 
 
-def _group(name: str, part: list[float]) -> tuple[Fraction, int, list[int]]:
-    """Scale, zero point and codes of the weights that share them."""
+def _grouped(name: str, row: list[float]) -> dict[str, bytes]:
+    """The planes of a row of a format with one scale for every group."""
+    group = len(row) if name.endswith("row") else int(name.split("_")[1][1:])
+    grid = {"scale": b""}
+    grid |= {"zero": b""} if name.endswith("_zp") else {"min": b""} if name.endswith("_min") else {}
+    codes: list[int] = []
+    for start in range(0, len(row), group):
+        scale, other, part = _group(name, row[start : start + group])
+        codes += part
+        f32 = name == "int8_row"
+        grid["scale"] += bits_of(scale, F32, False).to_bytes(4, "little") if f32 else half(scale)
+        if "zero" in grid:
+            grid["zero"] += bytes([int(other)])
+        if "min" in grid:
+            grid["min"] += half(other)
+    if name.startswith("int8"):
+        return {"q": bytes(c & 255 for c in codes)} | grid
+    return code_planes(codes, 4 if name.startswith("nf4") else int(name[3])) | grid
+
+
+def _group(name: str, part: list[float]) -> tuple[Fraction, Fraction | int, list[int]]:
+    """Scale, zero point or minimum, and codes of the weights that share them."""
     largest = max(abs(Fraction(v)) for v in part)
     if name.startswith("int8"):
         scale = (f32_scale if name == "int8_row" else f16_scale)(largest / 127)
@@ -134,13 +163,102 @@ def _group(name: str, part: list[float]) -> tuple[Fraction, int, list[int]]:
         scale = f16_scale(largest)
         table = [to_float(Fraction(t), F32) for t in NF4.split()]
         return scale, 0, [min(range(16), key=lambda i: (abs(quotient(v, scale) - table[i]), i)) for v in part]
+    bits = int(name[3])
+    low, high = min(0, *map(Fraction, part)), max(0, *map(Fraction, part))
+    top = 2**bits - 1
     if name.endswith("_zp"):
-        low, high = min(0, *map(Fraction, part)), max(0, *map(Fraction, part))
-        scale = f16_scale(to_float(high - low, F32) / 15)
+        scale = f16_scale(to_float(high - low, F32) / top)
         zero = round(quotient(float(-low), scale))
-        return scale, zero, [clip(round(quotient(v, scale)) + zero, 0, 15) for v in part]
-    scale = f16_scale(largest / 7)
-    return scale, 0, [clip(round(quotient(v, scale)), -8, 7) + 8 for v in part]
+        return scale, zero, [clip(round(quotient(v, scale)) + zero, 0, top) for v in part]
+    if name.endswith("_min"):
+        least = to_float(low, F16, math.floor)
+        scale = f16_scale(to_float(high - least, F32) / top)
+        return scale, least, shifted_codes(part, scale, least, top)
+    top = 2 ** (bits - 1) - 1
+    scale = f16_scale(largest / top)
+    return scale, 0, [clip(round(quotient(v, scale)), -top - 1, top) + top + 1 for v in part]
+
+
+def shifted_codes(part: list[float], scale: Fraction, shift: Fraction, top: int) -> list[int]:
+    if scale == 0:
+        return [0] * len(part)
+    steps = (to_float(to_float(Fraction(v) - shift, F32) / scale, F32) for v in part)
+    return [clip(round(y), 0, top) for y in steps]
+
+
+def whole_numbers(wanted: list[Fraction], most: int) -> tuple[Fraction, list[int]]:
+    """An f16 unit for all, and each magnitude in units, rounded up, with its sign."""
+    unit = f16_scale(max(map(abs, wanted)) / most)
+    steps = [math.ceil(to_float(abs(w) / unit, F32)) if unit else 0 for w in wanted]
+    return unit, [min(s, most) * (-1 if w < 0 else 1) for s, w in zip(steps, wanted, strict=True)]
+
+
+def _k_quant(bits: int, row: list[float]) -> dict[str, bytes]:
+    """The planes of a row of q2_k to q6_k."""
+    codes: list[int] = []
+    grid: dict[str, bytes] = {}
+    for start in range(0, len(row), 256):
+        block = row[start : start + 256]
+        parts = [block[i : i + K_GROUPS[bits]] for i in range(0, len(block), K_GROUPS[bits])]
+        made = _k_signed(bits, parts) if bits in (3, 6) else _k_minima(bits, parts)
+        codes += made[0]
+        grid = {plane: grid.get(plane, b"") + data for plane, data in made[1].items()}
+    return code_planes(codes, bits) | grid
+
+
+def _k_signed(bits: int, parts: list[list[float]]) -> tuple[list[int], dict[str, bytes]]:
+    top = 2 ** (bits - 1) - 1
+    wanted = []
+    for part in parts:
+        low, high = min(0, *map(Fraction, part)), max(0, *map(Fraction, part))
+        plain = max(to_float(low / (-top - 1), F32), to_float(high / top, F32))
+        flipped = max(to_float(high / (top + 1), F32), to_float(low / -top, F32))
+        wanted.append(-flipped if flipped < plain else plain)
+    unit, s = whole_numbers(wanted, 127)
+    codes = []
+    for part, scale in zip(parts, s, strict=True):
+        codes += [clip(round(quotient(v, scale * unit)), -top - 1, top) + top + 1 for v in part]
+    return codes, {"scale": bytes(v & 255 for v in s), "super": half(unit)}
+
+
+def _k_minima(bits: int, parts: list[list[float]]) -> tuple[list[int], dict[str, bytes]]:
+    top, most = 2**bits - 1, 15 if bits == 2 else 255
+    unit_min, m = whole_numbers([-min(0, *map(Fraction, part)) for part in parts], most)
+    spans = [max(0, *map(Fraction, p)) + least * unit_min for p, least in zip(parts, m, strict=True)]
+    unit, s = whole_numbers([to_float(to_float(span, F32) / top, F32) for span in spans], most)
+    codes = []
+    for part, scale, least in zip(parts, s, m, strict=True):
+        codes += shifted_codes(part, scale * unit, -least * unit_min, top)
+    if bits == 2:
+        shared = {"scale_min": bytes(a | b << 4 for a, b in zip(s, m, strict=True))}
+    else:
+        shared = {"scale": bytes(s), "min": bytes(m)}
+    return codes, shared | {"super": half(unit), "super_min": half(unit_min)}
+
+
+def _microscaling(rows: list[list[float]], name: str) -> dict[str, bytes]:
+    group = int(name.split("_g")[1])
+    unit = f32_scale(max(abs(Fraction(v)) for row in rows for v in row) / (448 * 6))
+    planes = {"q": b"", "scale": b""}
+    for row in rows:
+        codes = []
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            largest = max(abs(Fraction(v)) for v in part)
+            if name.startswith("mx"):
+                code = clip(exponent_of(largest) - 2 + 127, 0, 254) if largest else 0
+                scale = Fraction(2) ** (code - 127)
+            else:
+                wanted = to_float(to_float(largest / 6, F32) / unit, F32) if unit else Fraction(0)
+                e4m3 = min(Fraction(448), to_float(wanted, E4M3))
+                code, scale = bits_of(e4m3, E4M3, False), to_float(e4m3 * unit, F32)
+            planes["scale"] += bytes([code])
+            for v in part:
+                y = max(Fraction(-6), min(Fraction(6), to_float(quotient(v, scale), E2M1)))
+                codes.append(bits_of(y, E2M1, math.copysign(1, v) < 0))
+        planes["q"] += pack_bits(codes, 4)
+    whole = {"super": bits_of(unit, F32, False).to_bytes(4, "little")}
+    return planes if name.startswith("mx") else planes | whole
 
 
 def _e4m3(rows: list[list[float]], tensor: bool) -> dict[str, bytes]:
@@ -161,7 +279,10 @@ def _e4m3(rows: list[list[float]], tensor: bool) -> dict[str, bytes]:
 NAMES = (
     "f32", "f16", "bf16", "int8_row", "int8_g32", "int8_g64", "int8_g128", "int4_g32", "int4_g64",
     "int4_g128", "int4_g32_zp", "int4_g64_zp", "int4_g128_zp", "fp8_e4m3_row", "fp8_e4m3_tensor",
-    "fp8_e5m2", "nf4_g64",
+    "fp8_e5m2", "nf4_g64", "int4_g32_min", "int5_g32_min", "mxfp4_g32", "nvfp4_g16",
+    *(f"q{bits}_k" for bits in K_GROUPS),
+    *(f"int{bits}_g{group}" for bits in (2, 3, 5, 6) for group in (32, 64, 128)),
+    *(f"int{bits}_g{group}_zp" for bits in (2, 3) for group in (32, 64, 128)),
 )  # fmt: skip
 
 

@@ -14,65 +14,99 @@ FORMATS_JSON = Path(__file__).with_name("formats.json")
 
 
 def group_of(name: str) -> int:
-    """The group that columns are padded to: that of the name, else 64."""
+    """Weights that share a scale: that of the name, else 64."""
+    if name.endswith("_k"):
+        return 32 if name in ("q4_k", "q5_k") else 16
     return next((int(part[1:]) for part in name.split("_") if part[0] == "g"), 64)
 
 
 def item_bytes(name: str, plane: str) -> int:
-    if plane == "scale":
+    if plane == "super":
+        return 4 if name == "nvfp4_g16" else 2
+    if plane == "super_min" or (plane == "min" and name.endswith("_min")):
+        return 2
+    if plane == "scale" and not (name.endswith("_k") or "fp4" in name):
         return 4 if name in ("int8_row", "fp8_e4m3_row", "fp8_e4m3_tensor") else 2
     return {"f32": 4, "f16": 2, "bf16": 2}.get(name, 1)
 
 
+def bits_of(name: str) -> int:
+    """Bits of a code, in both planes."""
+    return 4 if "nf4" in name or "fp4" in name else int(name[1] if name.endswith("_k") else name[3])
+
+
+def weights_of(name: str, plane: str) -> int:
+    """Weights that share an item of a plane."""
+    return 256 if plane.startswith("super") else group_of(name)
+
+
 def slow_pack(name: str, planes: dict[str, list[list[int]]], rows: int, cols: int) -> dict[str, list[int]]:
     """Packed planes, from codec planes given as rows of unsigned storage items."""
-    group = group_of(name)
-    panels, groups = -(-rows // 16), -(-cols // group)
-    raw = planes["w" if "w" in planes else "q"]
-    nibble = name.startswith(("int4", "nf4"))
+    unit = max(group_of(name), 32)
+    panels, width = -(-rows // 16), -(-cols // unit) * unit
+    out: dict[str, list[int]] = {}
+    for plane, items in planes.items():
+        if plane in ("w", "q", "high"):
+            out[plane] = _codes(name, plane, planes, rows, cols)
+        elif name.endswith("tensor") or (name == "nvfp4_g16" and plane == "super"):
+            out[plane] = [items[0][0]]
+        else:
+            by_row = name.endswith("row")
+            out[plane] = [
+                items[16 * panel + r][g] if 16 * panel + r < rows and g < len(items[0]) else 0
+                for panel in range(panels)
+                for g in range(1 if by_row else -(-width // weights_of(name, plane)))
+                for r in range(16)
+            ]
+    return out
+
+
+def _codes(name: str, plane: str, planes: dict[str, list[list[int]]], rows: int, cols: int) -> list[int]:
+    group, unit = group_of(name), max(group_of(name), 32)
+    width = -(-cols // unit) * unit
+    small = not name.startswith(("f", "bf16", "int8"))
+    bits = 8
+    if small:
+        low = {2: 2, 3: 2}.get(bits_of(name), 4)
+        bits = low if plane == "q" else bits_of(name) - low
+    count = 8 // bits
 
     def code(row: int, col: int) -> int:
-        if row >= rows or col >= cols:
-            if name.endswith("_zp"):
-                return planes["zero"][row][col // group] if row < rows else 0
-            return 8 if name.startswith("int4") else 7 if name.startswith("nf4") else 0
-        return raw[row][col // 2] >> (4 * (col % 2)) & 15 if nibble else raw[row][col]
+        if row < rows and col < cols:
+            return (
+                planes[plane][row][col // count] >> (bits * (col % count)) & ((1 << bits) - 1)
+                if small
+                else (planes[plane][row][col])
+            )
+        if not small or "fp4" in name or name.endswith("_min") or name in ("q2_k", "q4_k", "q5_k"):
+            return 0
+        if name.endswith("_zp"):
+            whole = planes["zero"][row][col // group] if row < rows else 0
+        else:
+            whole = 7 if name.startswith("nf4") else 2 ** (bits_of(name) - 1)
+        return (whole if plane == "q" else whole >> low) & ((1 << bits) - 1)
 
     codes: list[int] = []
-    for panel in range(panels):
+    for panel in range(-(-rows // 16)):
         panel_rows = range(16 * panel, 16 * panel + 16)
-        for start in range(0, groups * group, group):
-            half = start + group // 2
-            if name.startswith("int4"):
-                for b in range(group // 8):
+        for start in range(0, width, unit):
+            if name.startswith("nf4"):
+                for j in range(unit // 2):
+                    codes += [code(r, start + j) + 16 * code(r, start + unit // 2 + j) for r in panel_rows]
+            elif small:
+                for b in range(unit // (4 * count)):
                     for r in panel_rows:
-                        for i in range(4):
-                            codes.append(code(r, start + 4 * b + i) + 16 * code(r, half + 4 * b + i))
-            elif nibble:
-                for j in range(group // 2):
-                    codes += [code(r, start + j) + 16 * code(r, half + j) for r in panel_rows]
+                        for first in range(start + 4 * b, start + 4 * b + 4):
+                            shares = (code(r, first + p * unit // count) << (bits * p) for p in range(count))
+                            codes.append(sum(shares))
             elif name.startswith("int8"):
-                for b in range(group // 4):
+                for b in range(unit // 4):
                     for r in panel_rows:
                         codes += [(code(r, start + 4 * b + i) + 128) % 256 for i in range(4)]
             else:
-                for j in range(group):
+                for j in range(unit):
                     codes += [code(r, start + j) for r in panel_rows]
-    out = {"w" if "w" in planes else "q": codes}
-    for plane in ("scale", "zero"):
-        if plane not in planes:
-            continue
-        items = planes[plane]
-        if name.endswith("tensor"):
-            out[plane] = [items[0][0]]
-            continue
-        out[plane] = [
-            items[16 * panel + r][g] if 16 * panel + r < rows else 0
-            for panel in range(panels)
-            for g in range(len(items[0]))
-            for r in range(16)
-        ]
-    return out
+    return codes
 
 
 def golden() -> dict[str, dict[str, dict[str, str]]]:
@@ -85,7 +119,8 @@ def golden() -> dict[str, dict[str, dict[str, str]]]:
         for plane, text in planes.items():
             data, size = bytes.fromhex(text), item_bytes(name, plane)
             items = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
-            height = 1 if plane == "scale" and name.endswith("tensor") else rows
+            tensor = plane in {"nvfp4_g16": ("super",), "fp8_e4m3_tensor": ("scale",)}.get(name, ())
+            height = 1 if tensor else rows
             width = len(items) // height
             lists[plane] = [items[i * width : (i + 1) * width] for i in range(height)]
         out[name] = {}
