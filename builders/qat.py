@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from builders.lessons import Lesson, batches, read_lessons
 from builders.pretrained import read_tokenizer
+from builders.role_formats import Formats
 from builders.trained_folder import write_trained
 from builders.training import STATE, Run, check_limits, restore_state, save_state, take_step, watch
 from edge_runtime.cli.output import Answer, Parser, run_command, table
@@ -108,13 +109,13 @@ def run(args: argparse.Namespace) -> Answer:
     import torch
 
     from builders.completions import measure
-    from builders.qat_model import Formats, QatModel, open_model, teacher_of
+    from builders.qat_model import QatModel, open_model, teacher_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
     with open_model(args.model) as source:
-        formats = Formats(args.weights, args.head_weights, args.fit, args.learn_scales)
-        model = QatModel(source, formats)
+        formats = Formats(args.weights, args.head_weights)
+        model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
         length = min(args.length, model.context)
         lessons = read_lessons(args.data, tokenizer, length)
         heldout = [] if args.heldout is None else read_lessons(args.heldout, tokenizer, length)

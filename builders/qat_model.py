@@ -6,7 +6,6 @@ Quantization is of whole checkpoint tensors, before they are cut into a program'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from builders.archs import read_program
 from builders.fake_quant import FakeQuantizer, Fit
-from builders.planner import HEAD_FORMAT, precision
+from builders.role_formats import Formats
 from builders.sources import Source, open_source
 from builders.torch_program import TorchProgram
 from builders.weights import CheckpointWeights
@@ -26,26 +25,6 @@ from edge_runtime.errors import BadConfig
 SCALE_SHARE = 0.1  # of the learning rate, for learned scales: each moves a whole group
 
 
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """What is quantized how: matrices, and embedding and head (None: as edge-build plans them)."""
-
-    weights: str
-    head: str | None = None
-    fit: Fit = "mse"
-    learn_scales: bool = False
-
-    def of_role(self, role: str) -> str:
-        """The format of a tensor with that role. Raises BadConfig for an unknown one."""
-        if role == "vector":
-            return "f32"
-        if role == "matrix":
-            return get_format(self.weights).name
-        if self.head is not None:
-            return get_format(self.head).name
-        return self.weights if precision(self.weights) in ("f32", "f16", "bf16", "int8") else HEAD_FORMAT
-
-
 class QatModel:
     """Trainable tensors of an open checkpoint, and the program that runs on their fake-quantized values.
 
@@ -53,7 +32,9 @@ class QatModel:
     after `requantize`, `teacher` the checkpoint as it is.
     """
 
-    def __init__(self, source: Source, formats: Formats) -> None:
+    def __init__(
+        self, source: Source, formats: Formats, fit: Fit = "mse", *, learn_scales: bool = False
+    ) -> None:
         architecture = read_program(source.config)
         self.weights = CheckpointWeights(architecture, source)  # proves that the folder is whole
         self._sources = architecture.sources
@@ -66,8 +47,8 @@ class QatModel:
             fmt = formats.of_role(self._program.tensors[name].role)
             self.tensors[made.key] = torch.from_numpy(source.tensor(made.key)).requires_grad_(True)
             if fmt != "f32":
-                learn = formats.learn_scales and fmt == formats.weights
-                self.quantizers[made.key] = FakeQuantizer(get_format(fmt), formats.fit, learn=learn)
+                learn = learn_scales and fmt == formats.weights
+                self.quantizers[made.key] = FakeQuantizer(get_format(fmt), fit, learn=learn)
         self.fit()
         for key, quantizer in self.quantizers.items():
             if quantizer.scale is not None:
