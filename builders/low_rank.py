@@ -110,6 +110,8 @@ def chosen_targets(asked: Sequence[str], modules: Sequence[str]) -> tuple[str, .
     last = dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules)
     if tuple(asked) == (ALL,):
         return tuple(last)
+    if not asked:
+        raise BadConfig(f"--targets names no layer; give some of {', '.join(last)}, or {ALL}")
     found: dict[str, None] = {}
     for name in asked:
         ways = (name, f"{name}_proj")
