@@ -61,7 +61,7 @@ def _encode(
     stored = part.weights.stored(name, fmt.name)
     if stored is not None:
         return _measured(part, name, fmt, stored)
-    whole = not algorithm.ROW_WISE or any(p.per == "tensor" for p in fmt.planes)
+    whole = not algorithm.ROW_WISE or any(p.whole for p in fmt.planes)
     blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
     planes: dict[str, Array] = {}
     signal = noise = 0.0
@@ -94,7 +94,7 @@ def _energies(fmt: Format, planes: Planes, values: Array) -> tuple[float, float]
     """Sums of squares of the values (rows, cols) and of what their planes miss of them."""
     signal = noise = 0.0
     for a, b in row_blocks(*values.shape, _PIECE):
-        piece = {p: d if fmt.plane(p).per == "tensor" else d[a:b] for p, d in planes.items()}  # type: ignore[union-attr]
+        piece = {p: d if fmt.plane(p).whole else d[a:b] for p, d in planes.items()}  # type: ignore[union-attr]
         error = fmt.decode(piece, b - a, values.shape[1]) - values[a:b]
         signal += float(np.square(values[a:b], dtype=np.float64).sum())
         noise += float(np.square(error, dtype=np.float64).sum())

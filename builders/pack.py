@@ -20,6 +20,7 @@ from edge_runtime.engine.manifest import (
     SCHEMA,
     AdapterEntry,
     AdapterTarget,
+    CalibrationRecord,
     Fingerprint,
     KnownAnswer,
     Manifest,
@@ -90,6 +91,7 @@ class Record:
     known_answer: KnownAnswer | None
     algorithm: str
     recipe: dict[str, str]
+    calibration: CalibrationRecord | None = None
 
 
 def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Record) -> Manifest:
@@ -125,6 +127,7 @@ def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Recor
             algorithm=record.algorithm,
             recipe=record.recipe,
             tools={name: _version(name) for name in _TOOLS},
+            calibration=record.calibration,
         ),
         known_answer=record.known_answer,
         planes={},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from builders.architecture import Architecture
 from builders.archs import read_program
 from builders.companions import Companions
 from builders.planner import default_context
+from builders.reorder import order_inputs
 from builders.sources import Source, open_source, read_config, read_vocabulary
 from builders.sources.matrix import Stored
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
@@ -89,6 +90,14 @@ class Contents:
     adapters: dict[str, Adapter]
     folders: dict[str, Source | MedusaHeads | Path]
     notices: list[str]
+
+    @property
+    def language(self) -> Part:
+        """The model that answers, as it will be quantized: rotated, it is not `target`'s program any more."""
+        return self.parts[0]
+
+    def with_language(self, part: Part) -> Contents:
+        return replace(self, parts=(part, *self.parts[1:]))
 
     def companions(self) -> Companions:
         return _companions([part.program for part in self.parts[1:]], self.adapters)
@@ -198,7 +207,7 @@ def check_same_vocabulary(target: Checkpoint, draft: Checkpoint) -> None:
 
 def _checkpoint(stack: ExitStack, folder: Path, context: int | None) -> Checkpoint:
     source = stack.enter_context(open_source(folder))
-    architecture = read_architecture(source.config, context)
+    architecture = order_inputs(read_architecture(source.config, context), source.orders())
     weights = CheckpointWeights(architecture, source)
     return Checkpoint(source, architecture, weights, read_vocabulary(source, architecture.program.vocab_size))
 

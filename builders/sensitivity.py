@@ -18,7 +18,8 @@ from edge_runtime.errors import BadCheckpoint, BadConfig
 class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """unit "kl": nats of KL to the f32 model a token, measured; "hessian": tr(E H E^T) over tr(W H W^T).
 
-    `algorithm` says how values were chosen; `text` is the calibration text's name, `tokens` how many.
+    `algorithm` says how values were chosen; `text` is the calibration text's name, `tokens` how many. With
+    unit "kl" only formats in `measured` were run; the others' losses follow by the ratio of errors.
     """
 
     unit: Literal["kl", "hessian"]
@@ -26,6 +27,8 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     text: str
     tokens: int
     losses: dict[str, dict[str, float]]
+    measured: tuple[str, ...] = ()
+    kv_losses: dict[str, float] | None = None  # of cache pairs such as "int8,int4", in the same unit
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -37,7 +40,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
         found = msgspec.json.decode(read_capped(path, MAX_INDEX), type=Sensitivity)
     except (msgspec.MsgspecError, BadCheckpoint) as error:
         raise BadConfig(f"{path} is no sensitivity file of edge-build: {error}") from None
-    for tensor, losses in found.losses.items():
+    for tensor, losses in [*found.losses.items(), ("the KV cache", found.kv_losses or {})]:
         for name, loss in losses.items():
             if not 0.0 <= loss < float("inf"):
                 raise BadConfig(

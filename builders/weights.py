@@ -183,7 +183,7 @@ class EngineWeights:
     def _decode(self, name: str, which: slice | Array, count: int) -> Array:
         fmt = get_format(self._tensors[name].format)
         planes = {
-            key: plane if fmt.plane(key).per == "tensor" else plane[which]  # type: ignore[union-attr]
+            key: plane if fmt.plane(key).whole else plane[which]  # type: ignore[union-attr]
             for key, plane in self._unpacked(name).items()
         }
         return fmt.decode(planes, count, self.program.tensors[name].cols)

@@ -86,6 +86,12 @@ class DoesNotFit(EdgeError):
         self.source = source
 
 
+class BudgetNotMet(EdgeError):
+    """No plan keeps a budget of speed or bits that the user gave, within the memory there is."""
+
+    exit_code = 2
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """A clause that names the nearest valid word, or lists them: ``did you mean 'bandwidth'?``"""
     options = sorted(set(valid))

@@ -6,7 +6,6 @@ a JSON file may not leave the folder. Spec: https://huggingface.co/docs/safetens
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from edge_runtime.engine.folder import (
     MAX_CONFIG,
     MAX_TOKENIZER,
     contained,
-    open_regular,
     parse_object,
     read_capped,
     sha256_of,
 )
-from edge_runtime.engine.shard import Array, sniff
+from edge_runtime.engine.shard import Array
 from edge_runtime.errors import BadCheckpoint
 
 QUANTIZATION = "quantization_config"
@@ -135,37 +133,12 @@ class HuggingFaceSource(Source):
         return found
 
 
-def open_source(path: str | Path) -> Source:
-    """Open a model folder or a GGUF file, whatever its name. Raises BadCheckpoint; Unsupported for a way of
-    quantizing that no importer here reads."""
-    path = Path(path)
-    if path.is_file():
-        fd = open_regular(path)
-        try:
-            sniff(os.pread(fd, 64, 0), path.name)
-        finally:
-            os.close(fd)
-        raise BadCheckpoint(f"{path} is a file; give the model folder that holds it")
-    return HuggingFaceSource(path)
-
-
-def read_config(path: str | Path) -> tuple[dict[str, Any], str]:
-    """(config, model name) of a folder or a config.json, without touching weights. Raises BadCheckpoint."""
-    path = Path(path)
-    if path.is_dir():
-        folder = path.resolve()
-        file = contained(folder, "config.json")
-    else:
-        file = path.resolve()
-        folder = file.parent
-    if not file.exists():
-        raise BadCheckpoint(f"{path} has no config.json; give a model folder or a config.json")
-    return check_config(parse_object(read_capped(file, MAX_CONFIG), file.name), []), model_name(folder)
-
-
 def model_name(folder: Path) -> str:
-    """The folder's name; for a Hugging Face cache (models--org--name/snapshots/<hash>) ``org--name``."""
+    """The folder's name; for a Hugging Face cache (models--org--name/snapshots/<hash>) ``org--name``. For a
+    file its name without the ending."""
     folder = folder.resolve()
+    if folder.is_file():
+        return folder.stem
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.removeprefix("models--")
     return folder.name

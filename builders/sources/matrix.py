@@ -38,7 +38,7 @@ class Stored:
     def rows(self, start: int, stop: int) -> Stored:
         """The planes of rows [start, stop)."""
         fmt = get_format(self.format)
-        cut = {p.name: p.per != "tensor" for p in fmt.planes}
+        cut = {p.name: not p.whole for p in fmt.planes}
         planes = {n: a[start:stop] if cut[n] else a for n, a in self.planes.items()}
         return Stored(self.format, planes, self.error)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.sources.matrix import Home, Matrix
-from edge_runtime.engine.formats import FORMATS, Array, get_format
+from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.formats.nf4 import NF4
 
 GROUP = 64  # of our formats
@@ -80,4 +80,4 @@ class NormalFloats(Matrix):
         """Whether no 8 groups of a row lie across the end of 256 absmaxes of the flat tensor."""
         groups = self.shape[1] // GROUP
         whole = groups in (1, 2, 4) or groups % SECOND == 0
-        return self.nested is not None and self.block == GROUP and whole and "nf4_g64_dq" in FORMATS
+        return self.nested is not None and self.block == GROUP and whole

@@ -62,6 +62,10 @@ class Source(ABC):
         """A quantized tensor's planes, columns in the order of its `matrix.order`; None for other tensors."""
         return self._matrix(key).stored() if key in self.matrices else None
 
+    def orders(self) -> dict[str, Array]:
+        """Quantized tensor -> input of each column, of those that are in another order than their inputs."""
+        return {key: m.order for key, m in self.matrices.items() if m.order is not None}
+
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Tensor -> shape, (outputs, inputs) for matrices."""

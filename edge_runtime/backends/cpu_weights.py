@@ -6,6 +6,7 @@ import numpy as np
 
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.protocol import PackedTensor, Part
+from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.formats import ENCODINGS, Array, get_format
 from edge_runtime.engine.layout import round_up
 from edge_runtime.engine.packing import DEFAULT_GROUP, cpu_packing, pack, plane_items, unpack
@@ -21,11 +22,14 @@ _SHAPES = {
     ("e5m2", None, None, False),
     ("e4m3", "row", "f32", False),
     ("e4m3", "tensor", "f32", False),
+    ("e4m3", "group", "f32", False),
     ("i8", "row", "f32", False),
     ("i8", "group", "f16", False),
     ("u4o8", "group", "f16", False),
     ("u4", "group", "f16", True),
     ("nf4", "group", "f16", False),
+    ("nf4", "group", "f32", False),
+    ("nf4", "group", "dynamic8", False),
 }
 _GROUPS = (32, 64, 128)
 
@@ -46,7 +50,7 @@ class CpuWeights:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._matrices: dict[str, rec.Matrix] = {}
-        self._vectors: dict[str, int] = {}
+        self._vectors: dict[str, Array] = {}
         self.planes: list[Array] = []
         self.repacked_bytes = 0
 
@@ -57,21 +61,37 @@ class CpuWeights:
             shape = kernel_shape(tensor.format)
             assert shape is not None  # supports() has said so
             planes = self._packed(name, tensor, cpu_packing(tensor.format))
+            kept = {plane: self._keep(data) for plane, data in planes.items()}
+            scale = fmt.plane("scale")
             self._matrices[name] = rec.Matrix(
-                codes=self._keep(planes[fmt.planes[0].name]),
-                scale=self._keep(planes["scale"]) if "scale" in planes else None,
-                zero=self._keep(planes["zero"]) if "zero" in planes else None,
+                codes=kept[fmt.planes[0].name],
+                scale=kept.get("scale"),
+                zero=kept.get("zero"),
                 rows=tensor.rows,
                 cols=tensor.cols,
                 encoding=ENCODING_ID[shape[0]],
                 scale_per=rec.SCALE_PER[shape[1]],
                 group=fmt.group or DEFAULT_GROUP,
+                scale_encoding=ENCODING_ID[scale.encoding] if scale else 0,
+                second=kept.get("scale2"),
+                offset=kept.get("offset"),
+                outlier=kept.get("outlier"),
+                index=kept.get("index"),
+                outliers=planes["index"].size if "index" in planes else 0,
             )
         return self._matrices[name]
 
     def vector(self, name: str | None) -> int | None:
-        if name is None:
-            return None
+        return None if name is None else int(self._values(name).ctypes.data)
+
+    def order(self, name: str, width: int) -> int:
+        """Address of a gather op's columns, f32, each below `width`. Raises BadEngineFile."""
+        values = self._values(name)
+        check_order(name, values, width)
+        return int(values.ctypes.data)
+
+    def _values(self, name: str) -> Array:
+        """A vector as f32 (n,), kept."""
         if name not in self._vectors:
             tensor = self._tensor(name)
             planes = self._packed(name, tensor, "rows")
@@ -82,7 +102,8 @@ class CpuWeights:
                 two_d = unpack(tensor.format, "rows", planes, tensor.rows, tensor.cols)
                 values = fmt.decode(two_d, tensor.rows, tensor.cols).reshape(-1)
                 self.repacked_bytes += round_up(values.nbytes)
-            self._vectors[name] = self._keep(values)
+            self._keep(values)
+            self._vectors[name] = self.planes[-1]
         return self._vectors[name]
 
     def _tensor(self, name: str) -> PackedTensor:
@@ -101,6 +122,7 @@ class CpuWeights:
             if got is None or got.shape != (count,) or got.dtype != np.dtype(dtype):
                 found = "is missing" if got is None else f"is {got.dtype} {got.shape}"
                 raise BadEngineFile(f"tensor {name!r}: plane {plane!r} {found}, expected {dtype} ({count},)")
+        check_indices(name, tensor)
         if tensor.packing == packing:
             return dict(tensor.planes)
         two_d = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)

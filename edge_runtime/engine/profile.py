@@ -16,12 +16,15 @@ import msgspec
 import yaml
 
 import edge_runtime
+from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.kv import K_FORMATS
 from edge_runtime.errors import BadConfig, nearest
 
 Precision = Literal[
     "f32", "f16", "bf16", "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp8", "nvfp4", "mxfp4"
 ]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Rest = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # of a time, after all that is explained otherwise
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # sums of a few stay far below 2**63
@@ -79,12 +82,55 @@ class CudaLimit(msgspec.Struct, frozen=True, kw_only=True):
     ptx: Version
 
 
+class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """Products with one weight format: bytes (1e9/s) of stored weights read at one token, streamed from
+    memory and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt."""
+
+    gbps: Positive
+    cached_gbps: Positive
+    gops: Positive
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What `edge-bench --calibrate` measured on the device, in the terms of engine/roofline.py.
+
+    threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
+    beyond the backend's work, token_us: each of its tokens. stage_us: beginning and end of a stage of the thread pool, or a kernel launch.
+    value_ns: a value of an op between products, output_ns: one that a product gives, on one thread. logit_ns: a logit in sampling. attention_ns: a
+    value of a query with one of a key; kv_ns: reading a value of a key and one of a value in that cache
+    format, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
+    """
+
+    threads: Count
+    request_us: Rest
+    step_us: Rest
+    token_us: Rest
+    stage_us: Rest
+    value_ns: Rest
+    output_ns: Rest
+    logit_ns: Rest
+    attention_ns: Rest
+    kv_ns: dict[str, Rest]
+    cache_bytes: Bytes
+    formats: dict[str, FormatSpeed]
+
+    def speed(self, fmt: str) -> FormatSpeed | None:
+        """The format's figures; None for one that was not measured, to which the peak's shares apply."""
+        return self.formats.get(fmt)
+
+    def key_ns(self, k: str, v: str) -> float:
+        """Of a K and V in these cache formats; an unmeasured one counts as the slowest."""
+        slowest = max(self.kv_ns.values(), default=0.0)
+        return (self.kv_ns.get(k, slowest) + self.kv_ns.get(v, slowest)) / 2
+
+
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` measures them."""
+    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds its figures."""
 
     bandwidth: Share
     compute: Share
     launch_overhead_us: Positive
+    measured: Measured | None = None
 
 
 class Detect(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,10 +381,7 @@ def _value(kind: Any, value: object, where: str, file: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return _struct(kind, value, where, file, {})
     if origin is dict:
-        return {
-            name: _struct(PowerMode, item, f"{where}.{name}", file, {"mode_name": name})
-            for name, item in _mapping(value, where, file).items()
-        }
+        return _named(get_args(kind)[1], value, where, file)
     if origin is tuple:
         if not isinstance(value, list):
             raise BadConfig(f"{file}: {where}: expected a list, got {_brief(value)}")
@@ -359,6 +402,18 @@ def _value(kind: Any, value: object, where: str, file: str) -> Any:
         quote = '; put it in quotes, such as "8.7"' if kind is Version and isinstance(value, float) else ""
         reason = str(error)[:1].lower() + str(error)[1:]
         raise BadConfig(f"{file}: {where}: {reason} (it is {_brief(value)}){quote}") from error
+
+
+def _named(kind: Any, value: object, where: str, file: str) -> dict[str, Any]:
+    """A mapping of a name to a struct or a number; what the name stands for is the key's own rule."""
+    items = _mapping(value, where, file)
+    if kind is PowerMode:
+        return {n: _struct(PowerMode, v, f"{where}.{n}", file, {"mode_name": n}) for n, v in items.items()}
+    known = FORMATS if kind is FormatSpeed else K_FORMATS
+    for name in items:
+        if name not in known:
+            raise BadConfig(f"{file}: {where}.{name}: unknown format; {nearest(name, known)}")
+    return {n: _value(kind, v, f"{where}.{n}", file) for n, v in items.items()}
 
 
 def _mapping(raw: object, where: str, file: str) -> dict[str, object]:

@@ -20,6 +20,8 @@ from quantized_folders import (
 )
 from safetensors.numpy import save_file
 
+from edge_runtime.engine.formats.nf4_double import DYNAMIC
+
 
 def saver(config: dict[str, Any]) -> Any:
     """What writes the weights: the library, or our own writer where they are FP8, which numpy has not."""
@@ -27,7 +29,7 @@ def saver(config: dict[str, Any]) -> Any:
     return save_fp8 if fp8 else save_file
 
 
-WIDE = {"hidden_size": 64, "intermediate_size": 128}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 
 CASES: dict[str, tuple[Writer, dict[str, Any], set[str]]] = {
     "gptq": (gptq_writer(), gptq_config(), {"int4_g32"}),
@@ -36,7 +38,7 @@ CASES: dict[str, tuple[Writer, dict[str, Any], set[str]]] = {
         gptq_config(sym=False, checkpoint_format="gptq_v2"),
         {"int4_g32_zp"},
     ),
-    "gptq-wide-group": (gptq_writer(group=64), gptq_config(group=64), {"int4_g64", "int4_g128"}),
+    "gptq-wide-group": (gptq_writer(group=64), gptq_config(group=64), {"int4_g64"}),
     "gptq-rows": (gptq_writer(group=-1), gptq_config(group=-1), {"int4_g128"}),
     "gptq-8bit": (gptq_writer(8), gptq_config(8), {"int8_g32"}),
     "gptq-8bit-rows": (gptq_writer(8, -1), gptq_config(8, -1), {"int8_row"}),
@@ -63,9 +65,25 @@ CASES: dict[str, tuple[Writer, dict[str, Any], set[str]]] = {
         {"int8_row"},
     ),
     "ct-fp8": (fp8_writer("row"), compressed_config("float-quantized", 8, type="float"), {"fp8_e4m3_row"}),
-}
-
-# To be appended after the merge: nf4, fp8 blocks, act-order
-LATER = {
+    "gptq-2bit": (gptq_writer(2), gptq_config(2), {"int2_g32"}),
+    "gptq-2bit-asym": (
+        gptq_writer(2, symmetric=False, v2=True),
+        gptq_config(2, checkpoint_format="gptq_v2"),
+        {"int2_g32_zp"},
+    ),
+    "gptq-3bit": (gptq_writer(3), gptq_config(3), {"int3_g32"}),
+    "gptq-3bit-asym": (gptq_writer(3, symmetric=False), gptq_config(3, sym=False), {"int3_g32_zp"}),
+    "gptq-act-order": (gptq_writer(act_order=True), gptq_config(desc_act=True), {"int4_g32"}),
+    "ct-act-order": (
+        compressed_writer(group=32, act_order=True),
+        compressed_config("pack-quantized", 4, strategy="group", group_size=32, actorder="group"),
+        {"int4_g32"},
+    ),
     "bnb-nf4": (nf4_writer(), bnb_config(4), {"nf4_g64_f32"}),
+    "bnb-nf4-double": (nf4_writer(double=True, quant_map=DYNAMIC), bnb_config(4), {"nf4_g64_dq"}),
+    "fp8-block": (
+        fp8_writer("block", "weight_scale_inv", (32, 128)),
+        {"quant_method": "fp8", "weight_block_size": [32, 128]},
+        {"fp8_e4m3_g128"},
+    ),
 }

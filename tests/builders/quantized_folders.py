@@ -213,7 +213,8 @@ def nf4_writer(block: int = 64, *, double: bool = False, quant_map: Array | None
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def e4m3_codes(values: Array) -> Array:
 
 
 def fp8_writer(kind: str, scale_name: str = "weight_scale", block: tuple[int, int] = (128, 128)) -> Writer:
-    """E4M3 with f32 scales: kind "tensor", "row" or "block". The codes are uint8: `save_fp8` names their type."""
+    """E4M3 with f32 scales: kind "tensor", "row" or "block". `save_fp8` names the codes' type."""
     table = np.concatenate([e4m3_values(), [np.nan], -e4m3_values(), [np.nan]]).astype(np.float32)
 
     def write(module: str, weight: Array, rng: np.random.Generator) -> tuple[Tensors, Array]:

@@ -14,6 +14,7 @@ from import_cases import CASES, WIDE, saver
 from quantized_folders import Values, write_quantized
 
 from builders.parts import read_architecture
+from builders.reorder import order_inputs
 from builders.sources import open_source
 from builders.weights import CheckpointWeights
 from edge_runtime.engine.formats import get_format
@@ -52,7 +53,7 @@ def test_values_and_planes_are_exact(case: tuple[Path, Values, set[str]]) -> Non
 def test_kept_names_every_matrix(case: tuple[Path, Values, set[str]]) -> None:
     folder, _, formats = case
     with open_source(folder) as source:
-        architecture = read_architecture(source.config, None)
+        architecture = order_inputs(read_architecture(source.config, None), source.orders())
         kept, notices = CheckpointWeights(architecture, source).kept()
     matrices = {n for n, spec in architecture.program.tensors.items() if spec.role == "matrix"}
     assert set(kept) == matrices and set(kept.values()) == formats

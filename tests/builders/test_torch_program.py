@@ -8,10 +8,12 @@ from arch_cases import CASES, GEMMA, SMALL, VOCAB
 
 from builders.archs import read_program
 from builders.segments import cut, linear_groups
+from edge_runtime.backends import numpy_ops
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.backends.reference import ReferenceExecutor
-from edge_runtime.engine.ops import Linear
+from edge_runtime.engine.ops import Gather, Input, Linear, Logits, Round
 from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.program import Program, TensorSpec
 
 torch = pytest.importorskip("torch")
 TorchProgram = pytest.importorskip("builders.torch_program").TorchProgram
@@ -28,6 +30,41 @@ def test_torch_means_what_the_reference_means(case) -> None:
         logits = run(torch.from_numpy(tokens).long()).numpy()
     want = _reference(program, weights, tokens)
     assert np.abs(logits - want).max() <= 2e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("kind", ["fp8_e4m3", "int8"])
+@pytest.mark.parametrize("scale", [None, 0.03])
+def test_rounded_and_reordered_inputs(kind: str, scale: float | None) -> None:
+    """To the bit as the runtime's codecs, and the gradient passes a rounding as if it were not there."""
+    program = Program(
+        ops=(
+            Input(out="x"),
+            Gather(x="x", out="y", order="o"),
+            Round(x="y", out="y", format=kind, scale=scale),
+            Logits(x="y", weight="head"),
+        ),
+        tensors={"o": TensorSpec(1, 40, "vector"), "head": TensorSpec(9, 40, "head")},
+        buffers={"x": 67, "y": 40},
+        cache=(),
+        vocab_size=9,
+        max_context=8,
+    )
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((2, 5, 67)).astype(np.float32) * np.exp(rng.standard_normal((2, 5, 1))).astype(
+        "f4"
+    )
+    x[0, 1] = 0
+    order = rng.integers(0, 67, 40)
+    weights = {"o": order[None].astype(np.float32), "head": np.ones((9, 40), np.float32)}
+    run = TorchProgram(program, lambda name: torch.from_numpy(weights[name]))
+    rows = torch.from_numpy(x).requires_grad_()
+    buffers = {"x": rows}
+    run.run(program.ops[:-1], buffers)
+    want = numpy_ops.rounded(x.reshape(10, 67)[:, order], kind, scale)
+    assert np.array_equal(buffers["y"].detach().numpy().reshape(10, 40), want)
+    buffers["y"].sum().backward()
+    assert rows.grad is not None
+    assert np.array_equal(rows.grad.numpy(), np.broadcast_to(np.bincount(order, minlength=67), x.shape))
 
 
 def test_segments_in_turn_are_the_program() -> None:

@@ -49,6 +49,8 @@ void print(const char* path, const std::string& kernel, const T* data, size_t co
 struct Case {
     const char* name;
     int encoding, scale_per, group, bits;
+    int scale_encoding = EDGE_ENC_F16;
+    bool outliers = false;
 };
 
 const Case kMatrices[] = {
@@ -58,7 +60,11 @@ const Case kMatrices[] = {
     {"e5m2", EDGE_ENC_E5M2, EDGE_SCALE_NONE, 64, 8},
     {"e4m3_row", EDGE_ENC_E4M3, EDGE_SCALE_ROW, 64, 8},
     {"e4m3_tensor", EDGE_ENC_E4M3, EDGE_SCALE_TENSOR, 64, 8},
+    {"e4m3_g128", EDGE_ENC_E4M3, EDGE_SCALE_GROUP, 128, 8, EDGE_ENC_F32},
     {"nf4", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4},
+    {"nf4_f32", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_F32},
+    {"nf4_double", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_DYNAMIC8},
+    {"i8_row_o128", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8, EDGE_ENC_F32, true},
     {"i8_row", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8},
     {"i8_g32", EDGE_ENC_I8, EDGE_SCALE_GROUP, 32, 8},
     {"i8_g128", EDGE_ENC_I8, EDGE_SCALE_GROUP, 128, 8},
@@ -85,17 +91,32 @@ void matrices(const char* path, const edge::Kernels& k) {
         const std::vector<uint16_t> half_scales = halves(kPanels * groups * 16);
         const std::vector<float> row_scales = values(kPanels * 16);
         const std::vector<uint8_t> zero = bytes(kPanels * groups * 16, 15);
+        const std::vector<float> x = values(kTokens * kCols), bias = values(kRows);
+        const std::vector<float> group_scales = values(kPanels * groups * 16), offset = {0.3f};
+        const std::vector<uint8_t> scale_codes = bytes(kPanels * groups * 16, 0xff);
+        const std::vector<uint16_t> outlier = halves(kPanels * 3 * 16);
+        const int32_t index[] = {65, 299, -1};
         edge_matrix w{};
         w.codes = codes.data();
-        w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data())
-                                                  : row_scales.data();
+        w.scale = row_scales.data();
+        if (c.scale_per == EDGE_SCALE_GROUP)
+            w.scale = c.scale_encoding == EDGE_ENC_F16   ? static_cast<const void*>(half_scales.data())
+                      : c.scale_encoding == EDGE_ENC_F32 ? static_cast<const void*>(group_scales.data())
+                                                         : scale_codes.data();
+        w.scale_encoding = c.scale_encoding;
+        w.second = group_scales.data();
+        w.offset = offset.data();
+        if (c.outliers) {
+            w.outlier = outlier.data();
+            w.index = index;
+            w.outliers = 3;
+        }
         w.zero = c.encoding == EDGE_ENC_U4 ? zero.data() : nullptr;
         w.rows = kRows;
         w.cols = kCols;
         w.encoding = c.encoding;
         w.scale_per = c.scale_per;
         w.group = c.group;
-        const std::vector<float> x = values(kTokens * kCols), bias = values(kRows);
         std::vector<int8_t> a(static_cast<size_t>(kTokens * padded));
         std::vector<float> scales(static_cast<size_t>(kTokens * groups));
         std::vector<int32_t> sums(scales.size());
@@ -108,6 +129,8 @@ void matrices(const char* path, const edge::Kernels& k) {
             q.padded = padded;
             q.group = c.group;
             q.offset = k.offset(c.encoding);
+            q.skip = w.index;
+            q.skips = w.outliers;
             q.block = block.size;
             q.codes = a.data() + block.first * padded + 4 * (t - block.first);
             q.scales = scales.data() + block.first * groups + t - block.first;
@@ -157,6 +180,13 @@ void rows(const char* path, const edge::Kernels& k) {
             print(path, "norm_" + std::to_string(kind) + "_" + std::to_string(group), out.data(), out.size());
         }
     }
+    for (int kind : {EDGE_OP_ROUND_E4M3, EDGE_OP_ROUND_I8}) {
+        for (float scale : {0.0f, 0.11f}) {
+            k.round(kind, scale, x.data(), out.data(), kWidth);
+            print(path, "round_" + std::to_string(kind) + (scale == 0.0f ? "_own" : "_given"), out.data(),
+                  out.size());
+        }
+    }
     k.add(x.data(), y.data(), 0.3f, out.data(), kWidth);
     print(path, "add", out.data(), out.size());
     std::vector<float> angles(46);
@@ -176,8 +206,8 @@ void rows(const char* path, const edge::Kernels& k) {
 
 constexpr int kHeads = 6, kKvHeads = 2, kTokens = 3;
 
-// Attention of kTokens queries from `position` on, in a cache of six pages that lie shuffled. open: the keys of
-// the tokens' own page where K is per channel.
+// Attention of kTokens queries from `position` on, in a cache of six pages that lie shuffled. open: the keys
+// of the tokens' own page where K is per channel.
 std::vector<float> attend(const edge::Kernels& k, const edge_cache& cache, int page_tokens, int position,
                           float softcap, const float* open, std::vector<float> q) {
     const int head_dim = cache.head_dim;

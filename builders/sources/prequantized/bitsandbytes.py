@@ -1,8 +1,8 @@
 """bitsandbytes checkpoints: NF4 (QLoRA, Dettmers et al. 2305.14314) and LLM.int8() (2208.07339).
 
 NF4: weight u8, two codes a byte, the first in the high half, blocks running over the flat tensor;
-weight.absmax f32, or u8 codes with weight.nested_absmax and weight.nested_quant_map (double quantization);
-weight.quant_state.bitsandbytes__nf4: JSON with shape, blocksize and nested_offset. value = NF4[code] * absmax.
+weight.absmax f32, or u8 codes with weight.nested_absmax and weight.nested_quant_map (double quantization).
+weight.quant_state.bitsandbytes__nf4 is JSON: shape, blocksize, nested_offset. value = NF4[code] * absmax.
 int8: weight i8 (out, in), SCB f32 (out,): the greatest magnitude of each row. value = code * (SCB / 127);
 the library multiplies by SCB and by 1/127 one after the other, which differs by 2^-22 of a value at most.
 """
@@ -23,6 +23,7 @@ from builders.sources.shards import Shards
 from edge_runtime.engine.folder import parse_object
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.formats.nf4 import NF4
+from edge_runtime.engine.formats.nf4_double import DYNAMIC
 from edge_runtime.errors import BadCheckpoint, Unsupported
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -107,14 +108,8 @@ def _absmax(module: Module, state: dict[str, Any], blocks: int) -> tuple[Array, 
         absmax = table[codes] * np.repeat(scale, size)[:blocks] + np.float32(offset)
     if not np.isfinite(absmax).all():
         raise BadCheckpoint(f"the scales of {module.name!r} hold NaN or Inf; the checkpoint is damaged")
-    return absmax, Nested(codes, scale, float(offset)) if size == NESTED and _standard(table) else None
-
-
-def _standard(table: Array) -> bool:
-    """Whether it is the map that nf4_g64_dq has."""
-    from edge_runtime.engine.formats.nf4_double import DYNAMIC
-
-    return np.array_equal(table, DYNAMIC)
+    standard = np.array_equal(table, DYNAMIC)  # the map that nf4_g64_dq has
+    return absmax, Nested(codes, scale, float(offset)) if size == NESTED and standard else None
 
 
 def _shape(module: Module, value: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""FP8 checkpoints (quant_method fp8): weight E4M3 (out, in) with weight_scale, or DeepSeek's weight_scale_inv.
+"""FP8 checkpoints (quant_method fp8): weight E4M3 (out, in), weight_scale or DeepSeek's weight_scale_inv.
 
 Either is what a code is multiplied with, whatever its name: one for the tensor, one a row, or one for a block
 of weight_block_size rows and columns (128 x 128). Static scales of activations mean nothing here: they are

@@ -26,7 +26,8 @@ BITS = (2, 3, 4, 8)
 # How it was made, not what it holds
 _MADE = (
     "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "dynamic", "exllama_config", "hyb_act",
+    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "dynamic",
+    "exllama_config", "hyb_act",
     "lm_head", "max_input_length", "meta", "method", "model_file_base_name", "model_name_or_path",
     "model_seqlen", "module_name_preceding_first_block", "modules_in_block_to_quantize",
     "modules_to_not_convert", "mse", "offload_to_disk", "pad_token_id", "quantizer", "rotation",
@@ -67,12 +68,13 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
     if module.has("g_idx"):
         (cols,) = module.shape("g_idx", 1, "I32", "I64")
         bits = next((b for b in BITS if word_count(cols, b) == words), bits)
+        module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
         order, group = read_order(module, "g_idx", groups)
     else:
         cols, order = words * 32 // bits, None
         group = cols if group == -1 else group
+        module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
         module.expect("scales", (groups, rows), (-(-cols // group), rows))
-    module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
     module.expect("qzeros", module.shape("qzeros", 2, "I32"), (groups, word_count(rows, bits)))
     zeros = module.raw("qzeros")
     if v1 and bits != 3:
