@@ -28,7 +28,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Completions:
-    """ids (rows, length); after position `places[:, 1]` of row `places[:, 0]` token `targets` (n,) is learned."""
+    """ids (rows, length); `targets[i]` is learned after position `places[i, 1]` of row `places[i, 0]`."""
 
     ids: Tensor
     places: Tensor

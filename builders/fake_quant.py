@@ -1,9 +1,9 @@
 """Fake quantization in torch: a matrix takes the values that a Format would give it, and still learns.
 
-Forward: every weight becomes the value that `fmt.decode(fmt.encode_on_grid(W, grid))` has, bit for bit, by the
-same f32 operations in the same order. Backward: the straight-through estimator (Bengio et al. 2013, arXiv
-1308.3432), with the mask of PACT (Choi et al. 2018): the gradient passes where the value lies inside the
-grid's range, and is 0 where it was clipped. With `learn`, scales of symmetric whole-number formats are
+Forward: every weight becomes the value that `fmt.decode(fmt.encode_on_grid(W, grid))` has, bit for bit, by
+the same f32 operations in the same order. Backward: the straight-through estimator (Bengio et al. 2013,
+arXiv 1308.3432), with the mask of PACT (Choi et al. 2018): the gradient passes where the value lies inside
+the grid's range, and is 0 where it was clipped. With `learn`, scales of symmetric whole-number formats are
 parameters as well, with the gradient of LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5).
 """
 
@@ -32,20 +32,27 @@ _CASTS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A grid as torch reads it: f32 (rows or 1, groups); `zero` is None without zero points."""
+    """A grid as torch reads it: f32 (rows or 1, groups), None where a format has no such thing.
+
+    `outliers`: numbers of columns that are kept in f16, whatever the scale (LLM.int8()).
+    """
 
     scale: Tensor
-    shift: Tensor | None
-    zero: Tensor | None
+    shift: Tensor | None = None
+    zero: Tensor | None = None
+    outliers: Tensor | None = None
 
     @staticmethod
     def of(fmt: Format, planes: Mapping[str, Array], device: torch.device | None = None) -> Grid:
         assert fmt.affine is not None  # a FakeQuantizer has one
         scale, shift = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in fmt.affine(planes))
-        zero = planes.get("zero")
+        zero, index = planes.get("zero"), planes.get("index")
         if zero is not None:
-            return Grid(scale, None, torch.from_numpy(zero.astype(np.float32)).to(device))
-        return Grid(scale, shift if bool(shift.any()) else None, None)
+            return Grid(scale, zero=torch.from_numpy(zero.astype(np.float32)).to(device))
+        if index is not None:
+            used = torch.from_numpy(index[0].astype(np.int64)).to(device)
+            return Grid(scale, outliers=used[used >= 0])
+        return Grid(scale, shift if bool(shift.any()) else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +143,7 @@ class FakeQuantizer:
 
     def use(self, planes: Mapping[str, Array], device: torch.device | None = None) -> None:
         """Take a grid as it is: every plane but the codes."""
-        self.planes = {p.name: planes[p.name] for p in self.format.grid_planes}
+        self.planes = {p.name: planes[p.name] for p in self.format.grid_planes if p.name in planes}
         self._grid = Grid.of(self.format, self.planes, device)
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -184,8 +191,12 @@ def learnable(fmt: Format) -> bool:
 
 def fit_grid(fmt: Format, levels: Levels, weight: Tensor, method: Fit) -> dict[str, Array]:
     """Grid planes for f32 weights (rows, cols): `minmax` covers each group's range; `mse` takes the share of
-    the range, out of SHRINKS, with the least sum of squared errors in the group."""
+    the range, out of SHRINKS, with the least sum of squared errors in the group. Outlier columns are those of
+    the format's own fit."""
     assert fmt.grid_for is not None  # a FakeQuantizer has checked it
+    if any(plane.derived for plane in fmt.grid_planes):  # which columns are outliers only the codec knows
+        planes = fmt.encode(weight.cpu().numpy())
+        return {plane.name: planes[plane.name] for plane in fmt.grid_planes}
     span = fmt.span(weight.shape[1])
     low, high = scaled.extent(weight.cpu().numpy(), span)
     if method == "minmax":
@@ -233,8 +244,12 @@ class _Fixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, span: int, levels: Levels, grid: Grid) -> Tensor:
         found = levels.round(_grouped(weight, span), grid)
-        ctx.save_for_backward(_flat(found.inside, weight.shape[1]))
-        return _flat(found.values, weight.shape[1]).contiguous()
+        inside, values = (_flat(t, weight.shape[1]).contiguous() for t in (found.inside, found.values))
+        if grid.outliers is not None:
+            values[:, grid.outliers] = weight[:, grid.outliers].half().float()
+            inside[:, grid.outliers] = True
+        ctx.save_for_backward(inside)
+        return values
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -248,7 +263,7 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, span: int, levels: Levels, stored: Any) -> Tensor:
-        found = levels.round(_grouped(weight, span), Grid(stored(scale), None, None))
+        found = levels.round(_grouped(weight, span), Grid(stored(scale)))
         slope = torch.where(found.inside, found.levels - found.quotients, found.levels)
         ctx.save_for_backward(_flat(found.inside, weight.shape[1]), slope)
         ctx.span = span

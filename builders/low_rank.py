@@ -1,4 +1,4 @@
-"""LoRA on a frozen quantized model (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): y = W x + scale * B (A x).
+"""LoRA on a frozen quantized model (QLoRA, Dettmers et al. 2023, 2305.14314): y = W x + scale * B (A x).
 
 W is decoded from its planes for each product, forward and backward, and never kept; only A and B learn. A is
 shared by the tensors that one checkpoint module became, each has its rows of B, as PEFT has it.
@@ -38,8 +38,8 @@ class Update:
 
 
 class LowRankProgram(TorchProgram):
-    """The base with its adapter. `tensors`: `MODULE.lora_A.weight` f32 (rank, inputs), uniform as PEFT begins,
-    and `MODULE.lora_B.weight` (outputs, rank), 0, so that an untrained adapter changes nothing.
+    """The base with its adapter. `tensors`: `MODULE.lora_A.weight` f32 (rank, inputs), uniform as PEFT
+    begins, and `MODULE.lora_B.weight` (outputs, rank), 0, so that an untrained adapter changes nothing.
 
     Raises BadConfig naming the nearest module for a target that is none.
     """
@@ -123,7 +123,7 @@ def chosen_targets(asked: Sequence[str], modules: Sequence[str]) -> tuple[str, .
 
 
 def write_peft(folder: Path, model: LowRankProgram, base_name: str) -> None:
-    """adapter_model.safetensors in f16, as the runtime uses it, and adapter_config.json as PEFT 0.18 reads it;
+    """adapter_model.safetensors in f16, as the runtime uses it, and adapter_config.json, as PEFT reads both;
     each appears whole or not at all. Raises ValueOutOfRange for what f16 cannot hold."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {f"base_model.model.{name}": t.detach().half() for name, t in model.tensors.items()}

@@ -5,17 +5,18 @@ Planes stay packed in memory; a matrix is decoded for one product and let go, in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from builders.encoding import encode
 from builders.parts import Extras, open_contents
-from builders.role_formats import Formats
 from builders.quantize import get_algorithm
+from builders.role_formats import Formats
 from builders.weights import EngineWeights
 from edge_runtime.engine.file import Engine
 from edge_runtime.engine.formats import Array, get_format
-from edge_runtime.engine.manifest import LANGUAGE, Origin
+from edge_runtime.engine.manifest import LANGUAGE, Origin, Vocabulary
 from edge_runtime.engine.packing import pack, unpack
 from edge_runtime.engine.plan import TensorPlan
 from edge_runtime.engine.program import Program
@@ -24,10 +25,19 @@ ROWS = "rows"
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """What a ModelText needs of the base."""
+
+    tokenizer_json: bytes
+    chat_template: str | None
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
 class PackedBase:
     """name: of the checkpoint. formats: tensor -> format. nbytes: of all planes as they lie in memory.
 
-    digests: of the files it was read from, by name.
+    digests: of the files or planes that it was read from, by name.
     """
 
     name: str
@@ -37,6 +47,7 @@ class PackedBase:
     weights: EngineWeights
     nbytes: int
     digests: dict[str, str]
+    words: Words
 
     @property
     def parameters(self) -> int:
@@ -50,39 +61,37 @@ def read_base(folder: Path, formats: Formats) -> PackedBase:
     with open_contents(folder, Extras(), None) as contents:
         part, source = contents.parts[0], contents.target.source
         chosen = {name: formats.of_role(spec.role) for name, spec in part.program.tensors.items()}
-        planes = {
-            name: encode(part, name, get_format(fmt), algorithm).planes for name, fmt in chosen.items()
-        }
-        return _base(source.name, part.program, part.origins, chosen, planes, source.sha256())
+        planes = {name: encode(part, name, get_format(fmt), algorithm).planes for name, fmt in chosen.items()}
+        words = Words(source.tokenizer_json, source.chat_template, contents.target.vocabulary)
+        program, origins = part.program, part.origins
+        weights, nbytes = _packed(program, chosen, planes)
+        return PackedBase(source.name, program, origins, chosen, weights, nbytes, source.sha256(), words)
 
 
 def engine_base(engine: Engine) -> PackedBase:
     """The language part of an engine, its very planes (copied: they are kept row by row here)."""
-    part = engine.part(LANGUAGE)
+    part, manifest = engine.part(LANGUAGE), engine.manifest
     planes = {
         name: unpack(held.format, held.packing, held.planes, held.rows, held.cols)
         for name, held in part.weights.items()
     }
     chosen = {name: held.format for name, held in part.weights.items()}
-    manifest = engine.manifest
-    prefix = f"{LANGUAGE}/"
-    digests = {name: digest for name, digest in manifest.planes.items() if name.startswith(prefix)}
-    return _base(manifest.provenance.source, part.program, dict(part.origins), chosen, planes, digests)
+    digests = {name: d for name, d in manifest.planes.items() if name.startswith(f"{LANGUAGE}/")}
+    template = bytes(engine.blob("chat_template")).decode() if "chat_template" in manifest.blobs else None
+    words = Words(bytes(engine.blob("tokenizer.json")), template, manifest.vocabulary)
+    weights, nbytes = _packed(part.program, chosen, planes)
+    name = manifest.provenance.source
+    return PackedBase(name, part.program, dict(part.origins), chosen, weights, nbytes, digests, words)
 
 
-def _base(
-    name: str,
-    program: Program,
-    origins: dict[str, Origin],
-    formats: dict[str, str],
-    planes: dict[str, dict[str, Array]],
-    digests: dict[str, str],
-) -> PackedBase:
+def _packed(
+    program: Program, formats: Mapping[str, str], planes: Mapping[str, dict[str, Array]]
+) -> tuple[EngineWeights, int]:
+    """Codec planes as they will lie in memory, and their bytes."""
     flat = {}
     for tensor, found in planes.items():
         spec = program.tensors[tensor]
         flat[tensor] = pack(formats[tensor], ROWS, found, spec.rows, spec.cols)
     plans = {tensor: TensorPlan(fmt, ROWS) for tensor, fmt in formats.items()}
     nbytes = sum(plane.nbytes for found in flat.values() for plane in found.values())
-    weights = EngineWeights(program, plans, flat.__getitem__)
-    return PackedBase(name, program, origins, formats, weights, nbytes, digests)
+    return EngineWeights(program, plans, flat.__getitem__), nbytes

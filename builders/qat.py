@@ -1,8 +1,8 @@
-"""Train a model under fake quantization: python -m builders.qat MODEL --data chats.jsonl --weights int3_g64 -o OUT
+"""Train a model under fake quantization: python -m builders.qat MODEL --data FILE --weights int3_g64 -o OUT
 
-Quantization-aware training: f32 weights learn while the model sees them rounded to the format (straight-through
-estimator). Loss: cross-entropy of the completions, or with --distill the divergence from the model as it was
-(LLM-QAT, Liu et al. 2023). OUT is a model folder; `edge-build --weights FORMAT OUT` writes the trained codes.
+Quantization-aware training: f32 weights learn while the model sees them rounded to the format (fake_quant).
+Loss: cross-entropy of the completions, or with --distill the divergence from the model as it was (LLM-QAT,
+Liu et al. 2023). OUT is a model folder; `edge-build --weights FORMAT OUT` writes the trained codes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders.lessons import Lesson, batches, read_lessons
-from builders.pretrained import read_tokenizer
+from builders.lessons import Lesson, batches, digest, read_lessons
 from builders.role_formats import Formats
+from builders.sources import read_vocabulary
+from builders.texts import ModelText
 from builders.trained_folder import write_trained
-from builders.training import STATE, Run, check_limits, restore_state, save_state, take_step, watch
+from builders.training import (
+    STATE,
+    Run,
+    check_limits,
+    need_torch,
+    restore_state,
+    save_state,
+    take_step,
+    watch,
+)
 from edge_runtime.cli.output import Answer, Parser, run_command, table
 from edge_runtime.errors import BadConfig
 
 if TYPE_CHECKING:
-    from builders.completions import Measured
+    import torch
+
+    from builders.completions import Completions, Measured
     from builders.qat_model import QatModel
 
 EXAMPLES = (
     "python -m builders.qat path/to/model --data chats.jsonl --weights int3_g64 --steps 300 -o trained",
-    "python -m builders.qat path/to/model --data chats.jsonl --weights int2_g64 --distill --steps 800 -o trained",
+    "python -m builders.qat path/to/model --data chats.jsonl --weights int2_g64 --distill -o trained",
     "edge-build --profile orin-nano-8gb --weights int3_g64 trained",
 )
 
@@ -83,6 +95,12 @@ def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.N
     from builders.qat_model import teacher_of
 
     teacher = teacher_of(model.weights) if args.distill else None
+
+    def loss(asked: Completions) -> torch.Tensor:
+        if teacher is None:
+            return cross_entropy(model.program, asked)
+        return distillation(model.program, teacher, asked)
+
     source = batches(lessons, args.batch_tokens, args.seed)
     for _ in range(run.step):  # a run taken up again sees what it would have seen
         next(source)
@@ -91,21 +109,13 @@ def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.N
         if args.refit and run.step % args.refit == 0:
             model.fit()
         model.requantize()
-        program = model.program
-        take_step(
-            run,
-            args.rate,
-            run.step / args.steps,
-            lambda: (
-                cross_entropy(program, asked) if teacher is None else distillation(program, teacher, asked)
-            ),
-        )
+        take_step(run, args.rate, run.step / args.steps, lambda a=asked: loss(a))
         yield run.step / args.steps
 
 
 def run(args: argparse.Namespace) -> Answer:
     check(args)
-    tokenizer = read_tokenizer(args.model)
+    need_torch()
     import torch
 
     from builders.completions import measure
@@ -117,8 +127,9 @@ def run(args: argparse.Namespace) -> Answer:
         formats = Formats(args.weights, args.head_weights)
         model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
         length = min(args.length, model.context)
-        lessons = read_lessons(args.data, tokenizer, length)
-        heldout = [] if args.heldout is None else read_lessons(args.heldout, tokenizer, length)
+        with ModelText(source, read_vocabulary(source, model.program.program.vocab_size)) as text:
+            lessons = read_lessons(args.data, text, length)
+            heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
         found: dict[str, Measured] = {}
         if heldout:
             found["f32"] = measure(teacher_of(model.weights), heldout, args.batch_tokens)
@@ -150,8 +161,6 @@ def run(args: argparse.Namespace) -> Answer:
 
 def _identity(args: argparse.Namespace, digests: dict[str, str], lessons: Sequence[Lesson]) -> dict[str, Any]:
     """What makes a run: everything that its numbers depend on."""
-    from builders.lessons import digest
-
     names = ("weights", "head_weights", "fit", "refit", "learn_scales", "distill", "steps", "rate", "length")
     given = {name: getattr(args, name) for name in (*names, "batch_tokens", "seed")}
     return {"kind": "qat", "model": digests, "data": digest(lessons), **given}

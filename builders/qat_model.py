@@ -1,7 +1,7 @@
 """A checkpoint in training under fake quantization: f32 weights by checkpoint name, and what they become.
 
-Quantization is of whole checkpoint tensors, before they are cut into a program's (fused projections) or shared
-(a tied head), so that one grid serves wherever the tensor goes, as it will in the engine.
+Quantization is of whole checkpoint tensors, before they are cut into a program's (fused projections) or
+shared (a tied head), so that one grid serves wherever the tensor goes, as it will in the engine.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class QatModel:
         return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def fit(self) -> None:
-        """Grids anew from the weights as they are; learned scales are left to the optimizer after the first."""
+        """Grids anew from the weights as they are; scales that learn are the optimizer's after the first."""
         for key, quantizer in self.quantizers.items():
             if quantizer.scale is None:
                 quantizer.fit(self.tensors[key])

@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from builders.lessons import Lesson, batches, digest, read_lessons
 from builders.packed_base import PackedBase, engine_base, read_base
-from builders.pretrained import engine_tokenizer, read_tokenizer
 from builders.role_formats import Formats
-from builders.training import STATE, Run, check_limits, restore_state, save_state, take_step, watch
+from builders.texts import ModelText
+from builders.training import (
+    STATE,
+    Run,
+    check_limits,
+    need_torch,
+    restore_state,
+    save_state,
+    take_step,
+    watch,
+)
 from edge_runtime.cli.output import Answer, Parser, run_command, size, table
 from edge_runtime.engine.adapter import MAX_RANK
 from edge_runtime.engine.file import read_engine
@@ -83,14 +92,13 @@ def check(args: argparse.Namespace) -> None:
         raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
 
 
-def open_base(args: argparse.Namespace) -> tuple[PackedBase, Any]:
-    """The frozen model and its tokenizer."""
+def open_base(args: argparse.Namespace) -> PackedBase:
+    """The frozen model: a folder's weights rounded now, or an engine's."""
     if not args.model.is_file():
-        tokenizer = read_tokenizer(args.model)
-        return read_base(args.model, Formats(args.weights or DEFAULT_WEIGHTS, args.head_weights)), tokenizer
+        return read_base(args.model, Formats(args.weights or DEFAULT_WEIGHTS, args.head_weights))
     engine = read_engine(args.model)
     try:
-        return engine_base(engine), engine_tokenizer(engine)
+        return engine_base(engine)
     finally:
         engine.close()
 
@@ -112,7 +120,8 @@ def train(
 
 def run(args: argparse.Namespace) -> Answer:
     check(args)
-    base, tokenizer = open_base(args)
+    need_torch()
+    base = open_base(args)
     import torch
 
     from builders.completions import measure
@@ -123,8 +132,9 @@ def run(args: argparse.Namespace) -> Answer:
     targets = [name.strip() for name in args.targets.split(",") if name.strip()]
     model = LowRankProgram(base, targets, args.rank, args.alpha, args.seed)
     length = min(args.length, model.context)
-    lessons = read_lessons(args.data, tokenizer, length)
-    heldout = [] if args.heldout is None else read_lessons(args.heldout, tokenizer, length)
+    with ModelText(base.words, base.words.vocabulary) as text:
+        lessons = read_lessons(args.data, text, length)
+        heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
     found: dict[str, Measured] = {}
     if heldout:
         found["before"] = measure(model, heldout, args.batch_tokens)

@@ -1,11 +1,12 @@
 """What every training run here has: named tensors under AdamW, a rate for each step, a state on disk, a bar.
 
-The state is one safetensors file, written whole or not at all: tensors, both moments, what else the run needs,
-and which run it is of. A run taken up from it goes on as if it had not stopped, to the bit.
+The state is one safetensors file, written whole or not at all: tensors, both moments, what else the run
+needs, and which run it is of. A run taken up from it goes on as if it had not stopped, to the bit.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import BadConfig
+from edge_runtime.errors import BadConfig, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -141,6 +142,12 @@ def watch(run: Run, steps: Iterator[float], save: Callable[[], None]) -> None:
             if now - saved > SAVE_SECONDS:
                 save()
                 saved = now
+
+
+def need_torch() -> None:
+    """Raises Unsupported where torch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise Unsupported("training needs torch: pip install 'edge-runtime[train]'")
 
 
 def check_limits(limits: Mapping[str, tuple[float, float, float]]) -> None:

@@ -1,4 +1,4 @@
-"""QAT on a toy: it learns what rounding lost, goes on after an interruption, and its engine is what was trained."""
+"""QAT on a toy: it learns what rounding lost, goes on when stopped, and its engine is what was trained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from safetensors.numpy import load_file, save_file
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+
 from builders import qat  # noqa: E402
 from builders.completions import completions, cross_entropy, distillation, measure  # noqa: E402
-from builders.lessons import Lesson, read_lessons  # noqa: E402
+from builders.lessons import Lesson  # noqa: E402
 from builders.pipeline import Options, build  # noqa: E402
 from builders.planner import Request  # noqa: E402
-from builders.pretrained import read_tokenizer  # noqa: E402
 from builders.qat_model import QatModel, open_model, teacher_of  # noqa: E402
 from builders.role_formats import Formats  # noqa: E402
 from builders.sources import open_source  # noqa: E402
@@ -38,7 +38,7 @@ TEXT = "the robot goes to the kitchen and picks the red mug. " * 60
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy that has learned TEXT, so that there is something to lose: trained by the code under test in f32."""
+    """A toy that has learned TEXT, so that there is something to lose: trained by the same code in f32."""
     folder = write_model(tmp_path_factory.mktemp("qat") / "toy")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -99,7 +99,11 @@ def test_gradients_are_those_of_finite_differences_where_nothing_is_rounded(mode
         asked = completions([Lesson(tuple(range(10, 40)), 1)])
         student.requantize()
         cross_entropy(student.program, asked).backward()
-        for key in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.embed_tokens.weight"):
+        for key in (
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.norm.weight",
+            "model.embed_tokens.weight",
+        ):
             tensor = student.tensors[key]
             at = int(tensor.grad.abs().argmax())
             found = []
@@ -216,15 +220,16 @@ def test_the_cpu_backend_says_it_within_its_int8_activations(model: Path, tmp_pa
 
 
 def test_any_reader_sees_the_trained_values(trained: tuple[Path, dict[str, Any]]) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = trained[0]
     ids = torch.tensor([[*range(40, 70)]])
     with open_source(folder) as source:
         want = teacher_of(QatModel(source, Formats("f32", "f32")).weights)(ids)
     got = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits
-    assert float((got - want).abs().max()) < 2e-4 * float(want.abs().max())
-    assert read_lessons(folder.parent / "text.txt", read_tokenizer(folder), 32)
+    difference = (got - want).detach().abs().max()
+    assert float(difference) < 2e-4 * float(want.detach().abs().max())
+    assert AutoTokenizer.from_pretrained(folder).encode(TEXT)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +302,7 @@ def test_the_model_is_never_written_over(model: Path) -> None:
 
 
 def test_a_fused_projection_is_one_tensor_in_training(tmp_path: Path) -> None:
-    """Rows of a fused tensor go to several matrices of the program; per-tensor scales are then of all of it."""
+    """Rows of a fused tensor go to several matrices of the program; a per-tensor scale is of all of it."""
     from arch_cases import CASES, SMALL
 
     from builders.archs import read_program

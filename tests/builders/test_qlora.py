@@ -1,4 +1,4 @@
-"""QLoRA on a toy: only A and B learn, on the very planes of an engine; the folder is what PEFT and we read."""
+"""QLoRA on a toy: only A and B learn, on an engine's very planes; PEFT and the runtime read the folder."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from hf_folders import write_model
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+
 from builders import qlora  # noqa: E402
 from builders.completions import completions, cross_entropy  # noqa: E402
 from builders.lessons import Lesson  # noqa: E402
 from builders.low_rank import LowRankProgram, chosen_targets, write_peft  # noqa: E402
-from builders.packed_base import PackedBase, engine_base, read_base  # noqa: E402
+from builders.packed_base import PackedBase, Words, engine_base, read_base  # noqa: E402
 from builders.parts import Extras  # noqa: E402
 from builders.pipeline import Options, build  # noqa: E402
 from builders.planner import Request  # noqa: E402
-from builders.pretrained import engine_tokenizer, read_tokenizer  # noqa: E402
 from builders.role_formats import Formats  # noqa: E402
 from edge_runtime import open_engine  # noqa: E402
 from edge_runtime.backends.protocol import StepBatch  # noqa: E402
 from edge_runtime.backends.reference import ReferenceExecutor  # noqa: E402
 from edge_runtime.engine.file import read_engine  # noqa: E402
+from edge_runtime.engine.manifest import Vocabulary  # noqa: E402
 from edge_runtime.engine.peft import read_peft  # noqa: E402
 from edge_runtime.engine.plan import KvPlan, StepShape  # noqa: E402
 from edge_runtime.errors import BadConfig  # noqa: E402
@@ -266,7 +267,9 @@ def test_tensors_of_a_fused_module_share_a_and_have_their_rows_of_b() -> None:
         flat[name] = pack("f32", "rows", get_format("f32").encode(values), spec.rows, spec.cols)
     plans = {name: TensorPlan("f32", "rows") for name in flat}
     weights = EngineWeights(program, plans, flat.__getitem__)
-    fused = PackedBase("phi3", program, architecture.origins(), dict.fromkeys(flat, "f32"), weights, 0, {})
+    words = Words(b"{}", None, Vocabulary(bos=None, eos=(), pad=None, size=program.vocab_size))
+    formats = dict.fromkeys(flat, "f32")
+    fused = PackedBase("phi3", program, architecture.origins(), formats, weights, 0, {}, words)
     model = LowRankProgram(fused, ["qkv"], 4, 8.0, 1)
     parts = [model.updates[f"layers.0.{side}"] for side in "qkv"]
     assert len({part.module for part in parts}) == 1
@@ -275,12 +278,12 @@ def test_tensors_of_a_fused_module_share_a_and_have_their_rows_of_b() -> None:
     assert b.shape == (parts[2].stop, 4)
 
 
-def test_tokenizers_of_folder_and_engine_agree(model: Path, engine_path: Path) -> None:
+def test_texts_are_read_alike_for_a_folder_and_its_engine(base: PackedBase, engine_path: Path) -> None:
     engine = read_engine(engine_path)
-    ours, theirs = engine_tokenizer(engine), read_tokenizer(model)
+    ours, theirs = engine_base(engine).words, base.words
     engine.close()
-    assert ours(TEXT)["input_ids"] == theirs(TEXT)["input_ids"]
-    assert ours.eos_token_id == theirs.eos_token_id and ours.chat_template == theirs.chat_template
+    assert ours == theirs
+    assert ours.chat_template is not None
 
 
 def test_targets_are_names_of_modules() -> None:

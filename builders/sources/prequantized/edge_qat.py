@@ -46,8 +46,8 @@ class Trained(Matrix):
         planes = self._planes()
         if not np.array_equal(self._format.decode(planes, *self.shape), self._shards.tensor(self._key)):
             raise BadCheckpoint(
-                f"tensor {self._key!r} of model.safetensors is not what {PLANES} holds: it was changed after the "
-                f"training; make the folder again, or delete {CONFIG} and {PLANES} to take it as plain weights"
+                f"tensor {self._key!r} of model.safetensors is not what {PLANES} holds: it was changed after "
+                f"the training; make the folder again, or delete {CONFIG} to take it as plain weights"
             )
         return planes
 
