@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.quantize import AlgorithmOptions, ChannelScaler
+from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
 from builders.weights import Weights
 from edge_runtime.engine.formats import Array, Format
@@ -97,6 +98,10 @@ class ScaledWeights:
 
     def rows(self, name: str, ids: Array) -> Array:
         return self._scaled(name, self._inner.rows(name, ids), ids)
+
+    def stored(self, name: str, fmt: str) -> Stored | None:
+        """The checkpoint's own planes, of a tensor that is as it was."""
+        return None if name in self.changed else self._inner.stored(name, fmt)
 
     def _scaled(self, name: str, values: Array, which: slice | Array) -> Array:
         if name in self._cols:

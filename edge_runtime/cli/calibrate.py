@@ -23,10 +23,9 @@ from edge_runtime.cli.measure import run
 from edge_runtime.cli.workload import RandomTokens
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import K_FORMATS, kv_pair
-from edge_runtime.engine.memory import ATTENTION_TOKENS
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.probe import measure_bandwidth
-from edge_runtime.engine.profile import FormatSpeed, Measured, Profile
+from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, QueryTime
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.roofline import (
     Step,
@@ -46,8 +45,9 @@ _WIDTH = 1024  # of the square matrices that products are timed with
 _CACHED = 6 << 20  # bytes of weights that the last cache keeps, beyond what the cores' own do
 _LEAST_STREAM = 96 << 20  # bytes of weights that no cache keeps
 _VOCABULARIES = (512, 32768)
+_DECODER = {"width": 256, "hidden": 768, "layers": 6}  # 4 MB of weights leave the cores' caches to no one
 _PROMPT = 16  # tokens of a request for the overheads of a session
-DECODE = 16  # tokens that a session writes to time a step: few, so that a busy machine lets some runs be
+DECODE = 16  # tokens written to time a step: few, so that a busy machine lets some runs be
 Watch = Callable[[str], None]
 
 
@@ -129,7 +129,7 @@ def calibrate(
         watch(f"products {i}/{len(names)}: {name}")
         speeds[name] = _products(timing, name, stage, value, output, cache)
     watch("attention")
-    query, keys = _attention(timing, stage)
+    query, chunk_query, row, keys = _attention(timing, stage)
     measured = Measured(
         threads=threads,
         request_us=0.0,
@@ -139,11 +139,14 @@ def calibrate(
         value_ns=1e9 * value,
         output_ns=1e9 * output,
         logit_ns=0.0,
-        attention_ns=query,
+        query=query,
+        chunk_query=chunk_query,
+        row_ns=row,
         kv_ns=keys,
         cache_bytes=cache // 2,
         formats=speeds,
     )
+    measured = _whole(_with(base, bandwidth, measured), measured, timing)
     profile = _with(base, bandwidth, measured)
     watch("steps and requests")
     return _with(base, bandwidth, _session(profile, measured, timing))
@@ -239,32 +242,38 @@ def _products(clock: Timer, fmt: str, stage: float, value: float, output: float,
     return FormatSpeed(gbps=rates[0], cached_gbps=rates[1], gops=gops)
 
 
-def _attention(clock: Timer, stage: float) -> tuple[float, dict[str, float]]:
-    """(ns of a query's value with a key, cache format -> ns of reading a key's value) of one thread's worth,
-    as it is with all threads."""
-    head_dim, layers, context = 64, 4, 512
+def _attention(clock: Timer, stage: float) -> tuple[QueryTime, QueryTime, float, dict[str, float]]:
+    """Times of a query alone and in a chunk, ns of a row of the cache, and cache format -> ns of its values;
+    as all threads together take them."""
+    layers, context = 4, 512
     before = context - CHUNK
 
-    def cost(heads: int, kv_heads: int, tokens: int, k: str, v: str) -> float:
-        """Seconds for each key and each of head_dim values, of one layer."""
-        program = synthetic.attending(heads, kv_heads, head_dim, layers, context)
-        executor, kv = clock.load(program, "int8_row", k, v)
+    def cost(heads: int, head_dim: int, tokens: int, kv_name: str = "f16") -> float:
+        """Nanoseconds for each key of one layer with 4 KV heads."""
+        program = synthetic.attending(heads, 4, head_dim, layers, context)
+        executor, kv = clock.load(program, "int8_row", *kv_pair(kv_name))
         for at in range(0, context, CHUNK):  # keys to read
             _fill(executor, kv, at)
         seconds = clock.seconds(executor, kv, tokens, before)
         executor.close()
         seen = before + (tokens + 1) / 2
-        left = max(0.0, seconds - stage * unbroken_stages(program))
-        return left / (layers * seen * head_dim)
+        return 1e9 * max(0.0, seconds - stage * unbroken_stages(program)) / (layers * seen)
 
-    few, many = cost(4, 4, 1, "f16", "f16"), cost(32, 4, 1, "f16", "f16")
-    query = max(0.0, (many - few) / 28)
-    keys = {}
-    for name in K_FORMATS:
-        k, v = kv_pair(name)
-        blocks = -(-1 // ATTENTION_TOKENS)
-        keys[name] = 1e9 * max(0.0, (cost(16, 4, 1, k, v) - 16 * query) / (4 * blocks))
-    return 1e9 * query, keys
+    def query(tokens: int) -> QueryTime:
+        narrow, wide = ((cost(32, d, tokens) - cost(4, d, tokens)) / (28 * tokens) for d in (16, 64))
+        value = max(0.0, (wide - narrow) / 48)
+        return QueryTime(value_ns=value, score_ns=max(0.0, narrow - 16 * value))
+
+    alone, chunk = query(1), query(CHUNK)
+
+    def row(head_dim: int, kv_name: str) -> float:
+        scores = 16 * (head_dim * alone.value_ns + alone.score_ns)
+        return max(0.0, (cost(16, head_dim, 1, kv_name) - scores) / 4)
+
+    wide, narrow = row(64, "int8"), row(16, "int8")
+    fixed = max(0.0, narrow - (wide - narrow) / 3)  # what is left at no width at all
+    keys = {name: max(0.0, (row(64, name) - fixed) / 64) for name in K_FORMATS}
+    return alone, chunk, fixed, keys
 
 
 def _fill(executor: Executor, kv: KvPlan, at: int) -> None:
@@ -280,33 +289,54 @@ def _fill(executor: Executor, kv: KvPlan, at: int) -> None:
     )
 
 
+def _whole(profile: Profile, measured: Measured, clock: Timer) -> Measured:
+    """The value's time again, from a chunk through a whole decoder: its rotations, appended keys and
+    activations are what the sums and norms alone are not."""
+    if "int8_row" not in measured.formats:
+        return measured
+    program = synthetic.decoder(512, **_DECODER)
+    executor, kv = clock.load(program, "int8_row")
+    seconds = clock.seconds(executor, kv, CHUNK)
+    executor.close()
+    known = timer(program, synthetic.plans_of(program, "int8_row"), kv, profile, profile.mode())
+    turns = -(-CHUNK // clock.threads)
+    left = seconds - known([Step(CHUNK, 0, True)])
+    more = 1e9 * left / (turns * values_per_token(program))
+    return msgspec.structs.replace(measured, value_ns=max(0.0, measured.value_ns + more))
+
+
 def _session(profile: Profile, measured: Measured, clock: Timer) -> Measured:
-    """What steps, tokens and requests of a session take beyond the backend's work, from two vocabularies."""
-    beyond, requests, tokens = [], [], []
-    for vocab in _VOCABULARIES:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "calibration.edge"
-            program = synthetic.decoder(vocab)
-            plan = synthetic.write_engine(path, program, "int8_row")
-            seconds = timer(program, plan.tensors, plan.kv, profile, profile.mode())
-            with open_engine(str(path), backend="cpu", threads=clock.threads, verify=False) as session:
-                first, step = session_seconds(session, clock, _PROMPT, _PROMPT)
-                longer, _ = session_seconds(session, clock, CHUNK, _PROMPT)
-        middle = Step(1, _PROMPT + DECODE // 2, True)
-        beyond.append(max(0.0, step - seconds([middle])))
-        more = longer - first - seconds([Step(CHUNK, 0, True)]) + seconds([Step(_PROMPT, 0, True)])
-        tokens.append(max(0.0, more / (CHUNK - _PROMPT)))
-        rest = first - seconds([Step(_PROMPT, 0, True)]) - beyond[-1] - (_PROMPT - 1) * tokens[-1]
-        requests.append(max(0.0, rest))
+    """What steps, tokens and requests of a session take beyond the backend's work.
+
+    Logits from two vocabularies of a tiny model; the rest from one whose weights leave the caches to no one.
+    """
     few, many = _VOCABULARIES
-    logit = max(0.0, (beyond[1] - beyond[0]) / (many - few))
+    tiny = [_beyond(synthetic.decoder(vocab), profile, clock)[0] for vocab in _VOCABULARIES]
+    logit = max(0.0, (tiny[1] - tiny[0]) / (many - few))
+    step, token, request = _beyond(synthetic.decoder(few, **_DECODER), profile, clock)
     return msgspec.structs.replace(
         measured,
-        step_us=1e6 * max(0.0, beyond[0] - few * logit - tokens[0]),
-        token_us=1e6 * tokens[0],
+        step_us=1e6 * max(0.0, step - few * logit - token),
+        token_us=1e6 * token,
         logit_ns=1e9 * logit,
-        request_us=1e6 * requests[0],
+        request_us=1e6 * request,
     )
+
+
+def _beyond(program: Program, profile: Profile, clock: Timer) -> tuple[float, float, float]:
+    """Seconds of a decoding step, of a further token of a prompt, and of a request, less what the backend
+    takes for them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "calibration.edge"
+        plan = synthetic.write_engine(path, program, "int8_row")
+        with open_engine(str(path), backend="cpu", threads=clock.threads, verify=False) as session:
+            first, step = session_seconds(session, clock, _PROMPT, _PROMPT)
+            longer, _ = session_seconds(session, clock, CHUNK, _PROMPT)
+    seconds = timer(program, plan.tensors, plan.kv, profile, profile.mode())
+    short, long = seconds([Step(_PROMPT, 0, True)]), seconds([Step(CHUNK, 0, True)])
+    beyond = max(0.0, step - seconds([Step(1, _PROMPT + DECODE // 2, True)]))
+    token = max(0.0, (longer - first - (long - short)) / (CHUNK - _PROMPT))
+    return beyond, token, max(0.0, first - short - beyond - (_PROMPT - 1) * token)
 
 
 def session_seconds(session: Session, clock: Timer, prompt: int, depth: int) -> tuple[float, float]:

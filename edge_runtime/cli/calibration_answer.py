@@ -85,7 +85,8 @@ def _figures(profile: Profile) -> str:
         f"reading memory: {profile.mode().bandwidth_gbps:.1f} GB/s with {measured.threads} threads\n\n"
         f"{table(rows, heads, right=(1, 2, 3))}\n\n"
         f"a step {measured.step_us:.0f} us, a stage {measured.stage_us:.2f} us, a request "
-        f"{measured.request_us:.0f} us, a logit {measured.logit_ns:.2f} ns, a value {measured.value_ns:.2f} ns"
+        f"{measured.request_us:.0f} us, a logit {measured.logit_ns:.2f} ns, "
+        f"a value {measured.value_ns:.2f} ns"
     )
 
 

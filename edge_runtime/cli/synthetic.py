@@ -99,33 +99,49 @@ def attending(heads: int, kv_heads: int, head_dim: int, layers: int, context: in
     return _program(ops, tensors, buffers, cache, context)
 
 
-def decoder(vocab: int, context: int = 256) -> Program:
-    """A decoder of one small layer with that many logits."""
-    width, head_dim = 64, 16
+def decoder(
+    vocab: int, *, width: int = 64, hidden: int = 128, layers: int = 1, context: int = 256
+) -> Program:
+    """A decoder of 4 heads over 2 KV heads, with that many logits and a tied head."""
+    head_dim = width // 4
     tensors = {
         "embed": TensorSpec(vocab, width, "head"),
         "norm": TensorSpec(1, width, "vector"),
         "freq": TensorSpec(1, head_dim // 2, "vector"),
-        **{name: TensorSpec(width, width, "matrix") for name in ("q", "k", "v", "o")},
     }
-    ops: list[AnyOp] = [
-        Embed(out="h", weight="embed"),
-        Norm(x="h", out="x", weight="norm", eps=1e-5),
-        *(Linear(x="x", out=name, weight=name) for name in ("q", "k", "v")),
-        Rope(x="q", inv_freq="freq", head_dim=head_dim),
-        Rope(x="k", inv_freq="freq", head_dim=head_dim),
-        KvAppend(k="k", v="v", layer=0),
-        Attention(q="q", out="a", layer=0, heads=4, kv_heads=4, head_dim=head_dim, scale=0.25),
-        Linear(x="a", out="x", weight="o"),
-        Add(a="h", b="x", out="h"),
-        Logits(x="h", weight="embed"),
-    ]
-    buffers = dict.fromkeys(("h", "x", "q", "k", "v", "a"), width)
+    ops: list[AnyOp] = [Embed(out="h", weight="embed")]
+    for i in range(layers):
+        shapes = {
+            "q": (width, width),
+            "k": (width // 2, width),
+            "v": (width // 2, width),
+            "o": (width, width),
+        }
+        shapes |= {"gate": (hidden, width), "up": (hidden, width), "down": (width, hidden)}
+        tensors |= {f"{name}{i}": TensorSpec(*shape, "matrix") for name, shape in shapes.items()}
+        ops += [
+            Norm(x="h", out="x", weight="norm", eps=1e-5),
+            *(Linear(x="x", out=name, weight=f"{name}{i}") for name in ("q", "k", "v")),
+            Rope(x="q", inv_freq="freq", head_dim=head_dim),
+            Rope(x="k", inv_freq="freq", head_dim=head_dim),
+            KvAppend(k="k", v="v", layer=i),
+            Attention(q="q", out="a", layer=i, heads=4, kv_heads=2, head_dim=head_dim, scale=head_dim**-0.5),
+            Linear(x="a", out="x", weight=f"o{i}"),
+            Add(a="h", b="x", out="h"),
+            Norm(x="h", out="x", weight="norm", eps=1e-5),
+            Linear(x="x", out="g", weight=f"gate{i}"),
+            Linear(x="x", out="u", weight=f"up{i}"),
+            Activation(x="g", out="g", kind="silu", up="u"),
+            Linear(x="g", out="x", weight=f"down{i}"),
+            Add(a="h", b="x", out="h"),
+        ]
+    ops += [Norm(x="h", out="x", weight="norm", eps=1e-5), Logits(x="x", weight="embed")]
+    buffers = dict.fromkeys(("h", "x", "q", "a"), width) | {"k": width // 2, "v": width // 2}
     return Program(
         ops=tuple(ops),
         tensors=tensors,
-        buffers=buffers,
-        cache=(CacheSlot(4, head_dim),),
+        buffers=buffers | {"g": hidden, "u": hidden},
+        cache=tuple(CacheSlot(2, head_dim) for _ in range(layers)),
         vocab_size=vocab,
         max_context=context,
     )
@@ -133,13 +149,10 @@ def decoder(vocab: int, context: int = 256) -> Program:
 
 def plans_of(program: Program, fmt: str) -> dict[str, TensorPlan]:
     """Matrices in `fmt`, embeddings in f16, heads in int8_row, as the cpu backend reads them."""
-    chosen = {"matrix": fmt, "embedding": "f16", "head": "int8_row"}
-    return {
-        name: TensorPlan("f32", "rows")
-        if spec.role == "vector"
-        else TensorPlan(chosen[spec.role], cpu_packing(chosen[spec.role]))
-        for name, spec in program.tensors.items()
-    }
+    chosen = {"matrix": fmt, "embedding": "f16", "head": "int8_row", "vector": "f32"}
+    found = {name: chosen[spec.role] for name, spec in program.tensors.items()}
+    vectors = {name for name, spec in program.tensors.items() if spec.role == "vector"}
+    return {n: TensorPlan(f, "rows" if n in vectors else cpu_packing(f)) for n, f in found.items()}
 
 
 def weights_of(program: Program, tensors: dict[str, TensorPlan]) -> dict[str, PackedTensor]:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.kv import row_nbytes
-from edge_runtime.engine.memory import ATTENTION_TOKENS
+from edge_runtime.engine.memory import ATTENTION_TOKENS, TILE
 from edge_runtime.engine.ops import (
     Activation,
     Add,
@@ -143,10 +143,7 @@ class Roofline:
             seen = s.before + (s.tokens + 1) / 2  # mean number of keys that a token of the step sees
             seen = min(seen, op.window) if op.window else seen
             if self._measured is not None:
-                blocks = -(-s.tokens // ATTENTION_TOKENS)
-                reading = blocks * op.kv_heads * self._measured.key_ns(kv.k, kv.v)
-                products = s.tokens * op.heads * self._measured.attention_ns
-                seconds += seen * op.head_dim * (reading + products) * 1e-9
+                seconds += seen * self._a_key(op, kv, s.tokens, self._measured)
                 continue
             reach = min(s.before + s.tokens, op.window + s.tokens - 1) if op.window else s.before + s.tokens
             row = sum(row_nbytes(f, op.head_dim, kv.page_tokens) for f in (kv.k, kv.v))
@@ -154,6 +151,15 @@ class Roofline:
             rate = self._mode.compute.fp16 * 1e12 * self._efficiency.compute
             seconds += max(read, 4.0 * op.heads * op.head_dim * seen * s.tokens / rate)
         return seconds
+
+    @staticmethod
+    def _a_key(op: Attention, kv: KvPlan, tokens: int, measured: Measured) -> float:
+        """Seconds that one key costs the tokens of a step that see it. Heads are padded to whole tiles."""
+        width = -(-op.head_dim // TILE) * TILE
+        query = measured.query if tokens == 1 else measured.chunk_query
+        products = tokens * op.heads * (width * query.value_ns + query.score_ns)
+        row = measured.row_ns + width * measured.key_ns(kv.k, kv.v)
+        return 1e-9 * (products + -(-tokens // ATTENTION_TOKENS) * op.kv_heads * row)
 
     def _values(self, s: Step) -> float:
         """Ops of a value at a time: where they are measured; else they hide behind the launches."""
