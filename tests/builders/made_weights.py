@@ -14,7 +14,7 @@ from edge_runtime.engine.program import Program
 
 
 class MadeWeights:
-    """`builders.weights.Weights` of arrays in memory."""
+    """`builders.weights.SourceWeights` of arrays in memory."""
 
     def __init__(self, program: Program, tensors: dict[str, Array]) -> None:
         self.program, self.tensors = program, tensors
@@ -24,6 +24,9 @@ class MadeWeights:
 
     def block(self, name: str, start: int, stop: int) -> Array:
         return self.tensors[name][start:stop]
+
+    def stored(self, name: str, fmt: str) -> None:
+        return None
 
     def rows(self, name: str, ids: Array) -> Array:
         return self.tensors[name][ids]
