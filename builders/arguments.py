@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from builders import planner
+from builders.observers import OBSERVERS
 from builders.quality import EVAL_BACKENDS
 from builders.quantize import algorithms
 from edge_runtime.cli.output import Parser
@@ -21,6 +22,7 @@ _EXAMPLES = (
     "edge-build --profile orin-nano-8gb --max-memory 3GiB --min-tokens-per-second 20 path/to/model",
     "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
     "edge-build --profile orin --task cases.jsonl --min-accuracy 0.95 --max-kl 0.05 path/to/model",
+    "edge-build --matrix fleet.yaml --jobs 2",
     "edge-build --profiles",
 )
 
@@ -42,6 +44,22 @@ def make_parser() -> Parser:
         "--force",
         action="store_true",
         help="replace a file there that is no engine; write an engine that breaks a quality limit",
+    )
+    many = parser.add_argument_group("many engines")
+    add = many.add_argument
+    add(
+        "--matrix",
+        type=Path,
+        metavar="FILE",
+        help="YAML: models x profiles x variants, see builders/fleet_file.py",
+    )
+    add("--jobs", type=int, metavar="N", help="engines built at once [a quarter of the cores; Ray: its room]")
+    add(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="build on the machines of a Ray cluster; they see the same files under the same paths",
     )
     plan = parser.add_argument_group("plan")
     add = plan.add_argument
@@ -158,7 +176,12 @@ def make_parser() -> Parser:
     )
     quality = parser.add_argument_group("quality")
     add = quality.add_argument
-    add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
+    add(
+        "--eval",
+        type=Path,
+        metavar="PATH",
+        help="text, folder of texts or JSONL of chats to measure perplexity and KL on [built-in]",
+    )
     add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
     add(
         "--eval-backend",

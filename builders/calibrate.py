@@ -25,6 +25,7 @@ from builders.kept_rows import RowsReader, RowsWriter
 from builders.moments import Moments, sample_tokens
 from builders.segment_runner import SegmentRunner, batches
 from builders.segments import Segment, cut
+from builders.serial_weights import Model, SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
 from builders.watcher import Watcher
 from builders.weights import Weights
@@ -45,7 +46,7 @@ class CalibrationOptions:
 
 
 def calibrate(
-    weights: Weights,
+    weights: Model,
     corpus: Corpus,
     folder: Path,
     *,
@@ -81,9 +82,9 @@ def calibrate(
     held = CalibrationFolder(folder, identity)
     try:
         with repeatable(device, options.cores) as workers:
-            sha256 = _run(
-                _Work(weights, segments, corpus.windows, held, options, device, workers), watcher or Watcher()
-            )
+            safe = SerialWeights(weights)
+            work = _Work(safe, segments, corpus.windows, held, options, device, workers)
+            sha256 = _run(work, watcher or Watcher())
     except BaseException:
         held.close()
         raise

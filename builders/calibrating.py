@@ -50,6 +50,7 @@ class Calibrations:
         self._stack = ExitStack()
         self._corpus: Corpus | None = None
         self._own: Path | None = None
+        self.device = "cpu"
 
     def statistics(self, part: str, tensor: str) -> InputStatistics | None:
         """Of the inputs of a tensor of a part; None where nothing is known of them."""
@@ -70,7 +71,7 @@ class Calibrations:
     ) -> None:
         """Calibrate the language part and the draft. `beside`: the folder where the user gave none; `made`
         says what was done to the language part's weights. Raises as calibrate() and make_corpus()."""
-        _need_torch()
+        self.device = _device(request.device)
         watcher.phase("text", 1)
         self._corpus = make_corpus(contents.target, request.source, request.corpus, request.device)
         watcher.step(f"{self._corpus.name}, {self._corpus.tokens} tokens")
@@ -163,9 +164,12 @@ class Calibrations:
         self._parts = {}
 
 
-def _need_torch() -> None:
+def _device(name: str) -> str:
+    """cpu or cuda. Raises Unsupported without torch, or without the device asked for."""
     try:
-        import torch  # noqa: F401
+        from builders.torch_device import resolve_device
+
+        return resolve_device(name)
     except ImportError:
         raise Unsupported(
             "a calibrated build needs torch: pip install 'edge-runtime[calibrate]', or use --algorithm rtn "

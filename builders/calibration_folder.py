@@ -54,6 +54,7 @@ class CalibrationFolder:
         self._lock = -1
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,15 +135,18 @@ class CalibrationFolder:
         self.close()
         forget(self.path)
 
+    def _refuse_foreign(self) -> None:
+        """Nothing is written into a folder that somebody uses for something else."""
+        names = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, f"{MANIFEST}.part"))
+        if names and MANIFEST not in names:
+            raise BadConfig(
+                f"{self.path} holds {names[0]!r} and no {MANIFEST}; give an empty or a new folder"
+            )
+
     def _claim(self) -> None:
         """Write the identity, or compare it with the one that is there."""
         path = self.path / MANIFEST
         if not path.exists():
-            foreign = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, f"{MANIFEST}.part"))
-            if foreign:
-                raise BadConfig(
-                    f"{self.path} holds {foreign[0]!r} and no {MANIFEST}; give an empty or a new folder"
-                )
             with self.replacing(path) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(self.identity), indent=1))
             return

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from builders import fitting, planner, report
+from builders import fitting, fleet, planner, report
 from builders.arguments import make_parser
 from builders.budgets import parse_bytes, parse_formats
 from builders.calibrating import CalibrationRequest
 from builders.corpus import CorpusOptions
 from builders.explain import explain
 from builders.explanation_text import explanation_text
+from builders.fleet_file import read_fleet
 from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
@@ -29,17 +30,35 @@ from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BackendUnavailable, BadConfig
 
-_UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot")
+_UNRECORDED = (
+    *("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot"),
+    *("matrix", "jobs", "ray", "calibration_folder"),
+)
 
 
 def run(args: argparse.Namespace) -> Answer:
     if args.profiles:
         return profiles_answer()
+    if args.matrix is not None:
+        return _fleet(args)
+    if args.jobs is not None or args.ray is not None:
+        raise BadConfig("--jobs and --ray need --matrix")
     for option, value in (("MODEL", args.model), ("--profile", args.profile)):
         if not value:
             raise BadConfig(f"{option} is missing (see edge-build --help)")
-    request = _request(args)
-    return dry_run(args, request) if args.dry_run else _build(args, request)
+    return dry_run(args, _request(args)) if args.dry_run else _build(args)
+
+
+def _fleet(args: argparse.Namespace) -> Answer:
+    """Many engines, as a file says."""
+    given = {k for k, v in vars(args).items() if v != make_parser().get_default(k)}
+    if other := sorted(given - {"matrix", "jobs", "ray", "force", "json"}):
+        names = ", ".join("MODEL" if k == "model" else f"--{k.replace('_', '-')}" for k in other)
+        raise BadConfig(f"{names} cannot stand beside --matrix; write it in {args.matrix.name}")
+    cells = read_fleet(args.matrix, make_parser)
+    with report.ProgressBar(steps=True) as bar:
+        rows = fleet.build_fleet(cells, force=args.force, jobs=args.jobs, ray=args.ray, watcher=bar)
+    return Answer(fleet.fleet_data(cells, rows), fleet.fleet_text(rows), fleet.worst_error(rows))
 
 
 def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
@@ -68,16 +87,18 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     return Answer(data, text, error)
 
 
-def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
+def build_options(args: argparse.Namespace) -> Options:
+    """What the options of a command line ask for. Raises BadConfig."""
     if args.task_f32 and args.task is None:
         raise BadConfig("--task-f32 needs --task")
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
+    request = _request(args)
     model = Path(args.model)
     name = engine_name(f"{model_name(model)}-{args.profile.removesuffix('.yaml').rsplit('/', 1)[-1]}")
     given = planner.DEFAULT_WEIGHTS if args.weights == planner.DEFAULT else args.weights
     output = args.output or Path(f"{name}-{given}.edge")
-    options = Options(
+    return Options(
         model=model,
         output=output,
         profile=args.profile,
@@ -100,6 +121,10 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
         recipe=_recipe(args),
         sensitivity=None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file),
     )
+
+
+def _build(args: argparse.Namespace) -> Answer:
+    options = build_options(args)
     beside = None if args.prefix is None else read_prefix(args.prefix)  # before the work of a build
     backend = load_profile(args.profile).backend
     if beside is not None and native_backend(load_profile(args.profile)) is None:

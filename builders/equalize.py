@@ -16,7 +16,7 @@ import numpy as np
 from builders.quantize import AlgorithmOptions, ChannelScaler
 from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
-from builders.weights import SourceWeights
+from builders.weights import Weights
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.engine.ops import (
     Activation,
@@ -39,12 +39,11 @@ Value = tuple[str, int]  # a buffer, and which of its versions
 class ScaleGroup:
     """`linears` read the same values. `sources` are the tensors that absorb 1/s: vectors along their columns,
     matrices along their rows. ties (cols,): the number of each column's channel in the sources, or None where
-    it is the column. head_dim: of attention, where the values are its output, else 0."""
+    it is the column."""
 
     linears: tuple[str, ...]
     sources: tuple[str, ...]
     ties: Array | None = None
-    head_dim: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +55,13 @@ class Unscaled:
 
 
 class ScaledWeights:
-    """`SourceWeights` of the same program with channel scales merged in.
+    """`Weights` of the same program with channel scales merged in.
 
     `changed`: tensors that differ, for whom an adapter's factors would mean something else. `scales`: of
     linears, s f32 (cols,): their statistics are `statistics.scaled(s)`.
     """
 
-    def __init__(self, inner: SourceWeights) -> None:
+    def __init__(self, inner: Weights) -> None:
         self.program = inner.program
         self.scales: dict[str, Array] = {}
         self._inner = inner
@@ -101,6 +100,7 @@ class ScaledWeights:
         return self._scaled(name, self._inner.rows(name, ids), ids)
 
     def stored(self, name: str, fmt: str) -> Stored | None:
+        """The checkpoint's own planes, of a tensor that is as it was."""
         return None if name in self.changed else self._inner.stored(name, fmt)
 
     def _scaled(self, name: str, values: Array, which: slice | Array) -> Array:
@@ -112,7 +112,7 @@ class ScaledWeights:
 
 
 def equalize(
-    weights: SourceWeights,
+    weights: Weights,
     scaler: ChannelScaler,
     formats: Mapping[str, Format],
     statistics: Callable[[str], InputStatistics | None],
@@ -144,11 +144,11 @@ def scale_groups(program: Program) -> tuple[list[ScaleGroup], list[Unscaled]]:
         linears = tuple(op.weight for op in readers if isinstance(op, Linear | Logits))
         if not linears:
             continue
-        found = flow.group(value, readers, linears)
+        found = flow.sources(value, readers, linears)
         if isinstance(found, str):
             left.append(Unscaled(linears, found))
         else:
-            groups.append(found)
+            groups.append(ScaleGroup(linears, *found))
     return groups, left
 
 
@@ -173,38 +173,33 @@ class _Flow:
             for name in tensors_of(op):
                 self.uses[name] = self.uses.get(name, 0) + 1
 
-    def group(self, value: Value, readers: list[AnyOp], linears: tuple[str, ...]) -> ScaleGroup | str:
-        """The group of all that read a value, or why it is none."""
+    def sources(
+        self, value: Value, readers: list[AnyOp], linears: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], Array | None] | str:
+        """(tensors that absorb 1/s, ties), or why there are none."""
         if len(linears) != len(readers):
             return "other ops than linears read the same values"
         if shared := [name for name in linears if self.uses[name] > 1]:
             return f"{shared[0]} is used elsewhere too"
         op = self.writer.get(value)
-        found: tuple[str, ...] | str = (
-            f"they come from {'outside' if op is None else 'an op: ' + type(op).__name__.lower()}"
-        )
         match op:
             case Norm() if op.group in (0, self.program.buffers[op.x]):
-                found = self._own((op.weight, op.bias))
+                return self._own((op.weight, op.bias))
             case Activation(up=str(up)):
-                found = self._rows_of(op, up)
+                return self._rows_of(op, up)
             case Activation(kind="relu"):
-                found = self._rows_of(op, op.x)
+                return self._rows_of(op, op.x)
             case Attention():
-                found = self._values_of(op)
-        if isinstance(found, str):
-            return found
-        if isinstance(op, Attention):
-            return ScaleGroup(linears, found, _ties(op), op.head_dim)
-        return ScaleGroup(linears, found)
+                return self._values_of(op)
+        return f"they come from {'outside' if op is None else 'an op: ' + type(op).__name__.lower()}"
 
-    def _own(self, names: tuple[str | None, ...]) -> tuple[str, ...] | str:
+    def _own(self, names: tuple[str | None, ...]) -> tuple[tuple[str, ...], None] | str:
         found = tuple(name for name in names if name is not None)
         if shared := [name for name in found if self.uses[name] > 1]:
             return f"{shared[0]} is used elsewhere too"
-        return found
+        return found, None
 
-    def _rows_of(self, reader: AnyOp, buffer: str) -> tuple[str, ...] | str:
+    def _rows_of(self, reader: AnyOp, buffer: str) -> tuple[tuple[str, ...], None] | str:
         """The linear that makes what `reader` reads from `buffer`, if nobody else reads it."""
         value = self.read[id(reader)][buffer]
         op = self.writer.get(value)
@@ -214,16 +209,14 @@ class _Flow:
             return f"{buffer!r} is read by other ops too"
         return self._own((op.weight, op.bias))
 
-    def _values_of(self, attention: Attention) -> tuple[str, ...] | str:
+    def _values_of(self, attention: Attention) -> tuple[tuple[str, ...], Array] | str:
         ops = self.program.ops
         if sum(isinstance(op, Attention) and op.layer == attention.layer for op in ops) != 1:
             return "several attentions read the same keys and values"
         append = next(op for op in ops if isinstance(op, KvAppend) and op.layer == attention.layer)
-        return self._rows_of(append, append.v)
-
-
-def _ties(op: Attention) -> Array:
-    """Of every column of attention's output, the channel of v that it averages: (heads * head_dim,)."""
-    head = np.arange(op.heads) // (op.heads // op.kv_heads)
-    ties: Array = (head[:, None] * op.head_dim + np.arange(op.head_dim)).reshape(-1)
-    return ties
+        found = self._rows_of(append, append.v)
+        if isinstance(found, str):
+            return found
+        head = np.arange(attention.heads) // (attention.heads // attention.kv_heads)
+        ties = head[:, None] * attention.head_dim + np.arange(attention.head_dim)
+        return found[0], ties.reshape(-1)

@@ -12,21 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from builders import evaluation_text
 from builders.comparison import BLOCK_ITEMS, Comparison, Positions, logits, measure, summarise
 from builders.hidden import Restore, compare_hidden, head_of
 from builders.runner import Runner
 from builders.sources import Source
+from builders.texts import ModelText, read_passages
 from builders.weights import Weights, row_blocks
-from edge_runtime.engine.folder import read_capped
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import Vocabulary
 from edge_runtime.engine.plan import KvPlan
-from edge_runtime.errors import BadCheckpoint, BadConfig
-
-MAX_TEXT = 16 << 20
+from edge_runtime.errors import BadConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,34 +41,14 @@ class EvaluationText:
 def read_text(
     source: Source, vocabulary: Vocabulary, path: Path | None, *, limit: int, window: int
 ) -> EvaluationText:
-    """The first `limit` tokens of the file (or of the built-in text), in windows of at most `window` tokens.
+    """The first `limit` tokens of a text, a folder of texts or a JSONL file of chats (see texts.py), or of
+    the built-in text, in windows of at most `window` tokens.
 
     Every window begins with bos where the model has one. Raises BadConfig for a text that is not usable,
-    BadCheckpoint for a tokenizer that is not.
+    BadCheckpoint for a tokenizer that is not, Unsupported for chats without minijinja.
     """
-    if path is None:
-        name, text = evaluation_text.NAME, evaluation_text.TEXT
-    else:
-        name = path.name
-        try:
-            text = read_capped(path, MAX_TEXT).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadConfig(
-                f"{path} is not UTF-8 text (byte {error.start}); give a plain text file"
-            ) from None
-        except BadCheckpoint as error:
-            raise BadConfig(f"evaluation text: {error}") from None
-    try:
-        tokenizer = Tokenizer.from_buffer(source.tokenizer_json)
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    except BaseException as error:  # the library raises bare Exception, and panics on some files
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise BadCheckpoint(f"tokenizer.json cannot be used: {error}") from None
-    if ids and max(ids) >= vocabulary.size:
-        raise BadCheckpoint(
-            f"the tokenizer gives id {max(ids)}, the vocabulary has {vocabulary.size} entries"
-        )
+    name = evaluation_text.NAME if path is None else path.name
+    ids = _ids(source, vocabulary, path, limit)
     start = [] if vocabulary.bos is None else [vocabulary.bos]
     room = window - len(start)
     ids = ids[:limit]
@@ -81,6 +58,24 @@ def read_text(
     if not windows:
         raise BadConfig(f"{name} gives {len(ids)} tokens in windows of {window}; at least 2 are needed")
     return EvaluationText(name, windows)
+
+
+def _ids(source: Source, vocabulary: Vocabulary, path: Path | None, limit: int) -> list[int]:
+    """At least `limit` ids, or all; bos stands between two passages and not at the beginning."""
+    with ModelText(source, vocabulary) as text:
+        if path is None:
+            return text.encode(evaluation_text.TEXT, evaluation_text.NAME)
+        mark = [] if vocabulary.bos is None else [vocabulary.bos]
+        found: list[int] = []
+        for passage in read_passages(path):
+            before, after = text.split(passage)
+            ids = [*before, *after]
+            if mark and ids[:1] == mark:  # of the chat template
+                ids = ids[1:]
+            found += [*mark, *ids] if found else ids
+            if len(found) >= limit:
+                break
+    return found
 
 
 def compare_models(

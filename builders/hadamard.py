@@ -1,87 +1,64 @@
-"""Orthogonal matrices that spread outliers over all channels, for rotations that are merged into weights.
+"""Orthogonal matrices that mix many channels at little cost: Hadamard with random signs, for any width.
 
-Hadamard matrices (entries +-1 over sqrt(n)) by Sylvester's doubling from 1 or from Paley's constructions
-(Paley 1933): order q + 1 for a prime q = 3 mod 4, 2(q + 1) for a prime q = 1 mod 4, which gives 12, 20, 24,
-28, 36, 44, 60 and their doubles. Sizes that have none of these, n = h * m with the largest such h, take the
-Kronecker product of the Hadamard matrix of h with a random orthogonal one of m. Random signs of the rows, by
-seed, as QuaRot's (Ashkboos et al. 2024).
+Width = m * 2^k with m odd: the Kronecker product of a random orthogonal m x m matrix and Sylvester's Hadamard
+matrix of 2^k, after random signs (QuaRot, Ashkboos et al. 2024, uses known Hadamard matrices for m; any
+orthogonal one keeps the model's meaning). Applied by the fast transform: n log n per row.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
 
 from edge_runtime.engine.formats import Array
 
-_LARGEST_BASE = 256  # orders beyond which only doubling is tried
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """The orthogonal matrix Q = diag(signs) (odd x H), f64: signs (n,), odd (m, m), H 2^k x 2^k."""
+
+    signs: Array
+    odd: Array
+
+    @property
+    def width(self) -> int:
+        return len(self.signs)
+
+    def right(self, rows: Array) -> Array:
+        """rows @ Q, f64 (r, n)."""
+        m = len(self.odd)
+        x = (rows.astype(np.float64) * self.signs).reshape(len(rows), m, -1)
+        x = np.einsum("rik,ij->rjk", x, self.odd)
+        return _walsh(x).reshape(len(rows), -1)
+
+    def back(self, rows: Array) -> Array:
+        """rows @ Q^T, f64 (r, n)."""
+        m = len(self.odd)
+        x = _walsh(rows.astype(np.float64).reshape(len(rows), m, -1))  # H is symmetric
+        x = np.einsum("rjk,ij->rik", x, self.odd)
+        turned: Array = x.reshape(len(rows), -1) * self.signs
+        return turned
 
 
-def rotation(n: int, seed: int) -> Array:
-    """A random orthogonal matrix f64 (n, n), the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    h = next(h for h in range(n, 0, -1) if n % h == 0 and _order_exists(h))
-    q = np.kron(hadamard(h) / math.sqrt(h), _orthogonal(n // h, rng))
-    signs: Array = rng.integers(0, 2, (n, 1)) * 2.0 - 1.0
-    return signs * q
+def make_turn(width: int, seed: int) -> Turn:
+    """The matrix of a width; the same seed gives the same one."""
+    rng = np.random.default_rng((seed, width))
+    m = width
+    while m % 2 == 0:
+        m //= 2
+    odd, triangle = np.linalg.qr(rng.normal(size=(m, m)))
+    odd = odd * np.sign(np.diagonal(triangle))  # the uniform (Haar) measure: Mezzadri 2007
+    return Turn(rng.choice([-1.0, 1.0], width), odd)
 
 
-def hadamard(n: int) -> Array:
-    """A Hadamard matrix, f64 (n, n) of +-1, of an order that `_order_exists`."""
-    base, doubled = _base(n)
-    h = _paley(base)
-    for _ in range(doubled):
-        h = np.block([[h, h], [h, -h]])
-    return h
-
-
-def _order_exists(n: int) -> bool:
-    return _base(n)[0] > 0
-
-
-def _base(n: int) -> tuple[int, int]:
-    """(order of a Paley matrix or 1, doublings) that make n; (0, 0) where none does."""
-    doubled = 0
-    while True:
-        if n == 1 or (n <= _LARGEST_BASE and n % 4 == 0 and (_prime(n - 1) or _second_kind(n))):
-            return n, doubled
-        if n % 2:
-            return 0, 0
-        n, doubled = n // 2, doubled + 1
-
-
-def _second_kind(n: int) -> bool:
-    return (n // 2 - 1) % 4 == 1 and _prime(n // 2 - 1)
-
-
-def _prime(n: int) -> bool:
-    return n > 1 and all(n % k for k in range(2, math.isqrt(n) + 1))
-
-
-def _paley(n: int) -> Array:
-    if n == 1:
-        return np.ones((1, 1))
-    if _prime(n - 1):  # the first kind: I + S, S skew
-        s = _bordered(n - 1)
-        s[1:, 0] = -1
-        return np.eye(n) + s
-    c = _bordered(n // 2 - 1)  # the second kind: C symmetric, of order n/2
-    return np.kron(c, [[1.0, 1.0], [1.0, -1.0]]) + np.kron(np.eye(n // 2), [[1.0, -1.0], [-1.0, -1.0]])
-
-
-def _bordered(q: int) -> Array:
-    """Jacobsthal's matrix of quadratic residues mod q, with a row and a column of ones: (q + 1, q + 1)."""
-    residues = {k * k % q for k in range(1, q)}
-    character = np.array([0.0] + [1.0 if k in residues else -1.0 for k in range(1, q)])
-    found = np.ones((q + 1, q + 1))
-    found[0, 0] = 0
-    found[1:, 1:] = character[(np.arange(q)[:, None] - np.arange(q)) % q]
-    return found
-
-
-def _orthogonal(n: int, rng: np.random.Generator) -> Array:
-    """Uniform over orthogonal matrices (Mezzadri 2007)."""
-    q, r = np.linalg.qr(rng.normal(size=(n, n)))
-    found: Array = q * np.sign(np.diagonal(r))
-    return found
+def _walsh(x: Array) -> Array:
+    """x @ H along the last axis, whose length is a power of two."""
+    n = x.shape[-1]
+    half = 1
+    while half < n:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
+        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2)
+        x = x.reshape(*x.shape[:-3], n)
+        half *= 2
+    return x / np.sqrt(n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_runtime.engine.manifest import Quality
@@ -56,9 +55,21 @@ def ppl_increase(quality: Quality) -> float:
     return 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
 
 
-def broken_limits(broken: Sequence[str]) -> QualityLimit:
-    """The error for limits that are broken."""
+def figures(quality: Quality) -> dict[str, float]:
+    """The figures that limits are set on, and those beside them in a table of engines."""
+    found = {
+        "ppl_increase": ppl_increase(quality),
+        "kl_mean": quality.kl_mean,
+        "top1_agreement": quality.top1_agreement,
+        "bits_per_weight": quality.bits_per_weight,
+    }
+    return found if quality.task is None else found | {"accuracy": quality.task.accuracy}
+
+
+def broken_limits(quality: Quality) -> QualityLimit:
+    """The error for the limits that an engine of this quality breaks."""
     return QualityLimit(
-        f"{'; '.join(broken)}; nothing was written; use a format with more bits or smaller groups, or "
-        "--force to write it all the same"
+        f"{'; '.join(quality.broken)}; nothing was written; use a format with more bits or smaller groups, "
+        "or --force to write it all the same",
+        figures(quality),
     )

@@ -22,9 +22,10 @@ from builders.corpus import Corpus
 from builders.journal import Journal
 from builders.lanes import Lane, LaneRunner, lane_bytes
 from builders.quantize import AlgorithmOptions, get_algorithm
-from builders.rounding_error import Model, Rounder, occurrences, sampled_rows, weighted_square
+from builders.rounding_error import Rounder, occurrences, sampled_rows, weighted_square
 from builders.segments import cut
 from builders.sensitivity import Sensitivity
+from builders.serial_weights import Model, SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
 from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, get_format
@@ -83,7 +84,9 @@ def measure_sensitivity(
     }
     notes = Journal(journal, subject)
     with repeatable(device, options.cores) as workers:
-        search = _Search(weights, calibration, corpus, formats, options, device, workers, notes)
+        search = _Search(
+            SerialWeights(weights), calibration, corpus, formats, options, device, workers, notes
+        )
         try:
             found = search.run(watcher or Watcher())
         except BaseException:

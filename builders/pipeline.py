@@ -9,6 +9,7 @@ phases holds a model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import msgspec
 
 from builders import pack, planner
 from builders.calibrating import CalibrationRequest, Calibrations
+from builders.corpus import BUILTIN, SELF
 from builders.evaluate import read_text
 from builders.explain import explain
 from builders.fitting import require_fit
@@ -28,17 +30,19 @@ from builders.limits import Limits, broken_limits
 from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
-from builders.quantize import AlgorithmOptions, get_algorithm
-from builders.quantizing import quantize
+from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantizing import quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
 from builders.task import Task
 from builders.task_file import read_task
+from builders.texts import text_files
 from builders.watcher import Watcher
 from builders.weights import StoredPlanes
+from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.plan import Plan
-from edge_runtime.engine.profile import Profile, load_profile
+from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -92,6 +96,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     with ExitStack() as stack:
         with _timed(seconds, "read"):
             contents, request = read(stack, options)
+        if isinstance(algorithm, ChannelScaler):
+            check_adapters(contents, f"--algorithm {options.algorithm}")
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
@@ -108,8 +114,9 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
         with _timed(seconds, "quantize"):
-            how = AlgorithmOptions(options.observer, options.calibration.device)
-            sqnr = quantize(contents, plans, options.algorithm, how, calibrations, writer, watcher)
+            how = AlgorithmOptions(options.observer, calibrations.device)
+            scaled = scale_channels(contents, plans, algorithm, how, calibrations, watcher)
+            sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
             quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
@@ -117,14 +124,20 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         notices = list(contents.notices)
         if quality is not None and quality.broken:
             if not options.force:
-                raise broken_limits(quality.broken)
+                raise broken_limits(quality)
             notices.append(f"written by --force although {'; '.join(quality.broken)}")
         with _timed(seconds, "pack"):
             watcher.phase("pack", 1)
             record = pack.Record(
-                profile, quality, answer, options.algorithm, options.recipe, calibrations.record()
+                profile,
+                quality,
+                answer,
+                options.algorithm,
+                options.recipe,
+                digests(contents, options),
+                calibrations.record(),
             )
-            manifest = pack.finish(writer, contents, plans, record)
+            manifest = pack.finish(writer, scaled, plans, record)
             watcher.step(options.output.name)
         _keep(options, "pack", {"file": options.output.name, "planes": manifest.planes})
         return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
@@ -147,11 +160,19 @@ def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]
     if options.rotate is not None:
         if request.weights == planner.KEEP:
             raise BadConfig("--rotate changes every value; it cannot keep quantized weights as they are")
-        if contents.adapters:
-            raise Unsupported("--rotate and --lora: adapters were trained on the weights as they are")
+        check_adapters(contents, "--rotate")
         turned = rotate(contents.target.weights, options.rotate)
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     return contents, request
+
+
+def check_adapters(contents: Contents, option: str) -> None:
+    """Raise Unsupported where adapters are to travel with weights that they were not trained on."""
+    if contents.adapters:
+        raise Unsupported(
+            f"{option} changes what the weights mean to an adapter, and --lora brings some; build with gptq, "
+            "hqq or rtn, or without --lora"
+        )
 
 
 def measured_sensitivity(
@@ -195,6 +216,26 @@ def plan(
         why["explanation"] = explain(program, profile, resolved, plans, beside, sensitivity)
     _keep(options, "plan", plans | why)
     return plans
+
+
+def digests(contents: Contents, options: Options) -> dict[str, str]:
+    """Digest of every file that the engine was made, planned or measured with, by its name in the provenance.
+
+    Those that are no part of it as `eval/…`, `task/…`, `calibration/…` and, for a profile of the user's own,
+    `profile/…`; losses that a file gave as `sensitivity`.
+    """
+    beside = {"eval": options.text, "task": options.task}
+    if options.calibration.source not in (None, SELF, BUILTIN):
+        beside["calibration"] = Path(options.calibration.source)
+    if options.profile.endswith(SUFFIXES):
+        beside["profile"] = Path(options.profile)
+    found = contents.sha256()
+    for prefix, path in beside.items():
+        files = () if path is None else text_files(path) if path.is_dir() else (path,)
+        found |= {f"{prefix}/{file.name}": sha256_of(file) for file in files}
+    if options.sensitivity is not None:
+        found["sensitivity"] = hashlib.sha256(msgspec.json.encode(options.sensitivity)).hexdigest()
+    return found
 
 
 def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:

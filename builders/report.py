@@ -33,9 +33,13 @@ _WORST = 5  # tensors of lowest SQNR in the report
 
 
 class ProgressBar(Watcher):
-    """One bar for each phase, on stderr; a terminal sees it move, a log only the finished phases."""
+    """One bar for each phase, on stderr; a terminal sees it move, a log only the finished phases.
 
-    def __init__(self) -> None:
+    steps: a log has a line for every step too.
+    """
+
+    def __init__(self, *, steps: bool = False) -> None:
+        self._steps = steps
         try:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -69,6 +73,8 @@ class ProgressBar(Watcher):
     def step(self, what: str) -> None:
         if self._task is not None:
             self._bar.update(self._task, advance=1, what=what)
+        if self._steps and not self._moving:
+            print(what, file=sys.stderr, flush=True)
 
 
 def formats_of(program: Program, plan: Plan) -> dict[str, str]:

@@ -1,257 +1,275 @@
-"""Rotations merged into a model's weights: the same f32 function, without channels of outliers.
+"""Rotations merged into the weights: the same function, with outliers spread over all channels.
 
-R1 turns the residual stream and R2 each head's values, as in QuaRot (Ashkboos et al. 2024) and SpinQuant
-(Liu et al. 2024). RMS norms commute with a rotation once their weights are multiplied into the linears behind
-them, and attention is linear in its values. What reads the stream becomes W diag(norm) R1, what writes to it
-R1^T W; v becomes R2^T W per head and o W R2. Nothing is added to a step: rotations that would have to run
-online (of queries and keys after rope, of the gated product) are left out.
-
-A tied head is untied, since the embedding and the head are then different matrices, unless the final norm's
-weights are all equal. Refused, because not exact: layer norms, biased norms, a norm between a linear and the
-stream (post norms), anything else that works on single channels of the stream, programs without embedding.
+QuaRot (Ashkboos et al. 2024, arXiv 2404.00456) and SpinQuant (Liu et al. 2024), the parts that cost nothing
+at run time: Q on the residual stream, and one on the values of each head between v and o. With h' = h Q the
+norm x = h / rms(h) * g turns with it, so linears that read it become W diag(g) Q with g = 1, and those that
+write to the stream become Q^T W. A table that is embedding and head at once is then two tensors, unless the
+last norm's g is the same everywhere. Any algorithm rounds the turned weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import msgspec
 import numpy as np
 
-from builders.equalize import ScaleGroup, scale_groups
-from builders.hadamard import rotation
+from builders.hadamard import Turn, make_turn
 from builders.sources.matrix import Stored
-from builders.weights import SourceWeights
+from builders.weights import Weights
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Add, AnyOp, Embed, Linear, Logits, Norm, reads, writes
-from edge_runtime.engine.ops import weights as tensors_of
-from edge_runtime.engine.program import Program, TensorSpec
+from edge_runtime.engine.ops import Add, AnyOp, Attention, Embed, KvAppend, Linear, Logits, Norm, Rope, writes
+from edge_runtime.engine.program import Program
 from edge_runtime.errors import Unsupported
+
+_HEAD = "rotated.head"
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """How one tensor changes: source (its name in the checkpoint), then W diag(norm) R1, R1^T W, and heads of
-    `rows_head` rows or `cols_head` columns by R2; a vector's `out` turns its columns. ones: a folded norm."""
+class _Change:
+    """What becomes of one tensor W of the new program.
+
+    source: the tensor of the old program. gain: the norm whose weights multiply its columns. right, left: Q
+    at its inputs, Q^T at its outputs (rows); heads_right, heads_left: the same for each head of that width.
+    ones: it is a norm whose weights went into the linears.
+    """
 
     source: str
-    norm: str | None = None
-    into: bool = False
-    out: bool = False
-    rows_head: int = 0
-    cols_head: int = 0
+    gain: str | None = None
+    right: bool = False
+    left: bool = False
+    heads_right: int = 0
+    heads_left: int = 0
     ones: bool = False
 
 
 class RotatedWeights:
-    """`SourceWeights` of the rotated program. `changed`: tensors that differ, for whom an adapter's factors
-    would mean something else."""
+    """The turned weights of `base`, a provider as `builders.weights.Weights`."""
 
-    def __init__(self, program: Program, inner: SourceWeights, turns: dict[str, _Turn], seed: int) -> None:
+    def __init__(self, base: Weights, program: Program, changes: dict[str, _Change], seed: int) -> None:
         self.program = program
-        self._inner = inner
-        self._turns = turns
+        self._base = base
+        self._changes = changes
+        self._stream = make_turn(_stream_width(base.program), seed)
         self._seed = seed
-        self._made: dict[int, Array] = {}
-        self._last: tuple[str, Array] | None = None
-
-    @property
-    def changed(self) -> frozenset[str]:
-        return frozenset(self._turns)
+        self._heads: dict[int, Turn] = {}
+        self._last: tuple[str, Array] | None = None  # a matrix turned at its outputs is made whole
 
     def __call__(self, name: str) -> Array:
         return self.block(name, 0, self.program.tensors[name].rows)
 
     def block(self, name: str, start: int, stop: int) -> Array:
-        turn = self._turns.get(name)
-        if turn is None:
-            return self._inner.block(name, start, stop)
-        if turn.ones:
+        change = self._changes.get(name)
+        if change is None:
+            return self._base.block(name, start, stop)
+        if change.ones:
             return np.ones((1, self.program.tensors[name].cols), np.float32)
-        if self.program.tensors[name].role == "vector":
-            return self._vector(turn)
-        if turn.out or turn.rows_head:
-            return self._whole(name, turn)[start:stop]
-        return self._columns(turn, self._inner.block(turn.source, start, stop))
-
-    def rows(self, name: str, ids: Array) -> Array:
-        turn = self._turns.get(name)
-        if turn is None:
-            return self._inner.rows(name, ids)
-        if turn.ones or turn.out or turn.rows_head:
-            return self(name)[ids]
-        return self._columns(turn, self._inner.rows(turn.source, ids))
-
-    def stored(self, name: str, fmt: str) -> Stored | None:
-        return None if name in self._turns else self._inner.stored(name, fmt)
-
-    def _whole(self, name: str, turn: _Turn) -> Array:
-        """A tensor whose rows mix; the last one is kept, for it is asked for block by block."""
+        if not (change.left or change.heads_left):
+            return self._columns(change, self._base.block(change.source, start, stop)).astype(np.float32)
         if self._last is None or self._last[0] != name:
             self._last = None
-            w = self._columns(turn, self._inner(turn.source))
-            if turn.rows_head:
-                r2 = self._rotation(turn.rows_head, 1)
-                w = (r2.T @ w.reshape(-1, turn.rows_head, w.shape[1])).reshape(w.shape)
-            if turn.out:
-                w = self._rotation(len(w), 0).T @ w
-            self._last = name, w.astype(np.float32)
-        return self._last[1]
+            self._last = name, self._whole(name, change)
+        return self._last[1][start:stop]
 
-    def _columns(self, turn: _Turn, values: Array) -> Array:
-        if turn.norm is not None:
-            values = values.astype(np.float64) * self._inner(turn.norm)
-        if turn.cols_head:
-            heads = values.reshape(len(values), -1, turn.cols_head)
-            values = (heads @ self._rotation(turn.cols_head, 1)).reshape(len(values), -1)
-        if turn.into:
-            values = values @ self._rotation(values.shape[1], 0)
-        return values.astype(np.float32)
+    def rows(self, name: str, ids: Array) -> Array:
+        change = self._changes.get(name)
+        if change is None or change.left or change.heads_left or change.ones:
+            return self(name)[ids]
+        return self._columns(change, self._base.rows(change.source, ids)).astype(np.float32)
 
-    def _vector(self, turn: _Turn) -> Array:
-        """A bias, (1, n): it turns as the outputs of its linear do."""
-        values = self._inner(turn.source).astype(np.float64)
-        if turn.rows_head:
-            values = (values.reshape(-1, turn.rows_head) @ self._rotation(turn.rows_head, 1)).reshape(1, -1)
-        if turn.out:
-            values = values @ self._rotation(values.shape[1], 0)
-        return values.astype(np.float32)
+    def stored(self, name: str, fmt: str) -> Stored | None:
+        """Turned values are nobody's stored ones."""
+        return None
 
-    def _rotation(self, n: int, kind: int) -> Array:
-        """R1 (kind 0) or R2 (kind 1) of its size."""
-        key = 2 * n + kind
-        if key not in self._made:
-            self._made[key] = rotation(n, self._seed + kind)
-        return self._made[key]
+    def unturned(self, hidden: Array) -> Array:
+        """Rows of the residual stream, or of the last norm's output, as the model before had them."""
+        return self._stream.back(hidden).astype(np.float32)
+
+    def _columns(self, change: _Change, values: Array) -> Array:
+        """Turn the columns of rows of a matrix, f64."""
+        out: Array = values.astype(np.float64)
+        if change.gain is not None:
+            out = out * self._base(change.gain)[0]
+        if change.right:
+            out = self._stream.right(out)
+        if change.heads_right:
+            heads = out.reshape(-1, change.heads_right)
+            out = self._head(change.heads_right).right(heads).reshape(out.shape)
+        return out
+
+    def _whole(self, name: str, change: _Change) -> Array:
+        spec = self.program.tensors[name]
+        out = np.empty((spec.rows, spec.cols), np.float32)
+        # A bias is stored (1, rows): its one row turns as a column of outputs does
+        outputs = 1 if spec.role == "vector" else 0
+        values = self._columns(change, self._base(change.source))
+        values = values if outputs else values.T  # (columns, outputs): outputs turn along the last axis
+        if change.left:
+            values = self._stream.right(values)
+        if change.heads_left:
+            heads = np.ascontiguousarray(values).reshape(-1, change.heads_left)
+            values = self._head(change.heads_left).right(heads).reshape(values.shape)
+        out[...] = values if outputs else values.T
+        return out
+
+    def _head(self, width: int) -> Turn:
+        if width not in self._heads:
+            self._heads[width] = make_turn(width, self._seed + 1)
+        return self._heads[width]
 
 
-def rotate(weights: SourceWeights, seed: int = 0) -> RotatedWeights:
-    """The rotated model; its `program` differs where the head had to be untied, and is the one to build.
+def rotate(weights: Weights, seed: int) -> RotatedWeights:
+    """The model of `weights` with its residual stream and its heads' values turned, the same function.
 
-    Weights are read one tensor at a time. Raises Unsupported where a rotation would not be exact.
+    Raises Unsupported where the program does something with the stream that no rotation commutes with.
     """
-    walk = _Walk(weights)
-    for op in weights.program.ops:
-        walk.step(op)
-    walk.finish()
-    for group in scale_groups(weights.program)[0]:
-        if group.head_dim:
-            walk.turn_heads(group)
-    program = msgspec.structs.replace(weights.program, ops=tuple(walk.ops), tensors=walk.tensors)
+    plan = _Planner(weights)
+    program = plan.run()
     program.check()
-    return RotatedWeights(program, weights, walk.turns, seed)
+    return RotatedWeights(weights, program, plan.changes, seed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Normed:
-    """A value that is the stream normalised; `norm` names the weights that were folded, None if all equal."""
+def _stream_width(program: Program) -> int:
+    first = program.ops[0]
+    if not isinstance(first, Embed):
+        raise Unsupported("--rotate: the program begins with no embedding, so it has no stream to turn")
+    return program.buffers[first.out]
 
-    norm: str | None
 
+class _Planner:
+    """Walks the ops once, knowing of every buffer whether it is in the turned basis."""
 
-class _Walk:
-    """Follows the residual stream through a program and notes how each tensor has to turn."""
-
-    def __init__(self, weights: SourceWeights) -> None:
-        self.ops: list[AnyOp] = []
-        self.tensors = dict(weights.program.tensors)
-        self.turns: dict[str, _Turn] = {}
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._holds: dict[str, Linear | _Normed | Literal["stream"] | None] = {}  # by buffer, None: plain
-        self._embeddings: set[str] = set()
-        self._unturned: set[str] = set()  # tensors that were used outside the stream
+        self._program = weights.program
+        self.changes: dict[str, _Change] = {}
+        self._turned: set[str] = set()
+        self._gained: dict[str, str] = {}  # turned buffers whose norm's weight must go into their readers
+        self._writer: dict[str, Linear] = {}  # buffers that hold just what a linear gave
+        self._values: dict[int, Linear] = {}  # cache slot -> the linear that gave its values
+        self._mixed: dict[str, int] = {}  # attention outputs -> cache slot
 
-    def step(self, op: AnyOp) -> None:
-        new: Linear | _Normed | Literal["stream"] | None = None
-        held = {name: self._holds.get(name) for name in reads(op)}
+    def run(self) -> Program:
+        _stream_width(self._program)
+        for op in self._program.ops:
+            self._op(op)
+        return self._rewritten()
+
+    def _op(self, op: AnyOp) -> None:
         match op:
             case Embed():
-                self._note(op.weight, _Turn(op.weight, into=True))
-                self._embeddings.add(op.weight)
-                new = "stream"
-            case Norm() if held[op.x] == "stream":
-                if op.kind != "rms" or op.bias is not None or op.group not in (0, self._width(op.x)):
-                    raise _inexact("its norms are not plain RMS norms of the whole residual stream")
-                new = self._fold(op.weight)
-            case Linear() if held[op.x] == "stream" or isinstance(held[op.x], _Normed):
-                self._note(op.weight, _Turn(op.weight, norm=_norm_of(held[op.x]), into=True))
-                new = op
-            case Logits() if held[op.x] == "stream" or isinstance(held[op.x], _Normed):
-                op = self._logits(op, _norm_of(held[op.x]))
-            case Add() if "stream" in held.values():
+                self._set(op.weight, right=True)
+                self._now(op.out, turned=True)
+            case Norm() if op.x in self._turned:
+                self._norm(op)
+            case Linear():
+                self._linear(op)
+            case Logits():
+                self._reads(op.weight, op.x)
+            case Add() if {op.a, op.b} & self._turned:
                 for name in (op.a, op.b):
-                    self._write(held[name])
-                new = "stream"
+                    self._turn_output(name)
+                self._now(op.out, turned=True)
+            case KvAppend():
+                if op.v in self._writer:
+                    self._values[op.layer] = self._writer[op.v]
+            case Attention():
+                self._now(op.out)
+                self._mixed[op.out] = op.layer
+            case Rope() | Norm():
+                self._now(op.x if isinstance(op, Rope) else op.out)
             case _:
-                if any(h == "stream" or isinstance(h, _Normed) for h in held.values()):
-                    raise _inexact(
-                        f"a {type(op).__name__.lower()} op works on channels of its residual stream"
-                    )
-                self._unturned.update(tensors_of(op) if not isinstance(op, Linear) else ())
-                new = op if isinstance(op, Linear) else None
-        for name in writes(op):
-            self._holds[name] = new
-        self.ops.append(op)
+                used = {name for name in (getattr(op, "x", None), getattr(op, "up", None)) if name}
+                if used & self._turned:
+                    raise _cannot(f"{type(op).__name__.lower()} acts on the residual stream itself")
+                for name in writes(op):
+                    self._now(name)
 
-    def finish(self) -> None:
-        if not self._embeddings:
-            raise _inexact("it begins with rows of values instead of an embedding")
-        if shared := sorted(self._unturned & self.turns.keys()):
-            raise _inexact(f"{shared[0]!r} is used both on the residual stream and elsewhere")
+    def _norm(self, op: Norm) -> None:
+        if op.kind != "rms" or op.bias is not None or op.group:
+            raise _cannot("only an RMS norm of the whole stream commutes with a rotation")
+        gain = self._weights(op.weight)[0]
+        self._now(op.out, turned=True)
+        if not np.all(gain == gain[0]):
+            self._gained[op.out] = op.weight
+            self.changes[op.weight] = _Change(op.weight, ones=True)
 
-    def turn_heads(self, group: ScaleGroup) -> None:
-        """R2 between v and the linears that read attention's output."""
-        for name in group.sources:
-            turn = self.turns.setdefault(name, _Turn(name))
-            self.turns[name] = replace(turn, rows_head=group.head_dim)
-        for name in group.linears:
-            turn = self.turns.setdefault(name, _Turn(name))
-            self.turns[name] = replace(turn, cols_head=group.head_dim)
+    def _linear(self, op: Linear) -> None:
+        if op.x in self._turned:
+            self._reads(op.weight, op.x)
+        elif op.x in self._mixed:
+            self._turn_heads(op, self._mixed[op.x])
+        self._now(op.out)
+        self._writer[op.out] = op
 
-    def _fold(self, name: str) -> _Normed:
-        values = self._weights(name)
-        if (values == values[0, 0]).all():  # commutes with the rotation as it is
-            self._unturned.add(name)
-            return _Normed(None)
-        self._note(name, _Turn(name, ones=True))
-        return _Normed(name)
+    def _reads(self, weight: str, x: str) -> None:
+        """A matrix that reads a turned buffer."""
+        if x in self._turned:
+            self._set(weight, right=True, gain=self._gained.get(x))
 
-    def _write(self, held: object) -> None:
-        """A summand of the stream: the stream itself, or the output of a linear, whose rows then turn."""
-        if held == "stream":
+    def _turn_output(self, name: str) -> None:
+        if name in self._turned:
+            if name in self._gained:
+                raise _cannot("a norm's output is added to the residual stream")
             return
-        if not isinstance(held, Linear):
-            raise _inexact(
-                "something else than a linear is added to its residual stream, such as a post norm"
-            )
-        turn = self.turns.get(held.weight, _Turn(held.weight))
-        self.turns[held.weight] = replace(turn, out=True)
-        if held.bias is not None:
-            self._note(held.bias, _Turn(held.bias, out=True))
+        if name not in self._writer:
+            raise _cannot(f"{name!r} is added to the residual stream, but no linear gave it")
+        op = self._writer[name]
+        for tensor in (op.weight, op.bias):
+            if tensor is not None:
+                self._set(tensor, left=True)
 
-    def _logits(self, op: Logits, norm: str | None) -> Logits:
-        if op.weight not in self._embeddings or norm is None:
-            self._note(op.weight, _Turn(op.weight, norm=norm, into=True))
-            return op
-        name = next(n for n in ("head", "rotated_head") if n not in self.tensors)
-        spec = self.tensors[op.weight]
-        self.tensors[name] = TensorSpec(spec.rows, spec.cols, "head")
-        self.tensors[op.weight] = TensorSpec(spec.rows, spec.cols, "embedding")
-        self.turns[name] = _Turn(op.weight, norm=norm, into=True)
-        return msgspec.structs.replace(op, weight=name)
+    def _turn_heads(self, op: Linear, slot: int) -> None:
+        """Values of each head turn behind v and back in front of o."""
+        giver = self._values.get(slot)
+        width = self._program.cache[slot].head_dim
+        if giver is None or width % 2:
+            return  # something stands between v and the cache: its basis stays
+        for tensor in (giver.weight, giver.bias):
+            if tensor is not None:
+                self._set(tensor, heads_left=width)
+        self._set(op.weight, heads_right=width)
 
-    def _note(self, name: str, turn: _Turn) -> None:
-        if self.turns.setdefault(name, turn) != turn:
-            raise _inexact(f"{name!r} is used in places that would have to turn differently")
+    def _set(self, tensor: str, **what: object) -> None:
+        """Add to a tensor's change; a table changed in two ways becomes two, one of them for the head."""
+        old = self.changes.get(tensor, _Change(tensor))
+        new = replace(old, **what)  # type: ignore[arg-type]
+        spec = self._program.tensors[tensor]
+        if spec.role in ("embedding", "head") and tensor in self.changes and new != old:
+            self.changes[_HEAD] = replace(_Change(tensor), **what)  # type: ignore[arg-type]
+            return
+        if tensor in self.changes and self._used_before(old, what):
+            raise _cannot(f"{tensor!r} is used in two places of the stream")
+        self.changes[tensor] = new
 
-    def _width(self, buffer: str) -> int:
-        return self._weights.program.buffers[buffer]
+    @staticmethod
+    def _used_before(old: _Change, what: dict[str, object]) -> bool:
+        """Whether the same side was already turned otherwise."""
+        return any(getattr(old, side) not in (None, False, 0, value) for side, value in what.items())
+
+    def _now(self, name: str, turned: bool = False) -> None:
+        """Buffer `name` holds a new value."""
+        self._turned.discard(name)
+        self._gained.pop(name, None)
+        self._writer.pop(name, None)
+        self._mixed.pop(name, None)
+        if turned:
+            self._turned.add(name)
+
+    def _rewritten(self) -> Program:
+        program = self._program
+        if _HEAD not in self.changes:
+            return program
+        head = program.ops[-1]
+        assert isinstance(head, Logits)  # Program.check proved it
+        tensors = dict(program.tensors)
+        spec = tensors[head.weight]
+        tensors[head.weight] = msgspec.structs.replace(spec, role="embedding")
+        tensors[_HEAD] = msgspec.structs.replace(spec, role="head")
+        ops: Sequence[AnyOp] = (*program.ops[:-1], msgspec.structs.replace(head, weight=_HEAD))
+        return msgspec.structs.replace(program, ops=tuple(ops), tensors=tensors)
 
 
-def _norm_of(held: object) -> str | None:
-    return held.norm if isinstance(held, _Normed) else None
-
-
-def _inexact(why: str) -> Unsupported:
-    return Unsupported(f"this model cannot be rotated exactly: {why}; build it without rotation")
+def _cannot(why: str) -> Unsupported:
+    return Unsupported(f"--rotate: this model cannot be rotated without a change of meaning: {why}")

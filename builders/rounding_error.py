@@ -8,74 +8,60 @@ embedding has no inputs, and each of its rows counts as often as its token occur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
+import msgspec
 import numpy as np
 import torch
 
 from builders.encoding import encode
-from builders.parts import Blocks, Part
+from builders.parts import Part
 from builders.quantize import Algorithm, AlgorithmOptions
+from builders.serial_weights import Model
+from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
-from builders.weights import Weights
 from edge_runtime.engine.formats import Array, Format
-from edge_runtime.engine.program import Program, TensorSpec
+from edge_runtime.engine.program import TensorSpec
 
 SAMPLED_ROWS = 512  # of a matrix: the ratio of two traces over them is near that over all
 
 
-class Model(Weights, Blocks, Protocol):
-    """Weights of a model that can be asked for in every way, and for planes that they already have."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rounder:
-    """Rounds tensors of a model by one algorithm; `part` names it in errors."""
+    """Rounds tensors of a model by one algorithm."""
 
-    weights: Model
-    algorithm: Algorithm
-    options: AlgorithmOptions
+    def __init__(self, weights: Model, algorithm: Algorithm, options: AlgorithmOptions) -> None:
+        self.algorithm = algorithm
+        self._weights, self._options = weights, options
 
     def rounded(
         self, name: str, fmt: Format, inputs: InputStatistics | None, ids: Array | None = None
     ) -> Array:
         """f32 values of the tensor (or of its rows `ids`) after a round trip. Raises ValueOutOfRange."""
-        spec = self.weights.program.tensors[name]
-        alone = self.algorithm.ROW_WISE and not any(p.per == "tensor" for p in fmt.planes)
-        alone &= self.weights.stored(name, fmt.name) is None
-        if ids is not None and alone:  # rows do not know of each other, so the others need no rounding
-            rows = _SomeRows(self.weights, name, ids)
-            spec = rows.program.tensors[name]
-            part = Part("model", rows.program, rows)
-        else:
-            part = Part("model", self.weights.program, self.weights)
-        made = encode(part, name, fmt, self.algorithm, inputs, self.options)
-        values = fmt.decode(made.planes, spec.rows, spec.cols)
-        return values if ids is None or alone else np.asarray(values[ids])
-
-
-class _SomeRows:
-    """A tensor of which only some rows exist."""
-
-    def __init__(self, weights: Weights, name: str, ids: Array) -> None:
-        spec = weights.program.tensors[name]
-        small = TensorSpec(len(ids), spec.cols, spec.role)
-        program = weights.program
-        self.program = Program(
-            ops=program.ops,
-            tensors={**program.tensors, name: small},
-            buffers=program.buffers,
-            cache=program.cache,
-            vocab_size=program.vocab_size,
-            max_context=program.max_context,
+        program, alone = self._weights.program, False
+        stored = self._weights.stored(name, fmt.name)
+        if ids is not None and stored is None and not any(p.per == "tensor" for p in fmt.planes):
+            alone = self.algorithm.ROW_WISE  # rows do not know of each other: others need no rounding
+        values = self._weights.rows(name, ids) if alone and ids is not None else self._weights(name)
+        spec = TensorSpec(*values.shape, program.tensors[name].role)
+        small = msgspec.structs.replace(program, tensors={**program.tensors, name: spec})
+        made = encode(
+            Part("the model", small, _Held(values, stored)), name, fmt, self.algorithm, inputs, self._options
         )
-        self._values = weights.rows(name, ids)
+        found = fmt.decode(made.planes, spec.rows, spec.cols)
+        return found if ids is None or alone else np.asarray(found[ids])
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One tensor in memory."""
+
+    values: Array
+    planes: Stored | None
 
     def block(self, name: str, start: int, stop: int) -> Array:
-        return np.asarray(self._values[start:stop])
+        return np.asarray(self.values[start:stop])
 
-    def stored(self, name: str, fmt: str) -> None:
-        return None
+    def stored(self, name: str, fmt: str) -> Stored | None:
+        return self.planes
 
 
 def sampled_rows(rows: int) -> Array:

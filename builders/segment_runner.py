@@ -17,7 +17,7 @@ from edge_runtime.engine.ops import Embed, Logits
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 
-_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of all buffers of a batch, were none ever freed
+_BATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of all buffers; each worker needs about twice as much
 
 
 def batches(program: Program, windows: int, length: int, device: str) -> list[tuple[int, int]]:

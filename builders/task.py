@@ -128,7 +128,7 @@ class Task:
 def is_right(case: Case, answer: str) -> bool:
     """Whether a generated answer is the expected one. An answer that is no JSON is wrong, not an error."""
     if case.scoring == "exact":
-        return answer.strip() == case.expected.strip()
+        return answer.strip() == str(case.expected).strip()
     try:
         return same_json(read_json(answer), case.expected)
     except (ValueError, RecursionError):

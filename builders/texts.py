@@ -113,12 +113,16 @@ def read_passages(path: Path) -> list[Passage]:
 
     Raises BadConfig naming the file and the line.
     """
-    if not path.is_dir():
-        return _file(path)
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise BadConfig(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
+    files = text_files(path) if path.is_dir() else [path]
     return [passage for file in files for passage in _file(file)]
+
+
+def text_files(folder: Path) -> list[Path]:
+    """What is read of a folder. Raises BadConfig when that is nothing."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise BadConfig(f"{folder} holds no file that ends in {', '.join(SUFFIXES)}")
+    return files
 
 
 def _file(path: Path) -> list[Passage]:

@@ -44,14 +44,6 @@ class Weights(Protocol):
         ...
 
 
-class SourceWeights(Weights, Protocol):
-    """Those that an engine is made from: some tensors may lie in the checkpoint in their format already."""
-
-    def stored(self, name: str, fmt: str) -> Stored | None:
-        """The planes of a tensor that the checkpoint holds in that format, as they are; else None."""
-        ...
-
-
 def row_blocks(rows: int, cols: int, items: int = _BLOCK_ITEMS) -> list[tuple[int, int]]:
     """(start, stop) of blocks of whole rows of about `items` values."""
     step = max(1, items // cols)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 6  # EDGE_CPU_VERSION
+VERSION = 7  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
@@ -33,12 +33,17 @@ class Matrix(Structure):
         ("encoding", c_int32),
         ("scale_per", c_int32),
         ("group", c_int32),
-        ("scale_encoding", c_int32),
+        ("high_bits", c_int32),
+        ("high", c_void_p),
+        ("min", c_void_p),
+        ("super", c_void_p),
+        ("super_min", c_void_p),
         ("second", c_void_p),
         ("offset", c_void_p),
         ("outlier", c_void_p),
         ("index", c_void_p),
-        ("outliers", c_int64),
+        ("outliers", c_int32),
+        ("scale_encoding", c_int32),
     ]
 
 

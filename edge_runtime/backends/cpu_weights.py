@@ -7,41 +7,66 @@ import numpy as np
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.protocol import PackedTensor, Part
 from edge_runtime.backends.stored_indices import check_indices, check_order
-from edge_runtime.engine.formats import ENCODINGS, Array, get_format
+from edge_runtime.engine.formats import ENCODINGS, Array, Format, Plane, get_format
+from edge_runtime.engine.formats.record import Per
 from edge_runtime.engine.layout import round_up
 from edge_runtime.engine.packing import DEFAULT_GROUP, cpu_packing, pack, plane_items, unpack
 from edge_runtime.errors import BadEngineFile
 
 ENCODING_ID = {name: i for i, name in enumerate(ENCODINGS)}  # as in the generated header
 
-# (encoding of the codes, scale per, encoding of the scales, zero points) that kernels exist for
-_SHAPES = {
-    ("f32", None, None, False),
-    ("f16", None, None, False),
-    ("bf16", None, None, False),
-    ("e5m2", None, None, False),
-    ("e4m3", "row", "f32", False),
-    ("e4m3", "tensor", "f32", False),
-    ("e4m3", "group", "f32", False),
-    ("i8", "row", "f32", False),
-    ("i8", "group", "f16", False),
-    ("u4o8", "group", "f16", False),
-    ("u4", "group", "f16", True),
-    ("nf4", "group", "f16", False),
-    ("nf4", "group", "f32", False),
-    ("nf4", "group", "dynamic8", False),
-}
+# What kernels exist for: encodings of the planes of codes, what a scale covers, encodings of other planes.
 _GROUPS = (32, 64, 128)
+_F16 = {"scale": "f16"}
+_WITH_ZERO = {"scale": "f16", "zero": "u8"}
+_WITH_MIN = {"scale": "f16", "min": "f16"}
+_SIGNED_K = {"scale": "i8", "super": "f16"}
+_K_WITH_MIN = {"scale": "u8", "min": "u8", "super": "f16", "super_min": "f16"}
+_SHAPES: tuple[tuple[tuple[str, ...], tuple[Per | None, ...], dict[str, str]], ...] = (
+    (("f32",), (None,), {}),
+    (("f16",), (None,), {}),
+    (("bf16",), (None,), {}),
+    (("e5m2",), (None,), {}),
+    (("e4m3",), ("row", "tensor", 128), {"scale": "f32"}),
+    (("i8",), ("row",), {"scale": "f32"}),
+    (("i8",), ("row",), {"scale": "f32", "outlier": "f16", "index": "i32"}),
+    (("i8",), _GROUPS, _F16),
+    (("nf4",), (DEFAULT_GROUP,), _F16),
+    (("nf4",), (DEFAULT_GROUP,), {"scale": "f32"}),
+    (("nf4",), (DEFAULT_GROUP,), {"scale": "dynamic8", "scale2": "f32", "offset": "f32"}),
+    (("u2o2",), _GROUPS, _F16),
+    (("u2o4", "u1"), _GROUPS, _F16),
+    (("u4o8",), _GROUPS, _F16),
+    (("u4o16", "u1"), _GROUPS, _F16),
+    (("u4o32", "u2"), _GROUPS, _F16),
+    (("u2",), _GROUPS, _WITH_ZERO),
+    (("u2", "u1"), _GROUPS, _WITH_ZERO),
+    (("u4",), _GROUPS, _WITH_ZERO),
+    (("u4",), _GROUPS, _WITH_MIN),
+    (("u4", "u1"), _GROUPS, _WITH_MIN),
+    (("u2",), (16,), {"scale_min": "u4u4", "super": "f16", "super_min": "f16"}),
+    (("u2o4", "u1"), (16,), _SIGNED_K),
+    (("u4o32", "u2"), (16,), _SIGNED_K),
+    (("u4",), (32,), _K_WITH_MIN),
+    (("u4", "u1"), (32,), _K_WITH_MIN),
+    (("e2m1",), (16,), {"scale": "e4m3", "super": "f32"}),
+    (("e2m1",), (32,), {"scale": "e8m0"}),
+)
 
 
 def kernel_shape(name: str) -> tuple[str, str | None] | None:
-    """(encoding of the codes, scale per) of a format that the kernels read, else None."""
+    """(encoding of the codes' lower bits, scale per) of a format that the kernels read, else None."""
     fmt = get_format(name)
-    scale, zero = fmt.plane("scale"), fmt.plane("zero")
-    per = None if scale is None else "group" if isinstance(scale.per, int) else scale.per
-    shape = (fmt.planes[0].encoding, per, scale.encoding if scale else None, zero is not None)
-    known = shape in _SHAPES and (fmt.group is None or fmt.group in _GROUPS)
-    return (shape[0], per) if known and (shape[0] != "nf4" or fmt.group == DEFAULT_GROUP) else None
+    scale = _scale_plane(fmt)
+    codes = tuple(p.encoding for p in fmt.codes)
+    shape = (codes, scale.per if scale else None, {p.name: p.encoding for p in fmt.grid_planes})
+    if not any(shape[0] == c and shape[1] in pers and shape[2] == grid for c, pers, grid in _SHAPES):
+        return None
+    return codes[0], None if scale is None else "group" if isinstance(scale.per, int) else scale.per
+
+
+def _scale_plane(fmt: Format) -> Plane | None:
+    return fmt.plane("scale") or fmt.plane("scale_min")
 
 
 class CpuWeights:
@@ -62,22 +87,27 @@ class CpuWeights:
             assert shape is not None  # supports() has said so
             planes = self._packed(name, tensor, cpu_packing(tensor.format))
             kept = {plane: self._keep(data) for plane, data in planes.items()}
-            scale = fmt.plane("scale")
+            scale, high = _scale_plane(fmt), fmt.codes[1:]
             self._matrices[name] = rec.Matrix(
-                codes=kept[fmt.planes[0].name],
-                scale=kept.get("scale"),
+                codes=kept[fmt.codes[0].name],
+                scale=kept[scale.name] if scale else None,
                 zero=kept.get("zero"),
                 rows=tensor.rows,
                 cols=tensor.cols,
                 encoding=ENCODING_ID[shape[0]],
                 scale_per=rec.SCALE_PER[shape[1]],
                 group=fmt.group or DEFAULT_GROUP,
-                scale_encoding=ENCODING_ID[scale.encoding] if scale else 0,
+                high_bits=ENCODINGS[high[0].encoding].bits if high else 0,
+                high=kept[high[0].name] if high else None,
+                min=kept.get("min"),
+                super=kept.get("super"),
+                super_min=kept.get("super_min"),
                 second=kept.get("scale2"),
                 offset=kept.get("offset"),
                 outlier=kept.get("outlier"),
                 index=kept.get("index"),
                 outliers=planes["index"].size if "index" in planes else 0,
+                scale_encoding=ENCODING_ID[scale.encoding] if scale else 0,
             )
         return self._matrices[name]
 

@@ -16,7 +16,7 @@ from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape, TensorPlan
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import DoesNotFit
 
-SMALLEST_GROUP = 32  # activations are quantized per group; the smallest group needs most scales
+SMALLEST_GROUP = 16  # activations are quantized per group; the smallest group needs most scales
 GREATEST_GROUP = 128  # columns are padded to whole groups
 TILE = 16  # keys decoded at a time
 RANK_ROWS = 8  # rows of an adapter's A that are computed together

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.kv import row_nbytes
-from edge_runtime.engine.memory import ATTENTION_TOKENS
+from edge_runtime.engine.memory import ATTENTION_TOKENS, TILE
 from edge_runtime.engine.ops import (
     Activation,
     Add,
@@ -31,7 +31,7 @@ from edge_runtime.engine.ops import (
 from edge_runtime.engine.packing import cpu_packing, packed_nbytes
 from edge_runtime.engine.plan import KvPlan, Prediction, StepShape, TensorPlan
 from edge_runtime.engine.profile import Measured, PowerMode, Profile
-from edge_runtime.engine.program import Program
+from edge_runtime.engine.program import Program, TensorSpec
 
 PROMPT_TOKENS = 512
 
@@ -87,10 +87,10 @@ class Roofline:
         for op in self._readers.get(name, ()):
             match op:
                 case Linear():
-                    seconds += sum(self._product(chosen.format, nbytes, spec.size, s.tokens) for s in steps)
+                    seconds += sum(self._product(chosen.format, nbytes, spec, s.tokens) for s in steps)
                 case Logits():
                     heads = sum(s.head for s in steps)
-                    seconds += heads * self._product(chosen.format, nbytes, spec.size, 1)
+                    seconds += heads * self._product(chosen.format, nbytes, spec, 1)
                 case _:  # a row of the table a token
                     row = get_format(chosen.format).nbytes(1, spec.cols)
                     seconds += sum(s.tokens for s in steps) * row / self._read_rate(chosen.format)
@@ -113,19 +113,20 @@ class Roofline:
                 extra += 2 if _quantizes(after) else 1
         return extra * len(steps) * self._measured.stage_us * 1e-6
 
-    def _product(self, fmt: str, nbytes: int, size: int, tokens: int) -> float:
+    def _product(self, fmt: str, nbytes: int, spec: TensorSpec, tokens: int) -> float:
         """One linear over `tokens` rows. Compute binds only beyond one row where rates are measured: at one
         row the measured read rate says what the kernel does."""
         if self._measured is None:
-            compute = 2.0 * size * tokens / (_rate(fmt, self._mode) * self._efficiency.compute)
+            compute = 2.0 * spec.size * tokens / (_rate(fmt, self._mode) * self._efficiency.compute)
             return max(nbytes / self._read_rate(fmt), compute)
+        outputs = spec.rows * tokens * self._measured.output_ns * 1e-9 / self._measured.threads
         speed = self._measured.speed(fmt)
         if speed is None:
             read = self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
             rate = _rate(fmt, self._mode) * self._efficiency.compute
-            return max(nbytes / read, 2.0 * size * tokens / rate)
-        compute = 2.0 * size * tokens / (speed.gops * 1e9) if tokens > 1 else 0.0
-        return max(nbytes / self._read_rate(fmt), compute)
+            return max(nbytes / read, 2.0 * spec.size * tokens / rate) + outputs
+        compute = 2.0 * spec.size * tokens / (speed.gops * 1e9) if tokens > 1 else 0.0
+        return max(nbytes / self._read_rate(fmt), compute) + outputs
 
     def _read_rate(self, fmt: str) -> float:
         """Bytes per second."""
@@ -142,10 +143,7 @@ class Roofline:
             seen = s.before + (s.tokens + 1) / 2  # mean number of keys that a token of the step sees
             seen = min(seen, op.window) if op.window else seen
             if self._measured is not None:
-                blocks = -(-s.tokens // ATTENTION_TOKENS)
-                reading = blocks * op.kv_heads * self._measured.key_ns(kv.k, kv.v)
-                products = s.tokens * op.heads * self._measured.attention_ns
-                seconds += seen * op.head_dim * (reading + products) * 1e-9
+                seconds += seen * self._a_key(op, kv, s.tokens, self._measured)
                 continue
             reach = min(s.before + s.tokens, op.window + s.tokens - 1) if op.window else s.before + s.tokens
             row = sum(row_nbytes(f, op.head_dim, kv.page_tokens) for f in (kv.k, kv.v))
@@ -154,17 +152,27 @@ class Roofline:
             seconds += max(read, 4.0 * op.heads * op.head_dim * seen * s.tokens / rate)
         return seconds
 
+    @staticmethod
+    def _a_key(op: Attention, kv: KvPlan, tokens: int, measured: Measured) -> float:
+        """Seconds that one key costs the tokens of a step that see it. Heads are padded to whole tiles."""
+        width = -(-op.head_dim // TILE) * TILE
+        query = measured.query if tokens == 1 else measured.chunk_query
+        products = tokens * op.heads * (width * query.value_ns + query.score_ns)
+        row = measured.row_ns + width * measured.key_ns(kv.k, kv.v)
+        return 1e-9 * (products + -(-tokens // ATTENTION_TOKENS) * op.kv_heads * row)
+
     def _values(self, s: Step) -> float:
         """Ops of a value at a time: where they are measured; else they hide behind the launches."""
         if self._measured is None:
             return 0.0
-        return s.tokens * values_per_token(self.program) * self._measured.value_ns * 1e-9
+        turns = -(-s.tokens // self._measured.threads)  # tokens are shared out, the values of one are not
+        return turns * values_per_token(self.program) * self._measured.value_ns * 1e-9
 
     def _overhead(self, s: Step) -> float:
         if self._measured is None:
             return len(self.program.ops) * self._efficiency.launch_overhead_us * 1e-6
         stages = unbroken_stages(self.program) if self._native else len(self.program.ops)
-        host = self._measured.step_us + stages * self._measured.stage_us
+        host = self._measured.step_us + s.tokens * self._measured.token_us + stages * self._measured.stage_us
         return host * 1e-6 + s.head * self.program.vocab_size * self._measured.logit_ns * 1e-9
 
 

@@ -36,11 +36,9 @@ float group_scale(const edge_matrix& w, int64_t panel, int64_t lane, int64_t gro
     }
 }
 
-// Code of nibble `i` of a group whose bytes start at q: bytes [half/4 blocks][16][4] (n16k4) or [half][16]
-// (n16).
-int nibble(const uint8_t* q, int64_t lane, int i, int half, bool interleaved) {
-    const int j = i % half;
-    const int64_t at = interleaved ? j / 4 * 64 + lane * 4 + j % 4 : j * kPanel + lane;
+// Code of nibble `i` of a group whose bytes [half][16] start at q.
+int nibble(const uint8_t* q, int64_t lane, int i, int half) {
+    const int64_t at = i % half * kPanel + lane;
     return i < half ? q[at] & 15 : q[at] >> 4;
 }
 
@@ -137,6 +135,7 @@ void sin_cos(double x, double* s, double* c) {
 }  // namespace
 
 void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
+    if (quantizes(w.encoding) && w.encoding != EDGE_ENC_I8) return read_small_codes(w, row, scale, out);
     const int64_t panel = row / kPanel, lane = row % kPanel;
     const int64_t groups = (w.cols + w.group - 1) / w.group, half = w.group / 2;
     const uint8_t* q = static_cast<const uint8_t*>(w.codes);
@@ -166,15 +165,8 @@ void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
             case EDGE_ENC_I8:
                 v = static_cast<float>(q[first + k / 4 * 64 + lane * 4 + k % 4] - 128);
                 break;
-            case EDGE_ENC_U4O8:
-                v = static_cast<float>(nibble(group, lane, i, static_cast<int>(half), true) - 8);
-                break;
-            case EDGE_ENC_U4:
-                v = static_cast<float>(nibble(group, lane, i, static_cast<int>(half), true) -
-                                       w.zero[(panel * groups + g) * kPanel + lane]);
-                break;
             default:
-                v = EDGE_NF4[nibble(group, lane, i, static_cast<int>(half), false)];
+                v = EDGE_NF4[nibble(group, lane, i, static_cast<int>(half))];
                 break;
         }
         out[k] = v * group_scale(w, panel, lane, g, groups) * scale;

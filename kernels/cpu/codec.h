@@ -10,6 +10,9 @@ namespace edge {
 // out[k] = weight[row][k] * scale, from packing n16k4 or n16.
 void read_row(const edge_matrix& weight, int64_t row, float scale, float* out);
 
+// The same where codes are smaller than a byte.
+void read_small_codes(const edge_matrix& weight, int64_t row, float scale, float* out);
+
 bool all_finite(const float* x, int64_t n);
 
 // Encodes x (head_dim, or page_tokens where K is per channel) as row `row` of a cache side, bit for bit as

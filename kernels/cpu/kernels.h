@@ -128,8 +128,43 @@ const Kernels* neon_kernels();
 // f32 values of scratch for one attention item.
 int64_t attention_floats(int heads_per_kv, int head_dim);
 
+// Bits of an item of a plane of codes, 0 for an encoding that is none.
+inline int code_bits(int encoding) {
+    switch (encoding) {
+        case EDGE_ENC_U2:
+        case EDGE_ENC_U2O2:
+        case EDGE_ENC_U2O4:
+            return 2;
+        case EDGE_ENC_U4:
+        case EDGE_ENC_U4O8:
+        case EDGE_ENC_U4O16:
+        case EDGE_ENC_U4O32:
+        case EDGE_ENC_E2M1:
+        case EDGE_ENC_NF4:
+            return 4;
+        case EDGE_ENC_I8:
+        case EDGE_ENC_E4M3:
+        case EDGE_ENC_E5M2:
+            return 8;
+        case EDGE_ENC_F16:
+        case EDGE_ENC_BF16:
+            return 16;
+        case EDGE_ENC_F32:
+            return 32;
+        default:
+            return 0;
+    }
+}
+
+// Whether kernels multiply codes of this encoding with int8 activations.
 inline bool quantizes(int encoding) {
-    return encoding == EDGE_ENC_I8 || encoding == EDGE_ENC_U4O8 || encoding == EDGE_ENC_U4;
+    const int bits = code_bits(encoding);
+    return encoding == EDGE_ENC_I8 || ((bits == 2 || bits == 4) && encoding != EDGE_ENC_NF4);
+}
+
+// Columns that a packed row is padded to a multiple of, see engine/packing.py.
+inline int64_t unit_of(const edge_matrix& w) {
+    return w.group > EDGE_SMALLEST_UNIT ? w.group : EDGE_SMALLEST_UNIT;
 }
 
 }  // namespace edge

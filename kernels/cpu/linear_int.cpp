@@ -1,75 +1,33 @@
-// y = W x for integer weights in packing n16k4 and int8 activations: exact int32 dots inside a group, groups
-// summed in f32 in ascending order by fma. Nothing here depends on how many tokens or panels share a call.
+// y = W x for int8 weights in packing n16k4 and int8 activations (linear_bits.cpp has smaller codes): exact
+// int32 dots inside a group, groups summed in f32 in ascending order by fma. Nothing here depends on how many
+// tokens or panels share a call.
 #include "linear.h"
 
 namespace edge {
 namespace EDGE_ISA {
 namespace {
 
-// Bytes ahead; hides DRAM latency where the hardware prefetcher stops at pages. More tokens spend longer on a
-// byte, but leave less room for loads to run ahead of the sums.
-template <int T>
-constexpr int kPrefetch = T >= 4   ? 4096
-                          : T == 2 ? 2048
-                                   : 1024;
-
-// Panels computed together, so that several sums are in flight and one broadcast of inputs serves them all.
-// Eight tokens have enough of their own: more would not fit the registers.
-template <int T>
-constexpr int kPanels = kRegisters == 32 && T == 4 ? 2 : 1;
-
-template <int kGroup>
-struct Nibbles {
-    static constexpr int kGroupBytes = kGroup / 2 * kPanel;
-
-    // q: the group's codes of the first panel; the next panel's lie `stride` bytes on
-    template <int P, int T>
-    EDGE_INLINE void dot(const uint8_t* q, int64_t stride, const int8_t* a, i32x16 (&sum)[P][T]) {
-        for (int b = 0; b < kGroup / 8; ++b) {
-            u8x64 low[P], high[P];
-            for (int i = 0; i < P; ++i) {
-                const u8x64 w = load_nibbles(q + i * stride + 64 * b);
-                __builtin_prefetch(q + i * stride + 64 * b + kPrefetch<T>);
-                low[i] = low_nibbles(w);
-                high[i] = high_nibbles(w);
-            }
-            for (int t = 0; t < T; ++t) {
-                const int8_t* first = a + 4 * (T * b + t);
-                const int8_t* second = a + 4 * (T * (b + kGroup / 8) + t);
-                for (int i = 0; i < P; ++i) sum[i][t] = dot_nibbles(sum[i][t], low[i], first);
-                for (int i = 0; i < P; ++i) sum[i][t] = dot_nibbles(sum[i][t], high[i], second);
-            }
+// q: the group's codes of the first panel; the next panel's lie `stride` bytes on
+template <int kGroup, int P, int T>
+EDGE_INLINE void dot(const uint8_t* q, int64_t stride, const int8_t* a, i32x16 (&sum)[P][T]) {
+    for (int b = 0; b < kGroup / 4; ++b) {
+        u8x64 w[P];
+        for (int i = 0; i < P; ++i) {
+            w[i] = load_bytes(q + i * stride + 64 * b);
+            __builtin_prefetch(q + i * stride + 64 * b + kPrefetch<T>);
         }
+        for (int t = 0; t < T; ++t)
+            for (int i = 0; i < P; ++i) sum[i][t] = dot_bytes(sum[i][t], w[i], a + 4 * (T * b + t));
     }
-};
+}
 
-template <int kGroup>
-struct Bytes {
-    static constexpr int kGroupBytes = kGroup * kPanel;
-
-    template <int P, int T>
-    EDGE_INLINE void dot(const uint8_t* q, int64_t stride, const int8_t* a, i32x16 (&sum)[P][T]) {
-        for (int b = 0; b < kGroup / 4; ++b) {
-            u8x64 w[P];
-            for (int i = 0; i < P; ++i) {
-                w[i] = load_bytes(q + i * stride + 64 * b);
-                __builtin_prefetch(q + i * stride + 64 * b + kPrefetch<T>);
-            }
-            for (int t = 0; t < T; ++t)
-                for (int i = 0; i < P; ++i) sum[i][t] = dot_bytes(sum[i][t], w[i], a + 4 * (T * b + t));
-        }
-    }
-};
-
-// P panels times T tokens. kZero: codes have a zero point per group and row, else an offset that is in the
-// sums; kRow: scales per row, applied once at the end.
-template <class Codes, int kGroup, bool kZero, bool kRow, int P, int T>
+// P panels times T tokens. kRow: scales per row, applied once at the end.
+template <int kGroup, bool kRow, int P, int T>
 EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
     const int64_t groups = (p.weight->cols + kGroup - 1) / kGroup;
-    const int64_t stride = groups * Codes::kGroupBytes;
+    const int64_t stride = groups * kGroup * kPanel;
     const uint8_t* q = static_cast<const uint8_t*>(p.weight->codes) + panel * stride;
     const char* scale = static_cast<const char*>(p.weight->scale) + panel * kPanel * (kRow ? 4 : 2 * groups);
-    const uint8_t* zero = p.weight->zero + (kZero ? panel * groups * kPanel : 0);
     const int8_t* a = p.codes + token * p.code_stride;
     const float* a_scale = p.scales + token * p.group_stride;
     const int32_t* a_sum = p.sums + token * p.group_stride;
@@ -78,15 +36,9 @@ EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
         for (int t = 0; t < T; ++t) acc[i][t] = zero16();
     for (int64_t g = 0; g < groups; ++g) {
         i32x16 sum[P][T];
-        for (int i = 0; i < P; ++i) {
-            if constexpr (kZero) {
-                const i32x16 z = load_u8(zero + i * groups * kPanel);
-                for (int t = 0; t < T; ++t) sum[i][t] = mul(z, set1(a_sum[t]));
-            } else {
-                for (int t = 0; t < T; ++t) sum[i][t] = set1(a_sum[t]);
-            }
-        }
-        Codes::template dot<P, T>(q, stride, a, sum);
+        for (int i = 0; i < P; ++i)
+            for (int t = 0; t < T; ++t) sum[i][t] = set1(a_sum[t]);
+        dot<kGroup, P, T>(q, stride, a, sum);
         for (int i = 0; i < P; ++i) {
             if constexpr (kRow) {
                 for (int t = 0; t < T; ++t) acc[i][t] = fma(to_f32(sum[i][t]), set1(a_scale[t]), acc[i][t]);
@@ -98,8 +50,7 @@ EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
                     acc[i][t] = fma(to_f32(sum[i][t]), mul(set1(a_scale[t]), s), acc[i][t]);
             }
         }
-        q += Codes::kGroupBytes;
-        zero += kZero ? kPanel : 0;
+        q += kGroup * kPanel;
         scale += kRow ? 0 : 2 * kPanel;
         a += kGroup * T;
         a_scale += T;
@@ -114,53 +65,41 @@ EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
     }
 }
 
-template <class Codes, int kGroup, bool kZero, bool kRow, int T>
+template <int kGroup, bool kRow, int T>
 void panels(const LinearArgs& p, int64_t begin, int64_t end, int64_t token) {
     constexpr int P = kPanels<T>;
     int64_t panel = begin;
-    for (; panel + P <= end; panel += P) block<Codes, kGroup, kZero, kRow, P, T>(p, panel, token);
+    for (; panel + P <= end; panel += P) block<kGroup, kRow, P, T>(p, panel, token);
     if constexpr (P > 1)
-        for (; panel < end; ++panel) block<Codes, kGroup, kZero, kRow, 1, T>(p, panel, token);
+        for (; panel < end; ++panel) block<kGroup, kRow, 1, T>(p, panel, token);
 }
 
-template <class Codes, int kGroup, bool kZero, bool kRow>
+template <int kGroup, bool kRow>
 void linear(const LinearArgs& p, int64_t begin, int64_t end) {
-    int64_t t = 0;
-    for (; t + kTokenBlock <= p.tokens; t += kTokenBlock)
-        panels<Codes, kGroup, kZero, kRow, kTokenBlock>(p, begin, end, t);
-    if (kTokenBlock > 4 && t + 4 <= p.tokens) {
-        panels<Codes, kGroup, kZero, kRow, 4>(p, begin, end, t);
-        t += 4;
-    }
-    if (t + 2 <= p.tokens) {
-        panels<Codes, kGroup, kZero, kRow, 2>(p, begin, end, t);
-        t += 2;
-    }
-    if (t < p.tokens) panels<Codes, kGroup, kZero, kRow, 1>(p, begin, end, t);
-}
-
-template <int kGroup>
-LinearKernel grouped(int encoding) {
-    switch (encoding) {
-        case EDGE_ENC_U4O8:
-            return linear<Nibbles<kGroup>, kGroup, false, false>;
-        case EDGE_ENC_U4:
-            return linear<Nibbles<kGroup>, kGroup, true, false>;
-        case EDGE_ENC_I8:
-            return linear<Bytes<kGroup>, kGroup, false, false>;
-        default:
-            return nullptr;
-    }
+    for_token_blocks(p.tokens, [&](auto tokens, int64_t token) {
+        panels<kGroup, kRow, decltype(tokens)::value>(p, begin, end, token);
+    });
 }
 
 }  // namespace
 
 int32_t code_offset(int encoding) {
     switch (encoding) {
+        case EDGE_ENC_U2:
+        case EDGE_ENC_U4:
+            return 1;  // times the zero point or minimum
+        case EDGE_ENC_U2O2:
+            return 2;
+        case EDGE_ENC_U2O4:
+            return 4;
         case EDGE_ENC_U4O8:
             return 8;
-        case EDGE_ENC_U4:
-            return 1;  // times the zero point
+        case EDGE_ENC_U4O16:
+            return 16;
+        case EDGE_ENC_U4O32:
+            return 32;
+        case EDGE_ENC_E2M1:
+            return 12;  // linear_bits.cpp looks codes up as 12 more than their doubled values
         case EDGE_ENC_I8:
             return kByteOffset;
         default:
@@ -168,18 +107,17 @@ int32_t code_offset(int encoding) {
     }
 }
 
-LinearKernel int_kernel(const edge_matrix& w) {
-    if ((w.encoding == EDGE_ENC_U4) != (w.zero != nullptr)) return nullptr;
-    if (w.scale_per == EDGE_SCALE_ROW && w.encoding == EDGE_ENC_I8 && w.group == 64)
-        return linear<Bytes<64>, 64, false, true>;
+LinearKernel byte_kernel(const edge_matrix& w) {
+    if (w.encoding != EDGE_ENC_I8) return nullptr;
+    if (w.scale_per == EDGE_SCALE_ROW && w.group == 64) return linear<64, true>;
     if (w.scale_per != EDGE_SCALE_GROUP) return nullptr;
     switch (w.group) {
         case 32:
-            return grouped<32>(w.encoding);
+            return linear<32, false>;
         case 64:
-            return grouped<64>(w.encoding);
+            return linear<64, false>;
         case 128:
-            return grouped<128>(w.encoding);
+            return linear<128, false>;
         default:
             return nullptr;
     }

@@ -25,20 +25,7 @@ bool shares_input(const edge_op& a, const edge_op& b) {
 }
 
 int64_t panel_bytes(const edge_matrix& w) {
-    const int64_t items = padded_cols(w) * kPanel;
-    switch (w.encoding) {
-        case EDGE_ENC_F32:
-            return items * 4;
-        case EDGE_ENC_F16:
-        case EDGE_ENC_BF16:
-            return items * 2;
-        case EDGE_ENC_U4O8:
-        case EDGE_ENC_U4:
-        case EDGE_ENC_NF4:
-            return items / 2;
-        default:
-            return items;
-    }
+    return padded_cols(w) * kPanel * (code_bits(w.encoding) + w.high_bits) / 8;
 }
 
 // The bytes of a buffer for all tokens of the largest step.
@@ -86,7 +73,7 @@ void push_linear(std::vector<Stage>* stages, const edge_op* begin, const edge_op
 
 }  // namespace
 
-int64_t padded_cols(const edge_matrix& w) { return (w.cols + w.group - 1) / w.group * w.group; }
+int64_t padded_cols(const edge_matrix& w) { return (w.cols + unit_of(w) - 1) / unit_of(w) * unit_of(w); }
 
 std::vector<Stage> compile(const edge_program& program, const std::vector<edge_op>& ops,
                            const std::vector<edge_op>& tables, const Kernels& kernels) {

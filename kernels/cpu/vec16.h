@@ -8,6 +8,14 @@
 
 #define EDGE_INLINE static inline __attribute__((always_inline))
 
+// Of the larger steps of a kernel: plain C++ has no registers to keep their values in, and would take minutes
+// to compile them inlined everywhere.
+#if defined(EDGE_VEC_SCALAR)
+#define EDGE_STEP static __attribute__((noinline))
+#else
+#define EDGE_STEP EDGE_INLINE
+#endif
+
 #if defined(EDGE_VEC_AVX512)
 #include "vec16_avx512.h"
 #elif defined(EDGE_VEC_AVX2)

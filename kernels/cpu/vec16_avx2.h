@@ -128,17 +128,27 @@ EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
 }
 
 constexpr int32_t kByteOffset = 0;  // what load_bytes leaves in each code: it makes them signed
-EDGE_INLINE u8x64 load_nibbles(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
+EDGE_INLINE u8x64 load_codes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {
     const __m256i flip = _mm256_set1_epi8(-128);
     return {_mm256_xor_si256(load256(p), flip), _mm256_xor_si256(load256(p + 32), flip)};
 }
-EDGE_INLINE u8x64 low_nibbles(u8x64 x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+EDGE_INLINE u8x64 bit_and(u8x64 x, int mask) {
+    const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
-EDGE_INLINE u8x64 high_nibbles(u8x64 x) {
-    return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)});
+EDGE_INLINE u8x64 bit_or(u8x64 x, u8x64 y) { return EDGE_PAIRS(_mm256_or_si256); }
+// to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
+template <int kBits>
+EDGE_INLINE u8x64 shift_bytes(u8x64 x) {
+    if constexpr (kBits == 0) return x;
+    if constexpr (kBits > 0) return EDGE_HALVES(_mm256_slli_epi16, kBits);
+    return EDGE_HALVES(_mm256_srli_epi16, kBits < 0 ? -kBits : 0);
+}
+// table[x], x below 16
+EDGE_INLINE u8x64 look_up(u8x64 x, const uint8_t* table) {
+    const __m256i t = _mm256_broadcastsi128_si256(load128(table));
+    return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
 }
 EDGE_INLINE __m256i four_inputs(const int8_t* a) {
     int32_t four;
@@ -148,8 +158,8 @@ EDGE_INLINE __m256i four_inputs(const int8_t* a) {
 EDGE_INLINE __m256i add_pairs(__m256i sum, __m256i products) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
-// sum[row] += codes[row][0..3] . a[0..3], exact: 2 * 15 * 127 stays below 2^15
-EDGE_INLINE i32x16 dot_nibbles(i32x16 sum, u8x64 w, const int8_t* a) {
+// sum[row] += codes[row][0..3] . a[0..3] of codes below 128, exact: 2 * 127 * 127 stays below 2^15
+EDGE_INLINE i32x16 dot_codes(i32x16 sum, u8x64 w, const int8_t* a) {
     const __m256i four = four_inputs(a);
     return {add_pairs(sum.a, _mm256_maddubs_epi16(w.a, four)),
             add_pairs(sum.b, _mm256_maddubs_epi16(w.b, four))};

@@ -99,18 +99,30 @@ EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
 
 constexpr int32_t kByteOffset = 128;  // what load_bytes leaves in each code
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-EDGE_INLINE u8x64 load_nibbles(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-EDGE_INLINE u8x64 low_nibbles(u8x64 w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
-EDGE_INLINE u8x64 high_nibbles(u8x64 w) {
-    return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))};
+EDGE_INLINE u8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+EDGE_INLINE u8x64 bit_and(u8x64 w, int mask) {
+    return {_mm512_and_si512(w.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) { return {_mm512_or_si512(w.v, y.v)}; }
+// to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
+template <int kBits>
+EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
+    if constexpr (kBits == 0) return w;
+    if constexpr (kBits > 0) return {_mm512_slli_epi16(w.v, kBits)};
+    return {_mm512_srli_epi16(w.v, kBits < 0 ? -kBits : 0)};
+}
+// table[w], w below 16
+EDGE_INLINE u8x64 look_up(u8x64 w, const uint8_t* table) {
+    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), w.v)};
 }
 // sum[row] += codes[row][0..3] . a[0..3], exact
-EDGE_INLINE i32x16 dot_nibbles(i32x16 sum, u8x64 w, const int8_t* a) {
+EDGE_INLINE i32x16 dot_codes(i32x16 sum, u8x64 w, const int8_t* a) {
     int32_t four;
     std::memcpy(&four, a, 4);
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(four))};
 }
-EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_nibbles(sum, w, a); }
+EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_codes(sum, w, a); }
 
 // Fixed tree of all horizontal sums: lane i + lane i+8, then +4, +2, +1.
 EDGE_INLINE float sum_lanes(f32x16 a) {

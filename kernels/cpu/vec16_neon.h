@@ -142,20 +142,36 @@ EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
 }
 
 constexpr int32_t kByteOffset = 0;  // what load_bytes leaves in each code: it makes them signed
-EDGE_INLINE u8x64 load_nibbles(const uint8_t* p) { EDGE_QUARTERS(u8x64, vld1q_u8(p + 16 * i)); }
+EDGE_INLINE u8x64 load_codes(const uint8_t* p) { EDGE_QUARTERS(u8x64, vld1q_u8(p + 16 * i)); }
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {
     EDGE_QUARTERS(u8x64, veorq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(0x80)));
 }
-EDGE_INLINE u8x64 low_nibbles(u8x64 w) { EDGE_QUARTERS(u8x64, vandq_u8(w.v[i], vdupq_n_u8(15))); }
-EDGE_INLINE u8x64 high_nibbles(u8x64 w) { EDGE_QUARTERS(u8x64, vshrq_n_u8(w.v[i], 4)); }
-// sum[row] += codes[row][0..3] . a[0..3], exact; nibbles are as well signed bytes
-EDGE_INLINE i32x16 dot_nibbles(i32x16 sum, u8x64 w, const int8_t* a) {
+EDGE_INLINE u8x64 bit_and(u8x64 w, int mask) {
+    EDGE_QUARTERS(u8x64, vandq_u8(w.v[i], vdupq_n_u8(static_cast<uint8_t>(mask))));
+}
+EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) { EDGE_QUARTERS(u8x64, vorrq_u8(w.v[i], y.v[i])); }
+// to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
+template <int kBits>
+EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
+    if constexpr (kBits == 0) return w;
+    if constexpr (kBits > 0) {
+        EDGE_QUARTERS(u8x64, vshlq_n_u8(w.v[i], kBits));
+    }
+    EDGE_QUARTERS(u8x64, vshrq_n_u8(w.v[i], kBits < 0 ? -kBits : 1));
+}
+// table[w], w below 16
+EDGE_INLINE u8x64 look_up(u8x64 w, const uint8_t* table) {
+    const uint8x16_t t = vld1q_u8(table);
+    EDGE_QUARTERS(u8x64, vqtbl1q_u8(t, w.v[i]));
+}
+// sum[row] += codes[row][0..3] . a[0..3], exact; codes below 128 are as well signed bytes
+EDGE_INLINE i32x16 dot_codes(i32x16 sum, u8x64 w, const int8_t* a) {
     int32_t four;
     std::memcpy(&four, a, 4);
     const int8x16_t inputs = vreinterpretq_s8_s32(vdupq_n_s32(four));
     EDGE_QUARTERS(i32x16, vdotq_s32(sum.v[i], vreinterpretq_s8_u8(w.v[i]), inputs));
 }
-EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_nibbles(sum, w, a); }
+EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_codes(sum, w, a); }
 
 // Fixed tree of all horizontal sums: lane i + lane i+8, then +4, +2, +1.
 EDGE_INLINE float32x4_t quarter(f32x16 a) {

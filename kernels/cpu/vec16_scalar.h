@@ -105,22 +105,33 @@ EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {
     std::memcpy(r.v, p, 64);
     return r;
 }
-EDGE_INLINE u8x64 load_nibbles(const uint8_t* p) { return load_bytes(p); }
-EDGE_INLINE u8x64 low_nibbles(u8x64 w) {
-    for (uint8_t& b : w.v) b &= 15;
+EDGE_INLINE u8x64 load_codes(const uint8_t* p) { return load_bytes(p); }
+EDGE_INLINE u8x64 bit_and(u8x64 w, int mask) {
+    for (uint8_t& b : w.v) b = static_cast<uint8_t>(b & mask);
     return w;
 }
-EDGE_INLINE u8x64 high_nibbles(u8x64 w) {
-    for (uint8_t& b : w.v) b = static_cast<uint8_t>(b >> 4);
+EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) {
+    for (int i = 0; i < 64; ++i) w.v[i] |= y.v[i];
+    return w;
+}
+// to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
+template <int kBits>
+EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
+    for (uint8_t& b : w.v) b = static_cast<uint8_t>(kBits > 0 ? b << (kBits & 7) : b >> (-kBits & 7));
+    return w;
+}
+// table[w], w below 16
+EDGE_INLINE u8x64 look_up(u8x64 w, const uint8_t* table) {
+    for (uint8_t& b : w.v) b = table[b];
     return w;
 }
 // sum[row] += codes[row][0..3] . a[0..3], exact
-EDGE_INLINE i32x16 dot_nibbles(i32x16 sum, u8x64 w, const int8_t* a) {
+EDGE_INLINE i32x16 dot_codes(i32x16 sum, u8x64 w, const int8_t* a) {
     for (int i = 0; i < 16; ++i)
         for (int j = 0; j < 4; ++j) sum.v[i] += static_cast<int32_t>(w.v[4 * i + j]) * a[j];
     return sum;
 }
-EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_nibbles(sum, w, a); }
+EDGE_INLINE i32x16 dot_bytes(i32x16 sum, u8x64 w, const int8_t* a) { return dot_codes(sum, w, a); }
 
 // Fixed tree of all horizontal sums: lane i + lane i+8, then +4, +2, +1.
 EDGE_INLINE float sum_lanes(f32x16 a) {

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 6 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 7 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Row and tensor scales are f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -61,20 +61,23 @@ enum edge_status {
     EDGE_NOT_HELD = 14, /* the page that a run continues is not in its slot */
 };
 
-/* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for I8/U4O8/U4, n16 for the others). */
+/* A packed matrix, see edge_runtime/engine/packing.py (n16k4 for integer codes, n16 for the others). */
 typedef struct edge_matrix {
     const void* codes;
     const void* scale;
     const uint8_t* zero;
     int64_t rows, cols;
-    int32_t encoding, scale_per; /* EDGE_ENC_*, EDGE_SCALE_* */
-    int32_t group,
-        scale_encoding;   /* columns are padded to whole groups; EDGE_ENC_* of the scales of groups */
-    const float* second;  /* scales of EDGE_DYNAMIC8 scales, one for EDGE_SECOND columns of a row */
-    const float* offset;  /* what is added to their product, one for all */
-    const void* outlier;  /* f16 columns [panel][outliers][16 rows] that the codes leave out, or NULL */
-    const int32_t* index; /* (outliers) their numbers, ascending, then -1 for none */
-    int64_t outliers;
+    int32_t encoding, scale_per; /* EDGE_ENC_* of the codes' lower bits, EDGE_SCALE_* */
+    int32_t group, high_bits;    /* columns are padded to whole groups, and to 32 */
+    const void* high;            /* higher bits of the codes, high_bits each; NULL when codes has all */
+    const void* min;             /* minima of the groups */
+    const void* super;     /* f16 of every EDGE_SUPER columns; with E4M3 scales one f32 for the tensor */
+    const void* super_min; /* f16 of every EDGE_SUPER columns */
+    const float* second;   /* with DYNAMIC8 scales: what multiplies them, one of every EDGE_SECOND columns */
+    const float* offset;   /* and what is then added, one for the tensor */
+    const void* outlier;   /* f16 columns [panel][outliers][16 rows] that the codes leave out, or NULL */
+    const int32_t* index;  /* (outliers) their numbers, ascending, then -1 for none */
+    int32_t outliers, scale_encoding; /* EDGE_ENC_* of the scales of groups */
 } edge_matrix;
 
 /* One side (k or v) of a cache slot; a row is one (page, kv head, token) of head_dim values, or per channel

@@ -23,7 +23,9 @@ from cpu_programs import (
 from edge_runtime.backends.cpu import BACKEND
 from edge_runtime.backends.protocol import PackedTensor
 from edge_runtime.backends.reference import BACKEND as REFERENCE
-from edge_runtime.engine.formats import FORMATS, get_format
+from edge_runtime.engine import packing
+from edge_runtime.engine.formats import FORMATS, Format, codes, get_format
+from edge_runtime.engine.formats.microscaling import E2M1_VALUES
 from edge_runtime.engine.kv import KV_FORMATS
 from edge_runtime.engine.ops import Activation, AnyOp, Embed, Logits, Norm
 from edge_runtime.engine.program import Program, TensorSpec
@@ -92,32 +94,50 @@ def fma(a: float, b: float, c: float) -> np.float32:
     return min(around, key=lambda v: (abs(Fraction(float(v)) - exact), int(v.view(np.int32)) & 1))
 
 
+def whole_numbers(fmt: Format, planes: dict[str, Array], cols: int) -> Array:
+    """Codes as the whole numbers that the contract multiplies with those of the activations: (rows, cols)."""
+    u = codes.split(fmt.codes, planes, cols).astype(np.float64)
+    if fmt.codes[0].encoding == "e2m1":
+        return 2.0 * E2M1_VALUES[u.astype(int)]
+    if "zero" in planes:
+        return u - np.repeat(planes["zero"].astype(np.float64), fmt.group or cols, axis=1)[:, :cols]
+    if fmt.codes[0].encoding == "i8" or fmt.plane("min") or fmt.plane("scale_min"):
+        return u
+    assert fmt.levels is not None
+    return u + float(fmt.levels[0])
+
+
+@pytest.mark.parametrize("simd", SIMD)
 @pytest.mark.parametrize("name", INTEGER)
-def test_integer_linear_is_the_contract_to_the_bit(name: str) -> None:
+def test_integer_linear_is_the_contract_to_the_bit(name: str, simd: str) -> None:
+    """Groups in ascending order: y = fma(dot, a * s, y), and where values have a minimum -m also
+    y = fma(-sum of the activations' codes, a * m, y)."""
     rng = np.random.default_rng(2)
     rows, cols = 18, 150
     w = packed(rng.standard_normal((rows, cols), dtype=np.float32), name)
     x = rng.standard_normal((2, cols), dtype=np.float32)
-    got = run(linear_part(w, x, None), step((0, 0, np.arange(2))))
+    got = run(linear_part(w, x, None), step((0, 0, np.arange(2))), simd=simd)
     fmt = get_format(name)
+    assert fmt.affine is not None
     group = fmt.group or 64
     apart = outliers(w)
-    codes, scale = quantized(np.where(np.isin(np.arange(cols), apart), 0, x), group)
-    # whole-number weights: decode with all scales 1
-    from edge_runtime.engine import packing
-
+    a, scale = quantized(np.where(np.isin(np.arange(cols), apart), 0, x), group)
     planes = packing.unpack(name, w.packing, w.planes, rows, cols)
-    units = fmt.decode({**planes, "scale": np.ones_like(planes["scale"])}, rows, cols)
     full = np.zeros((rows, scale.shape[1] * group))
-    full[:, :cols] = units
-    dots = np.einsum("tgi,rgi->trg", codes.astype(np.float64), full.reshape(rows, -1, group))
-    w_scale = planes["scale"].astype(np.float32)
+    full[:, :cols] = whole_numbers(fmt, planes, cols)
+    dots = np.einsum("tgi,rgi->trg", a.astype(np.float64), full.reshape(rows, -1, group))
+    w_scale, shift = fmt.affine(planes)
+    if fmt.codes[0].encoding == "e2m1":
+        w_scale = w_scale / np.float32(2)  # of doubled codes
+    minima = fmt.plane("min") or fmt.plane("scale_min")
     for t in range(2):
         for r in range(rows):
             acc = np.float32(0)
             for g in range(scale.shape[1]):
                 factor = scale[t, g] if fmt.group is None else scale[t, g] * w_scale[r, g]
                 acc = fma(dots[t, r, g], factor, acc)
+                if minima:
+                    acc = fma(-a[t, g].sum(), scale[t, g] * -shift[r, g], acc)
             want = acc if fmt.group is not None else acc * w_scale[r, 0]
             for slot, column in enumerate(apart.tolist()):
                 want = fma(planes["outlier"][r, slot], x[t, column], want)

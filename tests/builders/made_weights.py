@@ -14,7 +14,7 @@ from edge_runtime.engine.program import Program
 
 
 class MadeWeights:
-    """`builders.weights.SourceWeights` of arrays in memory."""
+    """`builders.weights.Weights` of arrays in memory."""
 
     def __init__(self, program: Program, tensors: dict[str, Array]) -> None:
         self.program, self.tensors = program, tensors

@@ -209,7 +209,7 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "examples:" in out and "exit codes:" in out
-    from builders.cli import _EXAMPLES, make_parser
+    from builders.arguments import _EXAMPLES, make_parser
 
     for line in _EXAMPLES:
         make_parser().parse_args(line.split()[1:])

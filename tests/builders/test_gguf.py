@@ -13,6 +13,7 @@ from hf_folders import llama_config, llama_shapes
 from test_imported_engines import answers, build_kept
 from tokenizers import Tokenizer
 
+from builders.planner import DEFAULT
 from builders.sources import open_source, read_config, read_vocabulary
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.engine.file import read_engine
@@ -79,7 +80,8 @@ def test_an_engine_holds_the_values_and_answers(
     case: tuple[str, Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
     kind, path, values = case
-    report = build_kept(path, tmp_path / "m.edge")
+    floats = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # not quantized: the format is asked for
+    report = build_kept(path, tmp_path / "m.edge", floats.get(kind, DEFAULT))
     quality = report.manifest.quality
     assert quality is not None and quality.sqnr_db == {}
     assert set(report.manifest.provenance.source_sha256) == {"small.gguf"}

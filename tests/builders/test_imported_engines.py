@@ -10,20 +10,17 @@ import pytest
 from import_cases import CASES, WIDE, saver
 from quantized_folders import Values, write_quantized
 
-from builders.parts import Extras, open_contents
 from builders.pipeline import Options, Report, build
-from builders.planner import KEEP, Request
+from builders.planner import DEFAULT, Request
 from edge_runtime import open_engine
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.engine.file import read_engine
 from edge_runtime.errors import Unsupported
 
 
-def build_kept(model: Path, target: Path, **changes: Any) -> Report:
-    """A build that keeps what the checkpoint has, the head in f32, so that nothing in it is rounded."""
-    with open_contents(model, Extras(), None) as contents:
-        kept, _ = contents.target.weights.kept()
-    request = Request(weights=KEEP, kept=kept, head_weights="f32", sequences=1, **changes)
+def build_kept(model: Path, target: Path, weights: str = DEFAULT) -> Report:
+    """A build as nobody asked otherwise, but the head in f32, so that nothing in it is rounded."""
+    request = Request(weights=weights, head_weights="f32", sequences=1)
     return build(Options(model, target, "cpu", request, text_tokens=64))
 
 

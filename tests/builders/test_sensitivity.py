@@ -140,7 +140,8 @@ def test_hessian_losses_are_the_relative_traces(toy: Checkpoint, tmp_path: Path)
 
 
 def test_kl_is_quadratic_in_a_small_change_so_errors_scale_it(real_model: Path, tmp_path: Path) -> None:
-    """Formats that are not run: within a factor of two of what running them gives, and in sum within 25%."""
+    """Formats from 3 to 8 bits that are not run: 8 of 10 tensors within a factor of two of what running them
+    gives, half of all within 20%, and their sum within 25%."""
     with open_contents(real_model, Extras(), None) as contents:
         target = contents.target
         corpus = make_corpus(target, SELF, CorpusOptions(samples=4, length=64))
@@ -152,15 +153,15 @@ def test_kl_is_quadratic_in_a_small_change_so_errors_scale_it(real_model: Path, 
             errors = measure_sensitivity(
                 target.weights, calibration, corpus, formats, SensitivityOptions(unit="hessian")
             )
-    for fmt in ("int4_g64", "int6_g64", "int8_row"):
+    for fmt in ("int3_g64", "int4_g64", "int6_g64", "int8_row"):
         pairs = [
             (scaled(fmt, errors.losses[name], {"int5_g64": losses["int5_g64"]}), losses[fmt])
             for name, losses in run.losses.items()
         ]
         ratios = np.array([a / b for a, b in pairs])
-        assert 0.5 < np.median(ratios) < 2.0
-        assert np.quantile(ratios, 0.1) > 0.4 and np.quantile(ratios, 0.9) < 2.5, (fmt, sorted(ratios))
-        assert sum(a for a, _ in pairs) == pytest.approx(sum(b for _, b in pairs), rel=0.4), fmt
+        assert 0.8 < np.median(ratios) < 1.25, fmt
+        assert np.quantile(ratios, 0.1) > 0.5 and np.quantile(ratios, 0.9) < 2.0, fmt
+        assert sum(a for a, _ in pairs) == pytest.approx(sum(b for _, b in pairs), rel=0.25), fmt
 
 
 def test_losses_add_up_over_tensors(real_model: Path, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_losses_add_up_over_tensors(real_model: Path, tmp_path: Path) -> None:
             )
         changed = {name: rounded(target, name, "int4_g64") for name in found.losses}
         want = divergence(logits(target, corpus.windows, {}), logits(target, corpus.windows, changed))
-    assert sum(losses["int4_g64"] for losses in found.losses.values()) == pytest.approx(want, rel=0.35)
+    assert sum(losses["int4_g64"] for losses in found.losses.values()) == pytest.approx(want, rel=0.25)
 
 
 def test_a_killed_measurement_asks_for_no_figure_twice(

@@ -16,7 +16,8 @@ from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program, TensorSpec
 
 torch = pytest.importorskip("torch")
-TorchProgram = pytest.importorskip("builders.torch_program").TorchProgram
+torch_program = pytest.importorskip("builders.torch_program")
+Past, TorchProgram = torch_program.Past, torch_program.TorchProgram
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -82,6 +83,25 @@ def test_segments_in_turn_are_the_program() -> None:
             kept = buffers
     assert torch.equal(whole, kept["normed"])
     assert all(len(s.reads) == 1 for s in cut(program)[1:])  # only the residual stream is carried on
+
+
+PIECES = ("untied-gqa", "window", "tight-caps", "pattern-cap", "multipliers", "partial", "no-rope")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in PIECES and c.context is None], ids=str)
+def test_a_text_read_piece_by_piece_is_the_whole_text(case) -> None:
+    config = {"model_type": case.model_type, **SMALL, **case.config}
+    program = read_program(config).program
+    weights = _random_weights(config, None)
+    tokens = torch.from_numpy(np.random.default_rng(4).integers(3, VOCAB, (2, 20)))
+    run = TorchProgram(program, lambda name: torch.from_numpy(weights[name]))
+    past = Past(20)
+    with torch.no_grad():
+        whole = run.hidden(tokens)
+        pieces = [run.hidden(piece, past=past) for piece in tokens.split([7, 1, 1, 11], dim=1)]
+    assert past.tokens == 20
+    found = torch.cat(pieces, dim=1)
+    assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 def test_linears_that_read_the_same_values_are_one_group() -> None:

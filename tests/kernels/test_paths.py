@@ -12,8 +12,27 @@ import pytest
 from edge_runtime.engine.formats.c_header import c_header
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("edge_cpu", "executor", "stages", "batch", "open_pages", "adapters", "codec", "pool", "absent")
-KERNELS = ("rows", "attention", "linear_int", "linear_float", "linear_outlier", "low_rank")
+SOURCES = (
+    "edge_cpu",
+    "executor",
+    "stages",
+    "batch",
+    "open_pages",
+    "adapters",
+    "codec",
+    "small_codes",
+    "pool",
+    "absent",
+)
+KERNELS = (
+    "rows",
+    "attention",
+    "linear_int",
+    "linear_bits",
+    "linear_outlier",
+    "linear_float",
+    "low_rank",
+)
 BASE = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno")
 PATHS = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)}
 

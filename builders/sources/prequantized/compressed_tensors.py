@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.model_config import ModelConfig
+from builders.sources.floats4 import Floats4
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
 from builders.sources.prequantized.act_order import read_order
@@ -179,5 +180,20 @@ def _zero(module: Module, shape: tuple[int, ...], bits: int) -> Array:
     return np.broadcast_to(shifted.reshape(-1, shape[1] if raw.size > 1 else 1), shape).astype(np.int16)
 
 
-def _fp4(module: Module) -> Matrix:
-    raise Unsupported(f"tensor {module.key('weight_packed')!r} holds FP4 codes, which are not read yet")
+def _fp4(module: Module) -> Floats4:
+    rows, half = module.shape("weight_packed", 2, "U8")
+    shape = rows, 2 * half
+    nv = module.has("weight_global_scale")
+    size = module.shape("weight_scale", 2, *(("F8_E4M3",) if nv else ("U8", "F8_E8M0")))
+    module.expect("weight_scale", size, (rows, 2 * half // (16 if nv else 32)))
+    scale, shared = module.raw("weight_scale"), None
+    if nv:
+        count = module.shards.entry(module.key("weight_global_scale")).shape
+        module.shape("weight_global_scale", len(count), "F32")
+        found = module.scales("weight_global_scale")
+        if found.size != 1 or not found.reshape(-1)[0] > 0:
+            raise BadCheckpoint(f"tensor {module.key('weight_global_scale')!r} is not one number above 0")
+        shared = float(found.reshape(-1)[0])
+    if ((scale & (0x7F if nv else 0xFF)) == (0x7F if nv else 0xFF)).any():
+        raise BadCheckpoint(f"tensor {module.key('weight_scale')!r} holds NaN; the checkpoint is damaged")
+    return Floats4(shape, scale=scale, shared=shared, read=lambda: module.raw("weight_packed"))

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, Format, abi_hash
+from edge_runtime.engine.formats.kquant import SUPER
 from edge_runtime.engine.formats.nf4 import NF4
 from edge_runtime.engine.formats.nf4_double import DYNAMIC, SECOND
 from edge_runtime.engine.kv import K_FORMATS, OPEN_PAGES, PAGE_TOKENS, per_channel
-from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, cpu_packing, unit_of
+from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, SMALLEST_UNIT, cpu_packing, unit_of
 
 _STRUCT = """\
 /* `group`: weights that share a scale, 0 when none do. `scale_per`: EDGE_PER_NONE, EDGE_PER_ROW,
@@ -61,6 +62,8 @@ def c_header() -> str:
         f"#define EDGE_PANEL_ROWS {PANEL}",
         f"#define EDGE_LANE_INPUTS {LANE}",
         f"#define EDGE_DEFAULT_GROUP {DEFAULT_GROUP}",
+        f"#define EDGE_SMALLEST_UNIT {SMALLEST_UNIT}",
+        f"#define EDGE_SUPER {SUPER}",
         "#define EDGE_PER_NONE 0",
         "#define EDGE_PER_ROW (-1)",
         "#define EDGE_PER_TENSOR (-2)",
