@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ MODELS = {
     "stories260K": SHARED / "stories260K",
     "llama2xs": SHARED / "llama2xs",
 }
-MOST_NEW_TOKENS = 200
 
 
 def present() -> dict[str, Path]:
@@ -37,14 +35,6 @@ def chats(work: Path, count: int, *, held_out: bool) -> Path:
 def task(work: Path, commands: int) -> Path:
     """The first held-out commands as a task file: the answer must be the same JSON."""
     target = work / f"plans-{commands}.jsonl"
-    lines = (PLANNER / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:commands]
-    with target.open("w", encoding="utf-8") as file:
-        for case in map(json.loads, lines):
-            row = {
-                "messages": [{"role": "user", "content": case["prompt"]}],
-                "expected": json.loads(case["expected"]),
-                "scoring": "json",
-                "max_tokens": MOST_NEW_TOKENS,
-            }
-            file.write(json.dumps(row) + "\n")
+    command = [sys.executable, "task.py", "-o", str(target.resolve()), "--limit", str(commands)]
+    subprocess.run(command, cwd=PLANNER, check=True)
     return target
