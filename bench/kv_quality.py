@@ -26,7 +26,8 @@ from machine import processor
 from builders.archs import read_program
 from builders.cli import main as edge_build
 from builders.comparison import compare, logits
-from builders.evaluate import EvaluationText, hidden_states, read_text
+from builders.evaluate import EvaluationText, read_text
+from builders.hidden import hidden_states
 from builders.sources import open_source, read_vocabulary
 from builders.weights import CheckpointWeights
 from edge_runtime import Session, open_engine
@@ -127,7 +128,7 @@ def _logits(weights: HalfWeights, kv: KvPlan, text: EvaluationText) -> Array:
     """Logits of every predicted token, f32 (tokens, vocab): the models here have small vocabularies."""
     op = weights.program.ops[-1]
     assert isinstance(op, Logits)
-    return logits(op, hidden_states(weights, kv, text), weights(op.weight), None)
+    return logits(op, hidden_states(weights, kv, text.windows), weights(op.weight), None)
 
 
 def chats(session: Session, cases: list[Example], tokens: int) -> Measured:

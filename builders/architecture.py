@@ -14,13 +14,15 @@ class TensorSource:
     """One tensor of a Program: checkpoint tensor `key`, or `constant` computed at build time (key is "").
 
     rows: a slice [start, stop) of the checkpoint tensor's rows (fused projections). offset: added to every
-    value (Gemma stores norm weights as w - 1).
+    value (Gemma stores norm weights as w - 1). columns: the checkpoint's column of each column, where
+    they are in another order (act-order of GPTQ).
     """
 
     key: str
     rows: tuple[int, int] | None = None
     offset: float = 0.0
     constant: Array | None = None
+    columns: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,183 +5,126 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from builders import fitting, planner, report
-from builders.evaluate import native_backend
+from builders import fitting, fleet, planner, report
+from builders.arguments import make_parser
+from builders.budgets import parse_bytes, parse_formats
+from builders.calibrating import CalibrationRequest
+from builders.corpus import CorpusOptions
+from builders.explain import explain
+from builders.explanation_text import explanation_text
+from builders.fleet_file import read_fleet
+from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_architecture, read_companions
 from builders.pipeline import Options, build
+from builders.plan_picture import check_picture, draw_plan
 from builders.prefix import read_prefix, write_prefix
-from builders.quantize import algorithms
+from builders.runner import native_backend
+from builders.sensitivity import read_sensitivity
 from builders.sources import model_name, read_config
-from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, run_command
-from edge_runtime.engine.formats import FORMATS
-from edge_runtime.engine.kv import K_FORMATS, kv_pair
-from edge_runtime.engine.plan import DRAFT_LENGTH
+from edge_runtime.cli.output import Answer, profiles_answer, progress, run_command
+from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BackendUnavailable, BadConfig
 
-_EXAMPLES = (
-    "edge-build --profile orin-nano-8gb --weights int4_g64 --kv int8 path/to/model",
-    "edge-build --profile auto --weights auto -o planner.edge path/to/model",
-    "edge-build --profile orin --draft path/to/small --lora tidy=path/to/peft path/to/model",
-    "edge-build --dry-run --profile orin-nano-8gb --context 8192 path/to/config.json",
-    "edge-build --profile orin-agx-64gb --power-mode 30W --eval notes.txt --json path/to/model",
-    "edge-build --profiles",
+_UNRECORDED = (
+    *("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot"),
+    *("matrix", "jobs", "ray", "calibration_folder"),
 )
-_UNRECORDED = ("model", "output", "json", "force", "profiles", "dry_run", "keep_json")
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        "edge-build", "Turn a Hugging Face model folder into one engine file for one device.", _EXAMPLES
-    )
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="model folder; with --dry-run also a config.json")
-    add(
-        "--profile", metavar="NAME", help="device: a name of --profiles, a .yaml file, or auto (this machine)"
-    )
-    add("--profiles", action="store_true", help="list the devices and stop")
-    add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
-    add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE-WEIGHTS.edge]")
-    add("--force", action="store_true", help="replace a file at that place that is not an engine")
-    plan = parser.add_argument_group("plan")
-    add = plan.add_argument
-    add(
-        "--weights",
-        default=planner.DEFAULT_WEIGHTS,
-        metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}, or auto: the best that fits [{planner.DEFAULT_WEIGHTS}]",
-    )
-    add(
-        "--head-weights",
-        metavar="FORMAT",
-        help="embedding and head [as --weights if float or int8, else int8_row]",
-    )
-    add(
-        "--kv",
-        default="int8",
-        metavar="FORMAT",
-        help=f"{', '.join(K_FORMATS)} (c: K per channel), or K,V such as int8,int4 [int8]",
-    )
-    add("--context", type=int, metavar="N", help="longest sequence, tokens [the model's, at most 4096]")
-    add("--sequences", type=int, default=4, metavar="N", help="sequences served at once [4]")
-    add(
-        "--kv-tokens",
-        type=int,
-        metavar="N",
-        help="tokens that the KV cache holds for all of them [--context]",
-    )
-    add(
-        "--step-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of one step; sizes the buffers [128]",
-    )
-    add("--page-tokens", type=int, default=16, metavar="N", help="tokens of a KV page, 16 or 32 [16]")
-    add("--power-mode", metavar="MODE", help="power mode of the profile to predict for [its default]")
-    beside = parser.add_argument_group("speculation and adapters")
-    add = beside.add_argument
-    add(
-        "--draft",
-        type=Path,
-        metavar="FOLDER",
-        help="smaller model with the same vocabulary; config.json will do for --dry-run",
-    )
-    add("--draft-weights", metavar="FORMAT", help="its weights [--weights]")
-    add("--draft-kv", metavar="FORMAT", help="its KV cache, one format or K,V [--kv]")
-    add(
-        "--draft-length",
-        type=int,
-        metavar="N",
-        help=f"tokens proposed at once; sizes the logits [{DRAFT_LENGTH} with --draft or --medusa, else 0]",
-    )
-    add("--medusa", type=Path, metavar="FOLDER", help="heads that builders.medusa trained on the model")
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="PEFT folder that requests choose by name; may be repeated",
-    )
-    add(
-        "--prefix",
-        type=Path,
-        metavar="FILE",
-        help="text, or .json with chat messages, whose KV pages go into ENGINE.prefix",
-    )
-    quality = parser.add_argument_group("quality")
-    add = quality.add_argument
-    add(
-        "--algorithm",
-        default="rtn",
-        metavar="NAME",
-        help=f"how values are chosen: {', '.join(algorithms())} [rtn]",
-    )
-    add("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on [built-in]")
-    add("--eval-tokens", type=int, default=512, metavar="N", help="tokens of it [512]")
-    add(
-        "--max-ppl-increase",
-        type=float,
-        metavar="PERCENT",
-        help="write nothing if perplexity rises more (exit code 3)",
-    )
-    add("--no-eval", action="store_true", help="do not measure perplexity and KL")
-    add("--keep-json", type=Path, metavar="FOLDER", help="leave one JSON of every phase there")
-    return parser
 
 
 def run(args: argparse.Namespace) -> Answer:
     if args.profiles:
         return profiles_answer()
+    if args.matrix is not None:
+        return _fleet(args)
+    if args.jobs is not None or args.ray is not None:
+        raise BadConfig("--jobs and --ray need --matrix")
     for option, value in (("MODEL", args.model), ("--profile", args.profile)):
         if not value:
             raise BadConfig(f"{option} is missing (see edge-build --help)")
-    request = _request(args)
-    return dry_run(args, request) if args.dry_run else _build(args, request)
+    return dry_run(args, _request(args)) if args.dry_run else _build(args)
+
+
+def _fleet(args: argparse.Namespace) -> Answer:
+    """Many engines, as a file says."""
+    given = {k for k, v in vars(args).items() if v != make_parser().get_default(k)}
+    if other := sorted(given - {"matrix", "jobs", "ray", "force", "json"}):
+        names = ", ".join("MODEL" if k == "model" else f"--{k.replace('_', '-')}" for k in other)
+        raise BadConfig(f"{names} cannot stand beside --matrix; write it in {args.matrix.name}")
+    cells = read_fleet(args.matrix, make_parser)
+    with report.ProgressBar(steps=True) as bar:
+        rows = fleet.build_fleet(cells, force=args.force, jobs=args.jobs, ray=args.ray, watcher=bar)
+    return Answer(fleet.fleet_data(cells, rows), fleet.fleet_text(rows), fleet.worst_error(rows))
 
 
 def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
+    if args.plot is not None:
+        check_picture(args.plot)
+    if request.weights == planner.DEFAULT:
+        request = replace(request, weights=planner.DEFAULT_WEIGHTS)
     profile = load_profile(args.profile)
     config, name = read_config(args.model)
     architecture = read_architecture(config, request.context)
     beside = read_companions(_extras(args), architecture, request.context)
     program = architecture.program
-    plans, resolved = planner.choose(program, profile, request, beside)
-    changes, error = [], None
-    if not planner.fits(plans):
-        changes = fitting.changes_that_fit(program, profile, resolved, beside)
-        error = fitting.does_not_fit(plans, profile, changes)
+    losses = None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file)
+    plans, resolved = planner.choose(program, profile, request, beside, losses)
+    error, changes = fitting.shortfall(program, profile, resolved, plans, beside, losses)
     text = report.plan_text(name, program, plans, resolved, profile, changes)
-    return Answer(report.plan_data(name, program, plans, resolved, changes), text, error)
+    data = report.plan_data(name, program, plans, resolved, changes)
+    if request.weights == planner.AUTO or args.plot is not None:
+        why = explain(program, profile, resolved, plans, beside, losses)
+        data["explanation"] = why.as_dict()
+        text += f"\n\n{explanation_text(why)}"
+        if args.plot is not None:
+            draw_plan(why, args.plot)
+            data["plot"] = str(args.plot)
+    return Answer(data, text, error)
 
 
-def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
-    if args.max_ppl_increase is not None and (args.no_eval or not args.max_ppl_increase >= 0):
-        raise BadConfig(f"--max-ppl-increase {args.max_ppl_increase:g} needs 0 or more, and no --no-eval")
+def build_options(args: argparse.Namespace) -> Options:
+    """What the options of a command line ask for. Raises BadConfig."""
+    if args.task_f32 and args.task is None:
+        raise BadConfig("--task-f32 needs --task")
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
+    request = _request(args)
     model = Path(args.model)
     name = engine_name(f"{model_name(model)}-{args.profile.removesuffix('.yaml').rsplit('/', 1)[-1]}")
-    output = args.output or Path(f"{name}-{args.weights}.edge")
-    options = Options(
+    given = planner.DEFAULT_WEIGHTS if args.weights == planner.DEFAULT else args.weights
+    output = args.output or Path(f"{name}-{given}.edge")
+    return Options(
         model=model,
         output=output,
         profile=args.profile,
         request=request,
         extras=_extras(args),
         algorithm=args.algorithm,
+        observer=args.observer,
+        rotate=args.rotate,
+        calibration=_calibration(args),
+        calibrates=any(x is not None for x in (args.calibration, args.calibration_folder, args.sensitivity)),
         text=args.eval,
         text_tokens=args.eval_tokens,
         measure=not args.no_eval,
-        max_ppl_increase=args.max_ppl_increase,
+        eval_backend=args.eval_backend,
+        task=args.task,
+        task_f32=args.task_f32 or None,
+        limits=Limits(args.max_kl, args.max_ppl_increase, args.min_accuracy),
         force=args.force,
         keep_json=args.keep_json,
         recipe=_recipe(args),
+        sensitivity=None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file),
     )
+
+
+def _build(args: argparse.Namespace) -> Answer:
+    options = build_options(args)
     beside = None if args.prefix is None else read_prefix(args.prefix)  # before the work of a build
     backend = load_profile(args.profile).backend
     if beside is not None and native_backend(load_profile(args.profile)) is None:
@@ -202,7 +145,12 @@ def _build(args: argparse.Namespace, request: planner.Request) -> Answer:
 
 
 def _request(args: argparse.Namespace) -> planner.Request:
-    k, v = kv_pair(args.kv)
+    free = args.kv == planner.AUTO
+    k, v = kv_pair("int8" if free else args.kv)
+    budgets = (args.max_memory, args.min_tokens_per_second, args.max_first_token_ms, args.bits)
+    chosen = any(x is not None for x in (*budgets, args.formats, args.sensitivity_file))
+    if args.weights is None:
+        args.weights = planner.AUTO if chosen else planner.DEFAULT
     return planner.Request(
         weights=args.weights,
         head_weights=args.head_weights,
@@ -217,6 +165,25 @@ def _request(args: argparse.Namespace) -> planner.Request:
         draft_weights=args.draft_weights,
         draft_kv=None if args.draft_kv is None else kv_pair(args.draft_kv),
         draft_length=args.draft_length,
+        max_memory=None if args.max_memory is None else parse_bytes("--max-memory", args.max_memory),
+        bits=args.bits,
+        min_tokens_per_second=args.min_tokens_per_second,
+        max_first_token_ms=args.max_first_token_ms,
+        formats=() if args.formats is None else parse_formats(args.formats),
+        kv_choices=planner.KV_CHOICES if free else (),
+    )
+
+
+def _calibration(args: argparse.Namespace) -> CalibrationRequest:
+    memory = args.calibration_memory
+    plain = CalibrationRequest()
+    return CalibrationRequest(
+        source=args.calibration,
+        corpus=CorpusOptions(args.samples, args.sample_tokens, args.seed),
+        device=args.device,
+        memory=plain.memory if memory is None else parse_bytes("--calibration-memory", memory),
+        folder=args.calibration_folder,
+        sensitivity=args.sensitivity,
     )
 
 

@@ -6,7 +6,7 @@ exponentials, and for KL the sum of exp(f) * (f - q), rescaled when the maximum 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,10 @@ BLOCK_ITEMS = 1 << 18  # logits of one block; six f64 arrays of this size are al
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Engine against f32 over `tokens` predicted tokens; KL(f32 || engine) in nats."""
+    """Engine against f32 over `tokens` predicted tokens; KL(f32 || engine) in nats.
+
+    layer_cosine: by layer, cosine of the two models' residual streams after it, where it was measured.
+    """
 
     tokens: int
     perplexity: float
@@ -27,6 +30,17 @@ class Comparison:
     kl_mean: float
     kl_p99: float
     top1_agreement: float
+    layer_cosine: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """By position, each (n,): KL(f32 || engine) and the two models' losses in nats, same first choice."""
+
+    kl: Array
+    loss_f32: Array
+    loss: Array
+    agrees: Array
 
 
 class _Softmax:
@@ -57,6 +71,11 @@ def compare(blocks: Iterator[tuple[int, Array, Array]], targets: Array) -> Compa
     """Compare blocks (start id, f32 model's logits, engine's logits), each (positions, block), over the whole
     vocabulary; targets (positions,) are the tokens that follow.
     """
+    return summarise([measure(blocks, targets)])
+
+
+def measure(blocks: Iterator[tuple[int, Array, Array]], targets: Array) -> Positions:
+    """As `compare`, position by position."""
     n = len(targets)
     f, q = _Softmax(n), _Softmax(n)
     cross = np.zeros(n)  # sum of exp(f - f.top) * (f - q)
@@ -70,13 +89,22 @@ def compare(blocks: Iterator[tuple[int, Array, Array]], targets: Array) -> Compa
         at_f[here], at_q[here] = zf[here, targets[here] - start], zq[here, targets[here] - start]
     # KL = E_f[f - q] - log Z_f + log Z_q; rounding may leave -1e-16 where both are equal
     kl = np.maximum(cross / f.sum - f.log_sum + q.log_sum, 0.0)
+    return Positions(kl, f.log_sum - at_f, q.log_sum - at_q, f.best == q.best)
+
+
+def summarise(pieces: Sequence[Positions]) -> Comparison:
+    """The figures of all positions of all pieces together."""
+    kl, loss_f32, loss, agrees = (
+        np.concatenate([getattr(piece, name) for piece in pieces])
+        for name in ("kl", "loss_f32", "loss", "agrees")
+    )
     return Comparison(
-        tokens=n,
-        perplexity=_perplexity(q.log_sum - at_q),
-        perplexity_f32=_perplexity(f.log_sum - at_f),
+        tokens=len(kl),
+        perplexity=_perplexity(loss),
+        perplexity_f32=_perplexity(loss_f32),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=float((f.best == q.best).mean()),
+        top1_agreement=float(agrees.mean()),
     )
 
 

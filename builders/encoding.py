@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.parts import Part
-from builders.quantize import Algorithm
+from builders.quantize import Algorithm, AlgorithmOptions
+from builders.sources.matrix import Stored
+from builders.statistics import InputStatistics
 from builders.weights import row_blocks
-from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats import Array, Format, Planes
 from edge_runtime.errors import ValueOutOfRange
 
 _PIECE = 1 << 18  # values of one f64 sum: it needs little memory
@@ -32,31 +34,68 @@ class Encoded:
         return None
 
 
-def encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+def encode(
+    part: Part,
+    name: str,
+    fmt: Format,
+    algorithm: Algorithm,
+    inputs: InputStatistics | None = None,
+    options: AlgorithmOptions = AlgorithmOptions(),  # noqa: B008  (frozen)
+) -> Encoded:
     """Quantize a tensor, in blocks of rows where algorithm and format allow. Raises ValueOutOfRange."""
     try:
-        return _encode(part, name, fmt, algorithm)
+        return _encode(part, name, fmt, algorithm, inputs, options)
     except ValueOutOfRange as error:
         raise ValueOutOfRange(f"tensor {name!r} of {part.name}: {error}") from error
 
 
-def _encode(part: Part, name: str, fmt: Format, algorithm: Algorithm) -> Encoded:
+def _encode(
+    part: Part,
+    name: str,
+    fmt: Format,
+    algorithm: Algorithm,
+    inputs: InputStatistics | None,
+    options: AlgorithmOptions,
+) -> Encoded:
     spec = part.program.tensors[name]
-    whole = not algorithm.ROW_WISE or any(p.per == "tensor" for p in fmt.planes)
+    stored = part.weights.stored(name, fmt.name)
+    if stored is not None:
+        return _measured(part, name, fmt, stored)
+    whole = not algorithm.ROW_WISE or any(p.whole for p in fmt.planes)
     blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
     planes: dict[str, Array] = {}
     signal = noise = 0.0
     for start, stop in blocks:
         values = part.weights.block(name, start, stop)
-        made = algorithm.quantize(values, fmt)
+        made = algorithm.quantize(values, fmt, inputs, options)
         if not planes:
             shapes = fmt.shapes(spec.rows, spec.cols)
             planes = {p: np.empty(shapes[p], made[p].dtype) for p in shapes}
         for p, data in made.items():
             planes[p][start:stop] = data
-        for a, b in row_blocks(stop - start, spec.cols, _PIECE):
-            piece = {p: d if fmt.plane(p).per == "tensor" else d[a:b] for p, d in made.items()}  # type: ignore[union-attr]
-            error = fmt.decode(piece, b - a, spec.cols) - values[a:b]
-            signal += float(np.square(values[a:b], dtype=np.float64).sum())
-            noise += float(np.square(error, dtype=np.float64).sum())
+        one = _energies(fmt, made, values)
+        signal, noise = signal + one[0], noise + one[1]
     return Encoded(planes, signal, noise)
+
+
+def _measured(part: Part, name: str, fmt: Format, stored: Stored) -> Encoded:
+    """A tensor that the checkpoint already holds in the format, its planes as they are."""
+    spec = part.program.tensors[name]
+    signal = noise = 0.0
+    if stored.error:
+        for start, stop in row_blocks(spec.rows, spec.cols):
+            values = part.weights.block(name, start, stop)
+            one = _energies(fmt, stored.rows(start, stop).planes, values)
+            signal, noise = signal + one[0], noise + one[1]
+    return Encoded(stored.planes, signal, noise)
+
+
+def _energies(fmt: Format, planes: Planes, values: Array) -> tuple[float, float]:
+    """Sums of squares of the values (rows, cols) and of what their planes miss of them."""
+    signal = noise = 0.0
+    for a, b in row_blocks(*values.shape, _PIECE):
+        piece = {p: d if fmt.plane(p).whole else d[a:b] for p, d in planes.items()}  # type: ignore[union-attr]
+        error = fmt.decode(piece, b - a, values.shape[1]) - values[a:b]
+        signal += float(np.square(values[a:b], dtype=np.float64).sum())
+        noise += float(np.square(error, dtype=np.float64).sum())
+    return signal, noise

@@ -1,22 +1,19 @@
 """Texts that Medusa heads are trained on: token ids, and from which one on the heads are asked.
 
-A plain text is cut into windows and asked about everywhere. A line of a JSONL file is {"text": ...},
-{"prompt": ..., "completion": ...} or {"messages": [...]} (a chat, through the tokenizer's template); of the
-last two only the completion and the last answer are learned: nothing else is ever drafted.
+A plain text is cut into windows and asked about everywhere. Of a prompt with its completion, and of a chat,
+only the completion and the last answer are learned: nothing else is ever drafted. texts.py reads the files.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from builders.texts import ModelText, read_passages
 from edge_runtime.errors import BadConfig
 
-MAX_TEXT = 1 << 30  # bytes of one file: it is held in memory
 _SORTED = 64  # batches whose rows are sorted by length together
 
 
@@ -28,72 +25,20 @@ class Lesson:
     start: int
 
 
-def read_lessons(path: Path, tokenizer: Any, length: int) -> list[Lesson]:
-    """Lessons of at most `length` tokens from a .jsonl file, or from any other file as plain text.
-
-    `tokenizer` is one of transformers. Raises BadConfig naming the line.
-    """
-    try:
-        if path.stat().st_size > MAX_TEXT:
-            raise BadConfig(f"{path} is larger than {MAX_TEXT >> 20} MiB; give a part of it")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadConfig(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadConfig(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if path.suffix == ".jsonl":
-        found = [
-            lesson
-            for number, line in enumerate(text.splitlines(), 1)
-            if line.strip()
-            for lesson in _line(line, f"{path.name}, line {number}", tokenizer, length)
-        ]
-    else:
-        found = _windows(_encode(tokenizer, text), length)
+def read_lessons(path: Path, text: ModelText, length: int) -> list[Lesson]:
+    """Lessons of at most `length` tokens from what texts.py reads. Raises BadConfig naming the line."""
+    found: list[Lesson] = []
+    for passage in read_passages(path):
+        before, after = text.split(passage)
+        if not passage.is_exchange:
+            found += _windows(after, length)
+            continue
+        cut = tuple([*before, *after][:length])
+        if len(before) < len(cut) - 1:
+            found.append(Lesson(cut, len(before)))
     if not found:
         raise BadConfig(f"{path} gives no sequence to learn from; at least 3 tokens are needed")
     return found
-
-
-def _line(line: str, where: str, tokenizer: Any, length: int) -> list[Lesson]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadConfig(f"{where} is not JSON: {error}") from None
-    match row:
-        case {"text": str(text), **rest} if not rest:
-            return _windows(_encode(tokenizer, text), length)
-        case {"prompt": str(prompt), "completion": str(completion), **rest} if not rest:
-            before = _encode(tokenizer, prompt)
-            ids = before + _encode(tokenizer, completion) + [tokenizer.eos_token_id]
-        case {"messages": [*messages], **rest} if not rest and len(messages) > 1:
-            before, ids = _chat(messages, where, tokenizer)
-        case _:
-            raise BadConfig(
-                f'{where}: expected {{"text"}}, {{"prompt", "completion"}} or {{"messages"}} of at least two'
-            )
-    cut = tuple(ids[:length])
-    return [Lesson(cut, len(before))] if len(before) < len(cut) - 1 else []
-
-
-def _chat(messages: list[Any], where: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """ids up to the last answer, and of the whole chat."""
-    if tokenizer.chat_template is None:
-        raise BadConfig(f"{where} is a chat, but the model has no chat template")
-
-    def render(part: list[Any], prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
-        return _encode(tokenizer, text)
-
-    before, ids = render(messages[:-1], True), render(messages, False)
-    if messages[-1].get("role") != "assistant" or ids[: len(before)] != before:
-        raise BadConfig(f"{where}: the chat must end with the assistant's answer")
-    return before, ids
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _windows(ids: Sequence[int], length: int) -> list[Lesson]:

@@ -115,8 +115,9 @@ def run(args: argparse.Namespace) -> Answer:
     if args.threads:
         torch.set_num_threads(args.threads)
     length = min(args.length, base.context)
-    lessons = read_lessons(text, base.tokenizer, length)
-    heldout = [] if args.heldout is None else read_lessons(args.heldout, base.tokenizer, length)
+    with base.text as words:
+        lessons = read_lessons(text, words, length)
+        heldout = [] if args.heldout is None else read_lessons(args.heldout, words, length)
     config = MedusaConfig(
         heads=args.heads,
         hidden_size=base.hidden_size,

@@ -17,8 +17,9 @@ import msgspec
 
 from builders.archs import read_program
 from builders.lessons import Lesson, batches
-from builders.sources import open_source
+from builders.sources import open_source, read_vocabulary
 from builders.sources.medusa import CONFIG, WEIGHTS, MedusaConfig, tensor_keys
+from builders.texts import ModelText
 from edge_runtime.engine.ops import Logits
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -46,7 +47,7 @@ class Base:
 
     def __init__(self, folder: Path) -> None:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
             from transformers.utils import logging
         except ImportError:
             raise Unsupported(
@@ -60,9 +61,9 @@ class Base:
             program = read_program(source.config).program
             digests = source.sha256()
             self.name = source.name
+            self.text = ModelText(source, read_vocabulary(source, program.vocab_size))
         self.sha256 = {n: d for n, d in digests.items() if n.endswith(".safetensors")}
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model.requires_grad_(False)
         self.hidden_size = program.hidden_width
         self.vocab_size = program.vocab_size

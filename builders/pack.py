@@ -20,6 +20,7 @@ from edge_runtime.engine.manifest import (
     SCHEMA,
     AdapterEntry,
     AdapterTarget,
+    CalibrationRecord,
     Fingerprint,
     KnownAnswer,
     Manifest,
@@ -83,13 +84,18 @@ def header_reserve(contents: Contents, plans: Plans) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a manifest says of a build beyond its parts and plans. `recipe`: options as given."""
+    """What a manifest says of a build beyond its parts and plans.
+
+    recipe: options as given. sha256: digests of all files that were read.
+    """
 
     profile: Profile
     quality: Quality | None
     known_answer: KnownAnswer | None
     algorithm: str
     recipe: dict[str, str]
+    sha256: dict[str, str]
+    calibration: CalibrationRecord | None = None
 
 
 def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Record) -> Manifest:
@@ -120,11 +126,12 @@ def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Recor
         quality=record.quality,
         provenance=Provenance(
             source=source.name,
-            source_sha256=contents.sha256(),
+            source_sha256=record.sha256,
             model_type=str(source.config["model_type"]),
             algorithm=record.algorithm,
             recipe=record.recipe,
-            tools={name: _version(name) for name in _TOOLS},
+            tools=tools(),
+            calibration=record.calibration,
         ),
         known_answer=record.known_answer,
         planes={},
@@ -145,6 +152,11 @@ def _adapters(contents: Contents) -> dict[str, AdapterEntry]:
         )
         for name, adapter in contents.adapters.items()
     }
+
+
+def tools() -> dict[str, str]:
+    """Package -> version of what numbers depend on."""
+    return {name: _version(name) for name in _TOOLS}
 
 
 def _version(package: str) -> str:

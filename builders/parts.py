@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,9 @@ from builders.architecture import Architecture
 from builders.archs import read_program
 from builders.companions import Companions
 from builders.planner import default_context
+from builders.reorder import order_inputs
 from builders.sources import Source, open_source, read_config, read_vocabulary
+from builders.sources.matrix import Stored
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
 from builders.sources.vocabulary import token_ids
 from builders.weights import CheckpointWeights
@@ -43,9 +45,12 @@ class Extras:
 
 
 class Blocks(Protocol):
-    """f32 weights by rows, so that nothing larger than a block need lie in memory."""
+    """f32 weights by rows, so that nothing larger than a block need lie in memory; `stored`: the planes of a
+    tensor that the checkpoint already holds in that format."""
 
     def block(self, name: str, start: int, stop: int) -> Array: ...
+
+    def stored(self, name: str, fmt: str) -> Stored | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,14 @@ class Contents:
     adapters: dict[str, Adapter]
     folders: dict[str, Source | MedusaHeads | Path]
     notices: list[str]
+
+    @property
+    def language(self) -> Part:
+        """The model that answers, as it will be quantized: rotated, it is not `target`'s program any more."""
+        return self.parts[0]
+
+    def with_language(self, part: Part) -> Contents:
+        return replace(self, parts=(part, *self.parts[1:]))
 
     def companions(self) -> Companions:
         return _companions([part.program for part in self.parts[1:]], self.adapters)
@@ -194,7 +207,7 @@ def check_same_vocabulary(target: Checkpoint, draft: Checkpoint) -> None:
 
 def _checkpoint(stack: ExitStack, folder: Path, context: int | None) -> Checkpoint:
     source = stack.enter_context(open_source(folder))
-    architecture = read_architecture(source.config, context)
+    architecture = order_inputs(read_architecture(source.config, context), source.orders())
     weights = CheckpointWeights(architecture, source)
     return Checkpoint(source, architecture, weights, read_vocabulary(source, architecture.program.vocab_size))
 

@@ -1,16 +1,18 @@
 """The table of contents of a build: read -> calibrate -> plan -> quantize -> verify -> pack.
 
 Every phase is one call of `build`, in this order, and leaves one inspectable JSON when `keep_json` names a
-folder; parts.py reads, fitting.py plans, pack.py packs. Calibration measures activations for algorithms that
-need them; round-to-nearest needs none, so that phase has no function here yet and the plan follows the format
-asked for. Planes stream tensor by tensor into the temporary file of the engine, so none holds a model.
+folder; parts.py reads, calibrating.py calibrates, fitting.py plans, quantizing.py quantizes, quality.py
+measures, pack.py packs. The plan comes before the values: it needs what calibration measured, and decides
+every tensor's format. Planes stream tensor by tensor into the temporary file of the engine, so none of the
+phases holds a model.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,20 +20,31 @@ from typing import Any
 import msgspec
 
 from builders import pack, planner
-from builders.encoding import encode
-from builders.evaluate import compare_models, known_answer, read_text
+from builders.calibrating import CalibrationRequest, Calibrations
+from builders.corpus import BUILTIN, SELF
+from builders.evaluate import read_text
+from builders.explain import explain
 from builders.fitting import require_fit
-from builders.parts import Contents, Extras, open_contents
+from builders.known_answer import known_answer
+from builders.limits import Limits, broken_limits
+from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
-from builders.quantize import Algorithm, get_algorithm
-from builders.weights import EngineWeights, StoredPlanes
-from edge_runtime.engine.formats import get_format
+from builders.quality import Subject, measure_quality, measure_task
+from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantizing import quantize, scale_channels
+from builders.rotate import rotate
+from builders.sensitivity import Sensitivity
+from builders.task import Task
+from builders.task_file import read_task
+from builders.texts import text_files
+from builders.watcher import Watcher
+from builders.weights import StoredPlanes
+from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
-from edge_runtime.engine.packing import pack as pack_planes
-from edge_runtime.engine.profile import Profile, load_profile
-from edge_runtime.engine.proof import plane_name
+from edge_runtime.engine.plan import Plan
+from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
-from edge_runtime.errors import QualityLimit
+from edge_runtime.errors import BadConfig, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +57,21 @@ class Options:
     request: planner.Request = field(default_factory=planner.Request)
     extras: Extras = field(default_factory=Extras)
     algorithm: str = "rtn"
+    observer: str | None = None
+    rotate: int | None = None  # seed of the rotation, None for none
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+    calibrates: bool = False  # even where the algorithm needs no statistics
     text: Path | None = None
     text_tokens: int = 512
     measure: bool = True
-    max_ppl_increase: float | None = None  # percent of perplexity above f32 that the user allows
-    force: bool = False
+    eval_backend: str = "reference"
+    task: Path | None = None
+    task_f32: bool | None = None  # None: where the model is small
+    limits: Limits = field(default_factory=Limits)
+    force: bool = False  # replace a target that is no engine, and write one that breaks a limit
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
-
-
-class Watcher:
-    """Hears how a build goes on; the command line shows it, by default nobody does."""
-
-    def phase(self, name: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def step(self, what: str) -> None:
-        """One step of it is done."""
+    sensitivity: Sensitivity | None = None  # what the planner spends bytes by; None: its model
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,62 +88,164 @@ class Report:
 def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | None = None) -> Report:
     """Build one engine. Raises an EdgeError; the target is then what it was before."""
     watcher = watcher or Watcher()
+    options.limits.check(measured=options.measure, task=options.task is not None)
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
+    algorithm = get_algorithm(options.algorithm)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with _timed(seconds, "read"):
-            contents = stack.enter_context(
-                open_contents(options.model, options.extras, options.request.context)
-            )
+            contents, request = read(stack, options)
+        if isinstance(algorithm, ChannelScaler):
+            check_adapters(contents, f"--algorithm {options.algorithm}")
+        _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
+        with _timed(seconds, "calibrate"):
+            calibrations = stack.enter_context(Calibrations())
+            if algorithm.CALIBRATED or options.calibrates:
+                beside = options.output.with_name(options.output.name + ".calibration")
+                made = "" if options.rotate is None else f"rotated by {options.rotate}"
+                calibrations.run(contents, options.calibration, beside, made, watcher)
+            sensitivity = measured_sensitivity(contents, profile, request, calibrations, options, watcher)
         with _timed(seconds, "plan"):
-            beside = contents.companions()
-            plans, _ = require_fit(contents.target.program, profile, options.request, beside)
+            plans = plan(contents, profile, request, sensitivity, options)
         pack.check_disk(options.output, plans, contents)
-        programs = {part.name: part.program for part in contents.parts}
-        _keep(options, "read", {"parts": programs, "vocabulary": contents.target.vocabulary})
-        _keep(options, "plan", plans)
+        task = read_target_task(contents, plans[LANGUAGE], options)
         writer = stack.enter_context(
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
         with _timed(seconds, "quantize"):
-            sqnr = quantize(contents, plans, get_algorithm(options.algorithm), writer, watcher)
+            how = AlgorithmOptions(options.observer, calibrations.device)
+            scaled = scale_channels(contents, plans, algorithm, how, calibrations, watcher)
+            sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
-            quality, answer = verify(contents, plans, profile, options, writer, sqnr[LANGUAGE], watcher)
+            quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
-        if quality is not None and options.max_ppl_increase is not None:
-            check_rise(quality, options.max_ppl_increase)
+        notices = list(contents.notices)
+        if quality is not None and quality.broken:
+            if not options.force:
+                raise broken_limits(quality)
+            notices.append(f"written by --force although {'; '.join(quality.broken)}")
         with _timed(seconds, "pack"):
             watcher.phase("pack", 1)
-            record = pack.Record(profile, quality, answer, options.algorithm, options.recipe)
-            manifest = pack.finish(writer, contents, plans, record)
+            record = pack.Record(
+                profile,
+                quality,
+                answer,
+                options.algorithm,
+                options.recipe,
+                digests(contents, options),
+                calibrations.record(),
+            )
+            manifest = pack.finish(writer, scaled, plans, record)
             watcher.step(options.output.name)
         _keep(options, "pack", {"file": options.output.name, "planes": manifest.planes})
-        return Report(options.output, options.output.stat().st_size, manifest, seconds, contents.notices)
+        return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
 
 
-def quantize(
-    contents: Contents, plans: Plans, algorithm: Algorithm, writer: EngineWriter, watcher: Watcher
-) -> dict[str, dict[str, float]]:
-    """Phase 4. Quantize, pack and write every tensor of every part.
+def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]:
+    """Phase 1. The parts, the language part rotated where asked; and the request, weights settled.
 
-    Returns part -> tensor -> SQNR in dB, of those that are not exact.
+    What is already quantized is kept as it is unless other weights are asked for.
     """
-    sqnr: dict[str, dict[str, float]] = {}
-    watcher.phase("quantize", sum(len(plan.tensors) for plan in plans.values()))
-    for part in contents.parts:
-        found = sqnr[part.name] = {}
-        for name, chosen in plans[part.name].tensors.items():
-            spec = part.program.tensors[name]
-            made = encode(part, name, get_format(chosen.format), algorithm)
-            packed = pack_planes(chosen.format, chosen.packing, made.planes, spec.rows, spec.cols)
-            for plane, data in packed.items():
-                writer.add(plane_name(part.name, name, plane), data)
-            if made.sqnr_db is not None:
-                found[name] = made.sqnr_db
-            watcher.step(f"{part.name} {name}")
-    return sqnr
+    request = options.request
+    contents = stack.enter_context(open_contents(options.model, options.extras, request.context))
+    kept, notices = contents.target.weights.kept()
+    quantized = bool(contents.target.source.matrices)
+    if request.weights == planner.DEFAULT:
+        request = replace(request, weights=planner.KEEP if quantized else planner.DEFAULT_WEIGHTS)
+    if request.weights == planner.KEEP:
+        request = replace(request, kept=kept if quantized else {})
+        contents.notices.extend(notices)
+    if options.rotate is not None:
+        if request.weights == planner.KEEP:
+            raise BadConfig("--rotate changes every value; it cannot keep quantized weights as they are")
+        check_adapters(contents, "--rotate")
+        turned = rotate(contents.target.weights, options.rotate)
+        contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
+    return contents, request
+
+
+def check_adapters(contents: Contents, option: str) -> None:
+    """Raise Unsupported where adapters are to travel with weights that they were not trained on."""
+    if contents.adapters:
+        raise Unsupported(
+            f"{option} changes what the weights mean to an adapter, and --lora brings some; build with gptq, "
+            "hqq or rtn, or without --lora"
+        )
+
+
+def measured_sensitivity(
+    contents: Contents,
+    profile: Profile,
+    request: planner.Request,
+    calibrations: Calibrations,
+    options: Options,
+    watcher: Watcher,
+) -> Sensitivity | None:
+    """What the planner spends bytes by: the file given; measured, where the build calibrates and chooses
+    formats, or where asked for; else None for the model of losses.py."""
+    if options.sensitivity is not None or not calibrations.made:
+        return options.sensitivity
+    if request.weights != planner.AUTO and options.calibration.sensitivity is None:
+        return None
+    program = contents.language.program
+    resolved = planner.resolve(program, profile, request, contents.companions())
+    found = calibrations.sensitivity(
+        contents.language.weights,
+        planner.candidates(profile, resolved),
+        options.calibration.sensitivity,
+        watcher,
+    )
+    _keep(options, "sensitivity", found)
+    return found
+
+
+def plan(
+    contents: Contents,
+    profile: Profile,
+    request: planner.Request,
+    sensitivity: Sensitivity | None,
+    options: Options,
+) -> Plans:
+    """Phase 3. Raises DoesNotFit or BudgetNotMet, with the smallest changes that would help."""
+    program, beside = contents.language.program, contents.companions()
+    plans, resolved = require_fit(program, profile, request, beside, sensitivity)
+    why = {}
+    if resolved.weights == planner.AUTO and options.keep_json is not None:
+        why["explanation"] = explain(program, profile, resolved, plans, beside, sensitivity)
+    _keep(options, "plan", plans | why)
+    return plans
+
+
+def digests(contents: Contents, options: Options) -> dict[str, str]:
+    """Digest of every file that the engine was made, planned or measured with, by its name in the provenance.
+
+    Those that are no part of it as `eval/…`, `task/…`, `calibration/…` and, for a profile of the user's own,
+    `profile/…`; losses that a file gave as `sensitivity`.
+    """
+    beside = {"eval": options.text, "task": options.task}
+    if options.calibration.source not in (None, SELF, BUILTIN):
+        beside["calibration"] = Path(options.calibration.source)
+    if options.profile.endswith(SUFFIXES):
+        beside["profile"] = Path(options.profile)
+    found = contents.sha256()
+    for prefix, path in beside.items():
+        files = () if path is None else text_files(path) if path.is_dir() else (path,)
+        found |= {f"{prefix}/{file.name}": sha256_of(file) for file in files}
+    if options.sensitivity is not None:
+        found["sensitivity"] = hashlib.sha256(msgspec.json.encode(options.sensitivity)).hexdigest()
+    return found
+
+
+def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:
+    """The task file in the target's tokens, before any long work. Raises BadConfig."""
+    if options.task is None:
+        return None
+    if not options.measure:
+        raise BadConfig("--task is part of the quality report; leave --no-eval away")
+    target = contents.target
+    return Task(read_task(options.task), target.source, target.vocabulary, plan.step.context)
 
 
 def verify(
@@ -140,6 +253,7 @@ def verify(
     plans: Plans,
     profile: Profile,
     options: Options,
+    task: Task | None,
     writer: EngineWriter,
     sqnr: dict[str, float],
     watcher: Watcher,
@@ -147,45 +261,23 @@ def verify(
     """Phase 5. Measure the language part's planes as they lie in the file against the checkpoint; record a
     known answer. Companions change no answer, so they are not measured here."""
     watcher.phase("verify", 2)
-    checkpoint, plan = contents.target, plans[LANGUAGE]
+    target, part, plan = contents.target, contents.language, plans[LANGUAGE]
     window = min(plan.step.context, options.text_tokens)
-    text = read_text(
-        checkpoint.source, checkpoint.vocabulary, options.text, limit=options.text_tokens, window=window
-    )
-    stored = StoredPlanes(LANGUAGE, checkpoint.program, plan, writer)
+    text = read_text(target.source, target.vocabulary, options.text, limit=options.text_tokens, window=window)
+    stored = StoredPlanes(LANGUAGE, part.program, plan, writer)
     quality = None
     if options.measure:
-        engine = EngineWeights(checkpoint.program, plan.tensors, stored.of)
-        found = compare_models(checkpoint.weights, engine, plan.kv, text)
-        del engine  # it keeps the planes of one tensor
-        matrices = {n for n, s in checkpoint.program.tensors.items() if s.role != "vector"}
-        bits = 8.0 * sum(stored.true_nbytes(n) for n in matrices)
-        quality = Quality(
-            text=text.name,
-            tokens=found.tokens,
-            perplexity=found.perplexity,
-            perplexity_f32=found.perplexity_f32,
-            kl_mean=found.kl_mean,
-            kl_p99=found.kl_p99,
-            top1_agreement=found.top1_agreement,
-            bits_per_weight=bits / sum(checkpoint.program.tensors[n].size for n in matrices),
-            bytes=plan.memory.weights,
-            sqnr_db=sqnr,
-        )
+        subject = Subject(target, part, profile, plan, stored)
+        quality = measure_quality(subject, text, options.eval_backend, sqnr)
     watcher.step("quality")
-    answer = known_answer(profile, checkpoint.program, plan, stored.of, text.windows[0])
+    answer = known_answer(profile, part.program, plan, stored.of, text.windows[0])
     watcher.step("known answer")
+    if quality is not None and task is not None:
+        figures = measure_task(subject, task, options.task_f32, watcher)
+        quality = msgspec.structs.replace(quality, task=figures)
+    if quality is not None:
+        quality = msgspec.structs.replace(quality, broken=tuple(options.limits.broken(quality)))
     return quality, answer
-
-
-def check_rise(quality: Quality, most: float) -> None:
-    """Raise QualityLimit when perplexity rises above f32 by more than `most` percent."""
-    rise = 100.0 * (quality.perplexity / quality.perplexity_f32 - 1.0)
-    if rise > most:
-        raise QualityLimit(
-            f"perplexity rises by {rise:.2f}% on {quality.text}, at most {most:g}% is allowed; nothing was "
-            "written; use a format with more bits or smaller groups"
-        )
 
 
 @contextmanager

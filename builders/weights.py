@@ -12,6 +12,7 @@ import numpy as np
 
 from builders.architecture import Architecture
 from builders.sources import Source
+from builders.sources.matrix import Matrix, Stored
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.packing import plane_items, unpack
 from edge_runtime.engine.plan import Plan, TensorPlan
@@ -70,7 +71,57 @@ class CheckpointWeights:
         else:
             first = made.rows[0] if made.rows else 0
             values = self._source.tensor(made.key, (first + start, first + stop))
+        if made.columns is not None:
+            values = values[:, made.columns]
         return values + np.float32(made.offset) if made.offset else values
+
+    def stored(self, name: str, fmt: str) -> Stored | None:
+        """The planes of a tensor that the checkpoint already holds in that format, as they are; else None."""
+        matrix = self._kept_as_it_is(name)
+        if matrix is None or matrix.home().format != fmt:
+            return None
+        made = self._sources[name]
+        stored = self._source.stored(made.key)
+        return stored if stored is None or made.rows is None else stored.rows(*made.rows)
+
+    def kept(self) -> tuple[dict[str, str], list[str]]:
+        """The format that holds each matrix as the checkpoint has it, and notices of what has no exact home.
+
+        Tensors that are already quantized, and the matrices beside them in their own float type; not an
+        embedding, head or vector that is not quantized.
+        """
+        formats: dict[str, str] = {}
+        moved: dict[str, list[tuple[float, str]]] = {}
+        for name, spec in self.program.tensors.items():
+            matrix, made = self._kept_as_it_is(name), self._sources[name]
+            if matrix is not None:
+                home = matrix.home()
+                formats[name] = home.format
+                if home.error:
+                    moved.setdefault(f"{home.why}: {home.format}", []).append((home.error, made.key))
+            elif spec.role == "matrix" and made.key not in self._source.matrices:
+                formats[name] = self._source.float_format(made.key)
+        notices = []
+        for what, tensors in moved.items():
+            error, key = max(tensors)
+            notices.append(
+                f"{len(tensors)} tensors have no exact format here ({what} is the nearest; greatest error "
+                f"{error:.2g} of a group's greatest value, in {key!r})"
+            )
+        return formats, notices
+
+    def _kept_as_it_is(self, name: str) -> Matrix | None:
+        """The quantized matrix of a tensor that takes its values unchanged, columns in its own order."""
+        made = self._sources[name]
+        matrix = self._source.matrices.get(made.key)
+        if matrix is None or made.offset or made.constant is not None:
+            return None
+        same = matrix.order is made.columns or (
+            matrix.order is not None
+            and made.columns is not None
+            and np.array_equal(matrix.order, made.columns)
+        )
+        return matrix if same else None
 
     def rows(self, name: str, ids: Array) -> Array:
         unique, places = np.unique(ids, return_inverse=True)
@@ -79,7 +130,7 @@ class CheckpointWeights:
     def _check(self) -> None:
         """Every tensor exists with the shape that the config promises, and none is left over."""
         used = {made.key for made in self._sources.values() if made.constant is None}
-        surplus = [k for k in self._source.shapes() if k not in used and not k.endswith(_NEVER_USED)]
+        surplus = [k for k in self._source.shapes() if k not in used and not self._means_nothing(k)]
         if surplus:
             raise BadCheckpoint(
                 f"the checkpoint holds {len(surplus)} tensors that its config does not speak of, such as "
@@ -90,16 +141,20 @@ class CheckpointWeights:
             if made.constant is not None:
                 continue
             spec = self.program.tensors[name]
-            shape = self._source.entry(made.key).shape
+            shape = self._source.shape(made.key)
             if made.rows is not None and shape:
                 start, stop = made.rows
                 shape = (stop - start if stop <= shape[0] else -1, *shape[1:])
             want = (spec.rows, spec.cols)
             if shape != want and not (spec.role == "vector" and shape == want[1:]):
-                found = self._source.entry(made.key).shape
+                found = self._source.shape(made.key)
                 raise BadCheckpoint(
                     f"{made.key!r} has shape {found}, the config promises {want} for {name!r}"
                 )
+
+    def _means_nothing(self, key: str) -> bool:
+        """A table that is computed anew, or a bias of zeros (quantizers write one for every linear)."""
+        return key.endswith(_NEVER_USED) or (key.endswith(".bias") and not self._source.tensor(key).any())
 
 
 class EngineWeights:
@@ -128,7 +183,7 @@ class EngineWeights:
     def _decode(self, name: str, which: slice | Array, count: int) -> Array:
         fmt = get_format(self._tensors[name].format)
         planes = {
-            key: plane if fmt.plane(key).per == "tensor" else plane[which]  # type: ignore[union-attr]
+            key: plane if fmt.plane(key).whole else plane[which]  # type: ignore[union-attr]
             for key, plane in self._unpacked(name).items()
         }
         return fmt.decode(planes, count, self.program.tensors[name].cols)

@@ -7,7 +7,7 @@ exit code: 1 for bad input, 2 for "does not fit", 3 for a broken quality limit.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class EdgeError(Exception):
@@ -69,9 +69,13 @@ class BuildError(EdgeError):
 
 
 class QualityLimit(EdgeError):
-    """A quality limit given by the user is broken."""
+    """A quality limit given by the user is broken. `figures`: what was measured, by name."""
 
     exit_code = 3
+
+    def __init__(self, message: str, figures: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.figures = dict(figures or {})
 
 
 class DoesNotFit(EdgeError):
@@ -84,6 +88,12 @@ class DoesNotFit(EdgeError):
         self.need = need
         self.have = have
         self.source = source
+
+
+class BudgetNotMet(EdgeError):
+    """No plan keeps a budget of speed or bits that the user gave, within the memory there is."""
+
+    exit_code = 2
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

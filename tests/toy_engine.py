@@ -23,6 +23,7 @@ from edge_runtime.engine.manifest import (
     PartEntry,
     Provenance,
     Quality,
+    TaskQuality,
     Vocabulary,
 )
 from edge_runtime.engine.memory import adapter_nbytes
@@ -201,6 +202,9 @@ def toy_manifest(
             bits_per_weight=5.2,
             bytes=40960,
             sqnr_db={"layers.0.q": 21.5},
+            layer_cosine=(0.999, 0.996),
+            task=TaskQuality(name="t.jsonl", cases=8, accuracy=0.75, accuracy_f32=0.875, backend="cpu"),
+            broken=("accuracy is 0.7500 on t.jsonl, at least 0.8 is wanted",),
         ),
         provenance=Provenance(
             source="toy",

@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from builders.grids import grid_for, has_grid
+from builders.observers import get_observer
+from builders.quantize import AlgorithmOptions
+from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 
 ROW_WISE = True  # per-tensor scales are the one exception, which the caller knows from the format
+CALIBRATED = False
 
 
-def quantize(weights: Array, fmt: Format) -> dict[str, Array]:
-    """Planes of f32 weights (rows, cols). Raises ValueOutOfRange on NaN, Inf or too large a scale."""
+def quantize(
+    weights: Array, fmt: Format, inputs: InputStatistics | None, options: AlgorithmOptions
+) -> dict[str, Array]:
+    """Planes of f32 weights (rows, cols). Raises ValueOutOfRange on NaN, Inf or too large a scale.
+
+    With an observer, the nearest levels on the grid of its ranges, columns weighted by the inputs if known.
+    """
+    if options.observer is not None and has_grid(fmt):
+        importance = None if inputs is None else inputs.importance
+        return fmt.encode_on_grid(
+            weights, grid_for(fmt, *get_observer(options.observer)(weights, fmt, importance))
+        )
     planes = fmt.encode(weights)
     q = fmt.plane("q")
     if q is None or q.encoding != "u4o8" or fmt.group is None:

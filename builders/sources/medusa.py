@@ -140,3 +140,6 @@ class HeadWeights:
         if spec.role == "vector":
             return self._shard.read(self._keys[name]).reshape(1, spec.cols)[start:stop]
         return self._shard.read(self._keys[name], (start, stop))
+
+    def stored(self, name: str, fmt: str) -> None:
+        """Heads are trained in f32: none is quantized."""

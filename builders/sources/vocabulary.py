@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from builders.sources.huggingface import Source
+from builders.sources.source import Source
 from edge_runtime.engine.manifest import Vocabulary
 from edge_runtime.errors import BadCheckpoint
 

@@ -24,18 +24,21 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Gather,
     Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
+    Round,
 )
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import Unsupported
 
 Side = Literal["k", "v"]
 ACTIVATIONS = {"silu": rec.SILU, "gelu": rec.GELU, "gelu_tanh": rec.GELU_TANH, "relu": rec.RELU}
+ROUNDINGS = {"fp8_e4m3": rec.ROUND_E4M3, "int8": rec.ROUND_I8}
 
 
 def allocate(nbytes: int) -> Array:
@@ -252,6 +255,24 @@ def _op(
                 x_width=width[op.a],
                 out_width=width[op.out],
                 scale=op.scale,
+            )
+        case Gather():
+            return rec.Op(
+                kind=rec.GATHER,
+                x=buffer(op.x),
+                out=buffer(op.out),
+                vec=weights.order(op.order, width[op.x]),
+                x_width=width[op.x],
+                out_width=width[op.out],
+            )
+        case Round():
+            return rec.Op(
+                kind=ROUNDINGS[op.format],
+                x=buffer(op.x),
+                out=buffer(op.out),
+                x_width=width[op.x],
+                out_width=width[op.out],
+                scale=op.scale or 0.0,
             )
         case Logits():
             return rec.Op(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 6  # EDGE_CPU_VERSION
+VERSION = 7  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
@@ -13,6 +13,7 @@ SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
 # enum edge_op_kind
 EMBED, NORM_RMS, NORM_LAYER, LINEAR, ROPE, KV_APPEND, ATTENTION = range(7)
 SILU, GELU, GELU_TANH, RELU, ADD, LOGITS, INPUT = range(7, 14)
+GATHER, ROUND_E4M3, ROUND_I8 = range(14, 17)
 
 # enum edge_status
 OK, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
@@ -37,8 +38,12 @@ class Matrix(Structure):
         ("min", c_void_p),
         ("super", c_void_p),
         ("super_min", c_void_p),
+        ("second", c_void_p),
+        ("offset", c_void_p),
+        ("outlier", c_void_p),
+        ("index", c_void_p),
+        ("outliers", c_int32),
         ("scale_encoding", c_int32),
-        ("unused", c_int32),
     ]
 
 

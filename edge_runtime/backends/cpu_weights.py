@@ -6,6 +6,7 @@ import numpy as np
 
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.protocol import PackedTensor, Part
+from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.formats import ENCODINGS, Array, Format, Plane, get_format
 from edge_runtime.engine.formats.record import Per
 from edge_runtime.engine.layout import round_up
@@ -26,10 +27,13 @@ _SHAPES: tuple[tuple[tuple[str, ...], tuple[Per | None, ...], dict[str, str]], .
     (("f16",), (None,), {}),
     (("bf16",), (None,), {}),
     (("e5m2",), (None,), {}),
-    (("e4m3",), ("row", "tensor"), {"scale": "f32"}),
+    (("e4m3",), ("row", "tensor", 128), {"scale": "f32"}),
     (("i8",), ("row",), {"scale": "f32"}),
+    (("i8",), ("row",), {"scale": "f32", "outlier": "f16", "index": "i32"}),
     (("i8",), _GROUPS, _F16),
     (("nf4",), (DEFAULT_GROUP,), _F16),
+    (("nf4",), (DEFAULT_GROUP,), {"scale": "f32"}),
+    (("nf4",), (DEFAULT_GROUP,), {"scale": "dynamic8", "scale2": "f32", "offset": "f32"}),
     (("u2o2",), _GROUPS, _F16),
     (("u2o4", "u1"), _GROUPS, _F16),
     (("u4o8",), _GROUPS, _F16),
@@ -71,7 +75,7 @@ class CpuWeights:
     def __init__(self, part: Part) -> None:
         self._part = part
         self._matrices: dict[str, rec.Matrix] = {}
-        self._vectors: dict[str, int] = {}
+        self._vectors: dict[str, Array] = {}
         self.planes: list[Array] = []
         self.repacked_bytes = 0
 
@@ -98,13 +102,26 @@ class CpuWeights:
                 min=kept.get("min"),
                 super=kept.get("super"),
                 super_min=kept.get("super_min"),
+                second=kept.get("scale2"),
+                offset=kept.get("offset"),
+                outlier=kept.get("outlier"),
+                index=kept.get("index"),
+                outliers=planes["index"].size if "index" in planes else 0,
                 scale_encoding=ENCODING_ID[scale.encoding] if scale else 0,
             )
         return self._matrices[name]
 
     def vector(self, name: str | None) -> int | None:
-        if name is None:
-            return None
+        return None if name is None else int(self._values(name).ctypes.data)
+
+    def order(self, name: str, width: int) -> int:
+        """Address of a gather op's columns, f32, each below `width`. Raises BadEngineFile."""
+        values = self._values(name)
+        check_order(name, values, width)
+        return int(values.ctypes.data)
+
+    def _values(self, name: str) -> Array:
+        """A vector as f32 (n,), kept."""
         if name not in self._vectors:
             tensor = self._tensor(name)
             planes = self._packed(name, tensor, "rows")
@@ -115,7 +132,8 @@ class CpuWeights:
                 two_d = unpack(tensor.format, "rows", planes, tensor.rows, tensor.cols)
                 values = fmt.decode(two_d, tensor.rows, tensor.cols).reshape(-1)
                 self.repacked_bytes += round_up(values.nbytes)
-            self._vectors[name] = self._keep(values)
+            self._keep(values)
+            self._vectors[name] = self.planes[-1]
         return self._vectors[name]
 
     def _tensor(self, name: str) -> PackedTensor:
@@ -134,6 +152,7 @@ class CpuWeights:
             if got is None or got.shape != (count,) or got.dtype != np.dtype(dtype):
                 found = "is missing" if got is None else f"is {got.dtype} {got.shape}"
                 raise BadEngineFile(f"tensor {name!r}: plane {plane!r} {found}, expected {dtype} ({count},)")
+        check_indices(name, tensor)
         if tensor.packing == packing:
             return dict(tensor.planes)
         two_d = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from edge_runtime.engine.formats import Array
+from edge_runtime.engine.formats import Array, get_format
 
 # Attention scores of so many queries at once: bounds the memory of a long prompt
 QUERY_BLOCK = 128
@@ -116,6 +116,16 @@ def activation(x: Array, kind: Literal["silu", "gelu", "gelu_tanh", "relu"]) -> 
             case "relu":
                 out = np.maximum(x, np.float32(0.0))
     return out
+
+
+def rounded(x: Array, kind: Literal["fp8_e4m3", "int8"], scale: float | None) -> Array:
+    """Finite x (tokens, width) rounded by the codec of the weight format of that name, one row a token."""
+    fmt = get_format(f"{kind}_row")
+    if scale is None:
+        planes = fmt.encode(x)
+    else:
+        planes = fmt.encode_on_grid(x, {"scale": np.full((len(x), 1), scale, np.float32)})
+    return fmt.decode(planes, *x.shape)
 
 
 def capped(x: Array, cap: float) -> Array:

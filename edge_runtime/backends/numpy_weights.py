@@ -51,7 +51,7 @@ def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
     wanted, place = np.unique(ids // height, return_inverse=True)
     part = {
         p.name: tensor.planes[p.name]
-        if p.per == "tensor"
+        if p.whole
         else np.asarray(tensor.planes[p.name]).reshape(panels, -1)[wanted].reshape(-1)
         for p in fmt.planes
     }

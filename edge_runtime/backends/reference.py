@@ -6,7 +6,8 @@ a token's numbers to f32 rounding, not to the bit, when the step around it chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -23,20 +24,24 @@ from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Part, StepBatch, Support
+from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.adapter import Adapter, LowRank, check_adapter, free_number
 from edge_runtime.engine.formats import FORMATS, Array
+from edge_runtime.engine.layout import live_segments
 from edge_runtime.engine.ops import (
     Activation,
     Add,
     AnyOp,
     Attention,
     Embed,
+    Gather,
     Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
+    Round,
 )
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
@@ -66,8 +71,15 @@ class ReferenceExecutor:
         self._step = step
         self._arena: KvArena | None = KvArena(program, kv)
         self._buffers: dict[str, Array] = {}
+        self._read_last: dict[int, list[str]] = {}  # op -> buffers that no later op reads
+        for name, ranges in live_segments(program).items():
+            for _, last in ranges:
+                self._read_last.setdefault(last, []).append(name)
         self._adapters: dict[int, Adapter] = {}
         self._hidden = np.empty((0, program.hidden_width), np.float32)
+        for op in program.ops:
+            if isinstance(op, Gather):
+                check_order(op.order, provider(op.order), program.buffers[op.x])
 
     def forward(self, batch: StepBatch) -> Array:
         """Logits f32 (L, vocab) of `batch.logit_rows`. Raises BadRequest, or NumericError on NaN/Inf."""
@@ -92,19 +104,28 @@ class ReferenceExecutor:
 
         With `logits`, an evaluation takes the logits of a long text in pieces that fit into memory.
         """
+        _, buffers = deque(self.walk_hidden(batch), maxlen=1)[0]
+        hidden = buffers[self._head.x]
+        _finite(hidden, "the final hidden state")
+        return hidden
+
+    def walk_hidden(self, batch: StepBatch) -> Iterator[tuple[int, Mapping[str, Array]]]:
+        """As `run_hidden`, op by op: after each, its index and the buffers that are still to be read, f32
+        (T, width). Copy what shall outlive the next op, which may work in place.
+        """
         arena = self._open()
         check_batch(batch, self._program, self._kv, self._step)
         check_adapters(batch.adapters, self._adapters)
         refuse_tree(batch, self._kv)
         self._buffers = {}
-        # Overflow is found by the finite checks below, not by a warning
-        with np.errstate(over="ignore", invalid="ignore"):
-            for op in self._program.ops[:-1]:
+        for index, op in enumerate(self._program.ops[:-1]):
+            # Overflow is found by the finite checks, not by a warning
+            with np.errstate(over="ignore", invalid="ignore"):
                 self._run(op, batch, arena)
-        hidden = self._buffers[self._head.x]
+            for name in self._read_last.get(index, ()):
+                del self._buffers[name]
+            yield index, self._buffers
         self._buffers = {}
-        _finite(hidden, "the final hidden state")
-        return hidden
 
     def logits(self, hidden: Array, adapters: Array | None = None) -> Array:
         """Logits f32 (rows, vocab) of hidden rows (rows, hidden), `adapters` (rows,) numbers or -1.
@@ -222,6 +243,12 @@ class ReferenceExecutor:
                 b[op.out] = out if op.up is None else out * b[op.up]
             case Add():
                 b[op.out] = b[op.a] + np.float32(op.scale) * b[op.b]
+            case Gather():
+                _finite(b[op.x], f"the input of the order {op.order!r}")  # also where it is not chosen
+                b[op.out] = b[op.x][:, weight(op.order)[0].astype(np.int64)]
+            case Round():
+                _finite(b[op.x], f"the input of a rounding to {op.format}")
+                b[op.out] = numpy_ops.rounded(b[op.x], op.format, op.scale)
             case Logits():
                 pass  # `logits` does it, for the rows that are wanted
 
@@ -318,10 +345,12 @@ class ReferenceBackend:
         return Support(True)
 
     def load(self, part: Part, *, threads: int = 0) -> ReferenceExecutor:
-        """`threads` has no effect: BLAS has its own pool. Raises Unsupported."""
+        """`threads` has no effect: BLAS has its own pool. Raises Unsupported, BadEngineFile (bad indices)."""
         answer = self.supports(part.program, {name: t.format for name, t in part.weights.items()})
         if not answer.ok:
             raise Unsupported(f"the reference backend cannot run this engine: {answer.why}")
+        for name, tensor in part.weights.items():
+            check_indices(name, tensor)
         return ReferenceExecutor(part.program, DecodedWeights(part.weights), part.kv, part.step)
 
 

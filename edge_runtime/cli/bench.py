@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_runtime.cli.calibration_answer import calibration_answer
 from edge_runtime.cli.first_token import TAIL, measure_first_token
 from edge_runtime.cli.measure import measure_level, measure_speed
 from edge_runtime.cli.options import add_open_options, integer, open_with
@@ -27,6 +28,7 @@ EXAMPLES = (
     "edge-bench model.edge --prompts 64,512 --depths 0,1024 --decode 128 --repeat 9 --json",
     "edge-bench planner.edge --only requests,speculation --text commands.jsonl --concurrency 1,2,4",
     "edge-bench planner.edge --text commands.jsonl --draft-lengths 1,2,4,8 --plot planner.svg",
+    "edge-bench --calibrate --output here.yaml planner.edge    # then: edge-build --profile ./here.yaml MODEL",
 )
 SECTIONS = ("speed", "requests", "speculation", "prefix")
 _LONGEST_PREFIX = 2048  # tokens, unless another is asked for
@@ -62,6 +64,11 @@ def make_parser() -> Parser:
     add("--repeat", type=integer, default=5, metavar="N", help="take the median of N runs [5]")
     add("--plot", type=Path, metavar="FILE", help="draw all of it (.svg or .png; needs matplotlib)")
     add("--profiles", action="store_true", help="list the devices and stop")
+    add = parser.add_argument_group("calibration").add_argument
+    add("--calibrate", action="store_true", help="measure the cpu backend here, for plans; checks ENGINE")
+    add("--profile", default=None, metavar="NAME", help="the profile to put the figures into [auto]")
+    add("--output", type=Path, metavar="FILE", help="profile to write [calibrated.yaml]")
+    add("--formats", metavar="FORMAT,FORMAT", help="weight formats to time [all that have kernels]")
     add = parser.add_argument_group("speed").add_argument
     add("--prompts", metavar="N,N", help="prompt lengths to read [32,128,512, as the context allows]")
     add("--depths", metavar="N,N", help="tokens before decoding starts [1 and half the context]")
@@ -82,6 +89,11 @@ def run(args: argparse.Namespace) -> Answer:
     """Open, measure, report."""
     if args.profiles:
         return profiles_answer()
+    if args.calibrate:
+        return calibration_answer(args)
+    for option in ("profile", "output", "formats"):
+        if getattr(args, option) is not None:
+            raise BadConfig(f"--{option} is for --calibrate; give both or neither")
     if args.engine is None:
         raise BadConfig("which engine file? (see edge-bench --help)")
     _check_early(args)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, run_command, size, table
+from edge_runtime.cli.quality_text import quality_text, report_text
 from edge_runtime.engine import packing
 from edge_runtime.engine.file import Engine, read_engine
 from edge_runtime.engine.manifest import AdapterEntry, Manifest, PartEntry
@@ -51,13 +52,13 @@ def run(args: argparse.Namespace) -> Answer:
         data = describe(engine, verified=not args.no_verify, tensors=args.tensors)
         manifest = engine.manifest
     if args.quality:
-        return Answer({"name": manifest.name, "quality": data["quality"]}, _quality_text(manifest))
+        return Answer({"name": manifest.name, "quality": data["quality"]}, report_text(manifest.quality))
     sections = [
         _head_text(data),
         _parts_text(data),
         *([_adapters_text(data)] if data["adapters"] else []),
         *(_plan_text(name, part) for name, part in manifest.parts.items()),
-        _quality_text(manifest),
+        quality_text(manifest.quality),
         _provenance_text(manifest),
         _contents_text(manifest),
     ]
@@ -228,23 +229,6 @@ def memory_rows(memory: MemoryPlan) -> list[tuple[str, str]]:
     fits = "fits" if memory.need <= memory.have else "does not fit"
     have = f"{size(memory.have)} ({size(memory.total)} less a reserve of {size(memory.reserve)}): {fits}"
     return [*rows, ("need", size(memory.need)), ("have", have)]
-
-
-def _quality_text(manifest: Manifest) -> str:
-    q = manifest.quality
-    if q is None:
-        return "quality: not measured (edge-build --eval TEXT measures it)"
-    worst = sorted(q.sqnr_db.items(), key=lambda item: item[1])[:3]
-    rows = [
-        ("text", f"{q.text}, {q.tokens} tokens"),
-        ("perplexity", f"{q.perplexity:.4f}, f32 {q.perplexity_f32:.4f}"),
-        ("KL to f32", f"mean {q.kl_mean:.5f}, 99% below {q.kl_p99:.5f}"),
-        ("same first choice", f"{100 * q.top1_agreement:.2f} %"),
-        ("stored", f"{size(q.bytes)}, {q.bits_per_weight:.2f} bits/weight"),
-    ]
-    if worst:
-        rows.append(("worst tensors", ", ".join(f"{name} {db:.1f} dB" for name, db in worst)))
-    return "quality\n" + table(rows)
 
 
 def _provenance_text(manifest: Manifest) -> str:

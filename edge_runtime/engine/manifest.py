@@ -15,7 +15,7 @@ from msgspec import Meta, field
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
-SCHEMA = 2
+SCHEMA = 3
 # Parts with a meaning of their own; any other name is a model that stands for itself.
 LANGUAGE = "language"  # the target: the model that answers
 DRAFT = "draft"  # a smaller model with the same vocabulary, which proposes tokens to the target
@@ -85,8 +85,26 @@ class Vocabulary(_Strict, frozen=True):
     size: int
 
 
+class TaskQuality(_Strict, frozen=True):
+    """Share of a task file's cases that are answered rightly, 0 to 1, as `backend` runs the engine.
+
+    accuracy_f32: that of the f32 checkpoint with an f32 cache, where it was measured.
+    """
+
+    name: str
+    cases: int
+    accuracy: float
+    accuracy_f32: float | None
+    backend: str
+
+
 class Quality(_Strict, frozen=True):
-    """The engine against its f32 checkpoint on `tokens` tokens of `text` (a name, never content)."""
+    """The engine against its f32 checkpoint on `tokens` tokens of `text` (a name, never content).
+
+    KL in nats. backend: "reference" computed the engine's logits with f32 activations, another one as it
+    serves them. layer_cosine: by layer, cosine of the two models' residual streams after it, mean over
+    tokens. broken: one clause for each limit that --force overrode.
+    """
 
     text: str
     tokens: int
@@ -98,6 +116,18 @@ class Quality(_Strict, frozen=True):
     bits_per_weight: float
     bytes: int
     sqnr_db: dict[str, float]
+    backend: str = "reference"
+    layer_cosine: tuple[float, ...] = ()
+    task: TaskQuality | None = None
+    broken: tuple[str, ...] = ()
+
+
+class CalibrationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The text whose activations chose the values: its name, tokens, and the digest of the statistics."""
+
+    text: str
+    tokens: int
+    sha256: Digest
 
 
 class Provenance(_Strict, frozen=True):
@@ -109,6 +139,7 @@ class Provenance(_Strict, frozen=True):
     algorithm: str
     recipe: dict[str, str]  # options as given on the command line
     tools: dict[str, str]  # package -> version
+    calibration: CalibrationRecord | None = None
 
 
 class KnownAnswer(_Strict, frozen=True):

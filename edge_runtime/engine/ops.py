@@ -111,6 +111,31 @@ class Add(Op, frozen=True, kw_only=True, tag="add"):
     scale: float = 1.0
 
 
+class Gather(Op, frozen=True, kw_only=True, tag="gather"):
+    """out[t][j] = x[t][order[j]]: a permutation or a choice of channels.
+
+    `order` names an f32 vector of whole numbers below the width of x; their values are checked when an engine
+    is loaded.
+    """
+
+    x: str
+    out: str
+    order: str
+
+
+class Round(Op, frozen=True, kw_only=True, tag="round"):
+    """out = x rounded to an activation format: code(x / s) * s, nearest even, saturating. In place allowed.
+
+    fp8_e4m3 ends at 448, int8 at 127. s is `scale`, or for None the token's absmax / 448 or / 127: the codec
+    and the scales of the weight formats `fp8_e4m3_row` and `int8_row`.
+    """
+
+    x: str
+    out: str
+    format: Literal["fp8_e4m3", "int8"]
+    scale: float | None = None
+
+
 class Logits(Op, frozen=True, kw_only=True, tag="logits"):
     """For the step's chosen rows: logits = softcap(scale * (weight @ x + bias)). Ends a Program."""
 
@@ -121,7 +146,9 @@ class Logits(Op, frozen=True, kw_only=True, tag="logits"):
     bias: str | None = None
 
 
-AnyOp = Embed | Input | Norm | Linear | Rope | KvAppend | Attention | Activation | Add | Logits
+AnyOp = (
+    Embed | Input | Norm | Linear | Rope | KvAppend | Attention | Activation | Add | Gather | Round | Logits
+)
 
 
 def reads(op: AnyOp) -> tuple[str, ...]:
@@ -129,9 +156,7 @@ def reads(op: AnyOp) -> tuple[str, ...]:
     match op:
         case Embed() | Input():
             return ()
-        case Norm() | Linear() | Logits():
-            return (op.x,)
-        case Rope():
+        case Norm() | Linear() | Logits() | Rope() | Gather() | Round():
             return (op.x,)
         case KvAppend():
             return (op.k, op.v)
@@ -164,6 +189,8 @@ def weights(op: AnyOp) -> tuple[str, ...]:
             names = (op.weight, op.bias)
         case Rope():
             names = (op.inv_freq,)
+        case Gather():
+            names = (op.order,)
         case _:
             names = ()
     return tuple(n for n in names if n is not None)

@@ -19,8 +19,9 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
     n16, plane q/w, 8..32 bit: [panel][units*U inputs][16 rows] items; padding is 0.
     n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
-    planes that weights share (scale, zero, min, super): every n weights [panel][ceil(units*U/n)][16 rows];
-                            per row [panel][16 rows]; per tensor [1]. Padding rows and groups hold 0.
+    planes that weights share (scale, zero, min, super, outlier): every n weights [panel][ceil(units*U/n)][16
+                            rows]; per row [panel][16 rows]; per tensor [1]; shared by all rows (index)
+                            [ceil(cols/n)]. Padding rows and groups hold 0.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ class _Grid:
         return self.units * self.unit
 
     def shared_items(self, plane: Plane) -> int:
-        if plane.per == "tensor":
-            return 1
+        if plane.whole:
+            return plane.shape(1, self.cols)[1]
         return self.panels * PANEL * self.shared_cols(plane)
 
     def shared_cols(self, plane: Plane) -> int:
@@ -204,8 +205,8 @@ def _unpack_codes(plane: Plane, packed: Array, grid: _Grid) -> Array:
 
 
 def _pack_shared(plane: Plane, source: Array, grid: _Grid) -> Array:
-    """Scales or zero points (rows, n) -> [panel][padded n][16 rows], padded with 0."""
-    if plane.per == "tensor":
+    """Scales and the like (rows, n) -> [panel][padded n][16 rows], padded with 0."""
+    if plane.whole:
         return source.reshape(-1)
     full = np.zeros((grid.panels * PANEL, grid.shared_cols(plane)), source.dtype)
     full[: grid.rows, : source.shape[1]] = source
@@ -213,8 +214,8 @@ def _pack_shared(plane: Plane, source: Array, grid: _Grid) -> Array:
 
 
 def _unpack_shared(plane: Plane, packed: Array, grid: _Grid) -> Array:
-    if plane.per == "tensor":
-        return packed.reshape(1, 1)
+    if plane.whole:
+        return packed.reshape(1, -1)
     full = packed.reshape(grid.panels, -1, PANEL).transpose(0, 2, 1).reshape(grid.panels * PANEL, -1)
     return np.ascontiguousarray(full[: grid.rows, : plane.shape(grid.rows, grid.cols)[1]])
 

@@ -22,7 +22,7 @@ from edge_runtime.engine.adapter import MAX_RANK, Adapter, LowRank
 from edge_runtime.engine.folder import contained, parse_object, read_capped
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import Origin
-from edge_runtime.engine.ops import Linear
+from edge_runtime.engine.ops import Gather, Linear
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.shard import Shard
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported, ValueOutOfRange, nearest
@@ -119,7 +119,19 @@ def read_peft(folder: Path, origins: Mapping[str, Origin], program: Program) -> 
         found: dict[str, LowRank] = {}
         for module in _modules(shard, parts, config):
             found |= _updates(shard, module, parts[module], program, config)
+    _check_inputs(found, program)
     return {tensor: found[tensor] for tensor in program.tensors if tensor in found}
+
+
+def _check_inputs(found: Adapter, program: Program) -> None:
+    """An update multiplies the inputs in the order that it was trained with."""
+    ordered = {op.out for op in program.ops if isinstance(op, Gather)}
+    for op in program.ops:
+        if isinstance(op, Linear) and op.weight in found and op.x in ordered:
+            raise Unsupported(
+                f"{op.weight!r} reads its inputs in another order (a checkpoint quantized with act-order), "
+                "which adapters do not follow; build the engine from the unquantized checkpoint"
+            )
 
 
 def _read_config(values: dict[str, Any]) -> _Config:

@@ -13,15 +13,18 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
-import yaml
 
 import edge_runtime
+from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.kv import K_FORMATS
+from edge_runtime.engine.strict_yaml import read_yaml
 from edge_runtime.errors import BadConfig, nearest
 
 Precision = Literal[
     "f32", "f16", "bf16", "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp8", "nvfp4", "mxfp4"
 ]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Rest = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # of a time, after all that is explained otherwise
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # sums of a few stay far below 2**63
@@ -30,7 +33,6 @@ Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}$")]
 Word = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 
-MAX_FILE_BYTES = 64 * 1024  # the longest shipped profile has 4 KiB; anything larger is not a profile
 SUFFIXES = (".yaml", ".yml")
 _SIZE = re.compile(r"([0-9]{1,9})\s*(KiB|MiB|GiB)")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -79,12 +81,65 @@ class CudaLimit(msgspec.Struct, frozen=True, kw_only=True):
     ptx: Version
 
 
+class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """Products with one weight format: bytes (1e9/s) of stored weights read at one token, streamed from
+    memory and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt."""
+
+    gbps: Positive
+    cached_gbps: Positive
+    gops: Positive
+
+
+class QueryTime(msgspec.Struct, frozen=True, kw_only=True):
+    """Attention of one query head over one key: for each value of a head, and for the score itself, in ns."""
+
+    value_ns: Rest
+    score_ns: Rest
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What `edge-bench --calibrate` measured on the device, in the terms of engine/roofline.py.
+
+    threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
+    beyond the backend's work; token_us: each of its tokens beyond that. stage_us: beginning and end of a
+    stage of the thread pool, or a kernel launch. value_ns: a value of an op between products, output_ns: one
+    that a product gives, both on one thread. logit_ns: a logit in sampling. query: a token alone, chunk_query:
+    one of a prompt's. kv_ns: reading a value of a key and one of a value in that cache format, row_ns: the row
+    of both, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
+    """
+
+    threads: Count
+    request_us: Rest
+    step_us: Rest
+    token_us: Rest
+    stage_us: Rest
+    value_ns: Rest
+    output_ns: Rest
+    logit_ns: Rest
+    query: QueryTime
+    chunk_query: QueryTime
+    row_ns: Rest
+    kv_ns: dict[str, Rest]
+    cache_bytes: Bytes
+    formats: dict[str, FormatSpeed]
+
+    def speed(self, fmt: str) -> FormatSpeed | None:
+        """The format's figures; None for one that was not measured, to which the peak's shares apply."""
+        return self.formats.get(fmt)
+
+    def key_ns(self, k: str, v: str) -> float:
+        """Of a K and V in these cache formats; an unmeasured one counts as the slowest."""
+        slowest = max(self.kv_ns.values(), default=0.0)
+        return (self.kv_ns.get(k, slowest) + self.kv_ns.get(v, slowest)) / 2
+
+
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` measures them."""
+    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds its figures."""
 
     bandwidth: Share
     compute: Share
     launch_overhead_us: Positive
+    measured: Measured | None = None
 
 
 class Detect(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,26 +321,6 @@ def _check(p: Profile) -> None:
                 fail(f"power_modes.{name}.compute", f"missing key {precision!r}, which precisions lists")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML only: anchors could make a small file large, and a key given twice hides a mistake."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="YAML aliases (*name) are not read", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    problem = f"key {_brief(key.value)} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _parse(path: Path) -> object:
     try:
         if not path.is_file():
@@ -293,22 +328,9 @@ def _parse(path: Path) -> object:
                 raise BadConfig(f"{path}: not a regular file; a profile is a YAML file")
             closest = nearest(path.stem, _files(None))
             raise BadConfig(f"{path}: no such file; a shipped profile is given by its name alone, {closest}")
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise BadConfig(f"{str(path)!r}: cannot be read: {error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise BadConfig(f"{path}: larger than {MAX_FILE_BYTES // 1024} KiB; a profile is a short YAML file")
-    try:
-        return yaml.load(data.decode("utf-8"), Loader=_Loader)
-    except UnicodeDecodeError as error:
-        raise BadConfig(f"{path}: not UTF-8 text (byte {error.start}); a profile is a YAML file") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise BadConfig(f"{path}: not valid YAML{at}: {str(error.problem)[:200]}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number
-        raise BadConfig(f"{path}: not valid YAML: {str(error)[:200]}") from error
+    return read_yaml(path, "profile")
 
 
 _S = TypeVar("_S", bound=msgspec.Struct)
@@ -335,10 +357,7 @@ def _value(kind: Any, value: object, where: str, file: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return _struct(kind, value, where, file, {})
     if origin is dict:
-        return {
-            name: _struct(PowerMode, item, f"{where}.{name}", file, {"mode_name": name})
-            for name, item in _mapping(value, where, file).items()
-        }
+        return _named(get_args(kind)[1], value, where, file)
     if origin is tuple:
         if not isinstance(value, list):
             raise BadConfig(f"{file}: {where}: expected a list, got {_brief(value)}")
@@ -359,6 +378,18 @@ def _value(kind: Any, value: object, where: str, file: str) -> Any:
         quote = '; put it in quotes, such as "8.7"' if kind is Version and isinstance(value, float) else ""
         reason = str(error)[:1].lower() + str(error)[1:]
         raise BadConfig(f"{file}: {where}: {reason} (it is {_brief(value)}){quote}") from error
+
+
+def _named(kind: Any, value: object, where: str, file: str) -> dict[str, Any]:
+    """A mapping of a name to a struct or a number; what the name stands for is the key's own rule."""
+    items = _mapping(value, where, file)
+    if kind is PowerMode:
+        return {n: _struct(PowerMode, v, f"{where}.{n}", file, {"mode_name": n}) for n, v in items.items()}
+    known = FORMATS if kind is FormatSpeed else K_FORMATS
+    for name in items:
+        if name not in known:
+            raise BadConfig(f"{file}: {where}.{name}: unknown format; {nearest(name, known)}")
+    return {n: _value(kind, v, f"{where}.{n}", file) for n, v in items.items()}
 
 
 def _mapping(raw: object, where: str, file: str) -> dict[str, object]:

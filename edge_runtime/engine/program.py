@@ -13,18 +13,22 @@ from edge_runtime.engine.ops import (
     AnyOp,
     Attention,
     Embed,
+    Gather,
     Input,
     KvAppend,
     Linear,
     Logits,
     Norm,
     Rope,
+    Round,
 )
 from edge_runtime.errors import BadConfig
 
 # Every integer of a program is bounded, so that products of three of them stay far below 2**63.
 MAX_DIM = 1 << 24
 MAX_OPS = 1 << 16
+# Of a round op: never denormal, and its product with 448 is finite
+LEAST_SCALE, GREATEST_SCALE = 2.0**-126, 2.0**119
 
 # matrix: quantized freely; embedding/head: with more care; vector: norms, biases, tables, always f32
 Role = Literal["matrix", "embedding", "head", "vector"]
@@ -179,6 +183,16 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 need(op.up is None or width(op.up) == width(op.x), "up and x differ in width")
             case Add():
                 need(width(op.a) == width(op.b) == width(op.out), "a, b and out differ in width")
+            case Gather():
+                need(op.out != op.x, "x and out must be different buffers")
+                width(op.x)
+                vector(op.order, width(op.out))
+            case Round():
+                need(width(op.x) == width(op.out), "x and out differ in width")
+                need(
+                    op.scale is None or LEAST_SCALE <= op.scale <= GREATEST_SCALE,
+                    f"scale {op.scale} is outside {LEAST_SCALE:.6g} to {GREATEST_SCALE:.6g}",
+                )
             case Logits():
                 matrix(op.weight, self.vocab_size, width(op.x))
                 vector(op.bias, self.vocab_size)

@@ -288,6 +288,8 @@ def _check_quality(manifest: Manifest) -> None:
     if manifest.quality is not None:
         _bounded(manifest.quality.tokens, "quality.tokens", least=1)
         _bounded(manifest.quality.bytes, "quality.bytes")
+        if manifest.quality.task is not None:
+            _bounded(manifest.quality.task.cases, "quality.task.cases", least=1)
 
 
 def _bounded(value: int, what: str, least: int = 0, most: int = MAX_BYTES) -> None:

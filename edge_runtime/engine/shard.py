@@ -29,7 +29,7 @@ _CONVERT = (
 )
 _MAGIC = (
     (b"PK\x03\x04", "is a zip archive (torch.save), which may run code when loaded; " + _CONVERT),
-    (b"GGUF", "is a GGUF file; give the Hugging Face folder it was made from"),
+    (b"GGUF", "is a GGUF file, not safetensors; give that file itself to edge-build"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights; run 'git lfs pull' in the folder"),
     (b"\x89HDF\r\n", "is an HDF5 file; give a safetensors checkpoint"),
 )
@@ -60,6 +60,8 @@ def _bf16(raw: Array) -> Array:
     return (raw.astype(np.uint32) << 16).view(np.float32)
 
 
+# safetensors dtype -> numpy storage of the whole numbers and codes that quantized checkpoints hold
+_CODES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "F8_E8M0": "u1"}
 # safetensors dtype -> (storage dtype, to f32)
 _FLOATS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "F64": ("<f8", lambda raw: raw.astype(np.float32)),
@@ -69,6 +71,10 @@ _FLOATS: dict[str, tuple[str, Callable[[Array], Array]]] = {
     "F8_E4M3": ("u1", lambda raw: _E4M3[raw]),
     "F8_E5M2": ("u1", lambda raw: _E5M2[raw]),
 }
+
+
+def _storage(dtype: str) -> str:
+    return _FLOATS[dtype][0] if dtype in _FLOATS else _CODES[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,8 @@ class Shard:
             ok = False
         if not ok or not begin <= end <= size - start:
             raise BadCheckpoint(f"{self.name}: tensor {key!r} has a malformed entry or lies beyond the file")
-        if dtype in _FLOATS:
-            want = np.dtype(_FLOATS[dtype][0]).itemsize
+        if dtype in _FLOATS or dtype in _CODES:
+            want = np.dtype(_storage(dtype)).itemsize
             for n in shape:
                 want *= n
             if want != end - begin:
@@ -150,7 +156,14 @@ class Shard:
             raise BadCheckpoint(
                 f"tensor {key!r} has dtype {entry.dtype}; expected one of {', '.join(_FLOATS)}"
             )
-        storage, convert = _FLOATS[entry.dtype]
+        convert = _FLOATS[entry.dtype][1]
+        return np.asarray(convert(self.raw(key, rows)), dtype=np.float32)
+
+    def raw(self, key: str, rows: tuple[int, int] | None = None) -> Array:
+        """Tensor `key` as it lies in the file: 8-bit floats as u8, bf16 as u16. Raises BadCheckpoint."""
+        entry = self.entries[key]
+        if entry.dtype not in _FLOATS and entry.dtype not in _CODES:
+            raise BadCheckpoint(f"tensor {key!r} has dtype {entry.dtype}, which no reader here knows")
         shape, offset, nbytes = entry.shape, entry.offset, entry.nbytes
         if rows is not None:
             start, stop = rows
@@ -162,6 +175,7 @@ class Shard:
                 offset + start * stride,
                 (stop - start) * stride,
             )
+        storage = _storage(entry.dtype)
         raw = np.empty(nbytes // np.dtype(storage).itemsize, dtype=storage)
         view = memoryview(raw.view(np.uint8).data)
         done = 0
@@ -170,7 +184,7 @@ class Shard:
             if got == 0:
                 raise BadCheckpoint(f"{self.name}: the file ended inside tensor {key!r}; it is truncated")
             done += got
-        return np.asarray(convert(raw), dtype=np.float32).reshape(shape)
+        return raw.reshape(shape)
 
     def __enter__(self) -> Shard:
         return self

@@ -11,10 +11,22 @@ namespace {
 
 constexpr float kTiny = 0x1p-126f;  // formats/scaled.py: f32 scales are never denormal
 
+// formats/nf4_double.py
+float double_scale(const edge_matrix& w, int64_t panel, int64_t lane, int64_t group, int64_t groups) {
+    const int64_t share = EDGE_SECOND / w.group, seconds = (groups + share - 1) / share;
+    const uint8_t code = static_cast<const uint8_t*>(w.scale)[(panel * groups + group) * kPanel + lane];
+    const float product = EDGE_DYNAMIC[code] * w.second[(panel * seconds + group / share) * kPanel + lane];
+    return product + *w.offset;
+}
+
 float group_scale(const edge_matrix& w, int64_t panel, int64_t lane, int64_t group, int64_t groups) {
     switch (w.scale_per) {
-        case EDGE_SCALE_GROUP:
-            return half_at(w.scale, (panel * groups + group) * kPanel + lane);
+        case EDGE_SCALE_GROUP: {
+            const int64_t at = (panel * groups + group) * kPanel + lane;
+            if (w.scale_encoding == EDGE_ENC_F32) return static_cast<const float*>(w.scale)[at];
+            if (w.scale_encoding == EDGE_ENC_DYNAMIC8) return double_scale(w, panel, lane, group, groups);
+            return half_at(w.scale, at);
+        }
         case EDGE_SCALE_ROW:
             return static_cast<const float*>(w.scale)[panel * kPanel + lane];
         case EDGE_SCALE_TENSOR:
@@ -159,6 +171,8 @@ void read_row(const edge_matrix& w, int64_t row, float scale, float* out) {
         }
         out[k] = v * group_scale(w, panel, lane, g, groups) * scale;
     }
+    for (int64_t s = 0; s < w.outliers && w.index[s] >= 0; ++s)
+        out[w.index[s]] = half_at(w.outlier, (panel * w.outliers + s) * kPanel + lane) * scale;
 }
 
 bool all_finite(const float* x, int64_t n) {

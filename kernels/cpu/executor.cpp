@@ -166,6 +166,8 @@ void Executor::run_step(const TokenStep& step, int64_t t) {
             args.padded = padded_cols(op.weight);
             args.group = op.weight.group;
             args.offset = kernels_.offset(op.weight.encoding);
+            args.skip = op.weight.index;
+            args.skips = op.weight.outliers;
             args.block = block.size;
             args.codes = s.codes + block.first * s.code_stride + 4 * lane;
             args.scales = s.scales + block.first * s.group_stride + lane;
@@ -198,6 +200,14 @@ void Executor::run_op(const edge_op& op, int64_t t) {
             break;
         case EDGE_OP_ADD:
             kernels_.add(x, op.y + t * op.x_width, op.scale, out, op.x_width);
+            break;
+        case EDGE_OP_GATHER:
+            if (!all_finite(x, op.x_width)) return fail(EDGE_NOT_FINITE);  // also where it is not chosen
+            for (int64_t j = 0; j < op.out_width; ++j) out[j] = x[static_cast<int64_t>(op.vec[j])];
+            break;
+        case EDGE_OP_ROUND_E4M3:
+        case EDGE_OP_ROUND_I8:
+            if (!kernels_.round(op.kind, op.scale, x, out, op.x_width)) fail(EDGE_NOT_FINITE);
             break;
         case EDGE_OP_KV_APPEND: {
             const edge_cache& cache = cache_[static_cast<size_t>(op.layer)];

@@ -69,6 +69,8 @@ struct QuantizeArgs {
     int64_t n, padded;
     int group;
     int32_t offset;
+    const int32_t* skip;  // (skips) columns that get the code 0, ascending; -1 ends them before
+    int64_t skips;
     int64_t block;  // tokens of the token's block; the pointers are those of the token's first four codes
     int8_t* codes;
     float* scales;
@@ -100,6 +102,8 @@ struct Kernels {
     bool (*norm)(const edge_op& op, const float* x, float* out);
     void (*activation)(int kind, const float* x, const float* up, float* out, int64_t n);
     void (*add)(const float* a, const float* b, float scale, float* out, int64_t n);
+    // To E4M3 or int8 with a scale, or with the row's own where it is 0; false on NaN or Inf.
+    bool (*round)(int kind, float scale, const float* x, float* out, int64_t n);
     // cs: cos then sin of each frequency
     void (*rope)(const edge_op& op, const float* cs, float* x);
     void (*attention)(const AttentionArgs& args);

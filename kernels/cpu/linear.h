@@ -56,6 +56,7 @@ int32_t code_offset(int encoding);
 LinearKernel int_kernel(const edge_matrix& weight);
 LinearKernel bits_kernel(const edge_matrix& weight);
 LinearKernel float_kernel(const edge_matrix& weight);
+LinearKernel outlier_kernel(const edge_matrix& weight);  // an integer matrix with outlier columns
 
 }  // namespace EDGE_ISA
 }  // namespace edge

@@ -24,13 +24,25 @@ EDGE_INLINE void store_codes(const QuantizeArgs& p, int64_t at, i32x16 code) {
 // scale = absmax / 127, code = round_half_even(x / scale); a zero group has scale 0.
 bool quantize(const QuantizeArgs& p) {
     int32_t worst = 0;
+    const int32_t *skip = p.skip, *const skip_end = p.skip + p.skips;
     for (int64_t at = 0; at < p.padded; at += p.group) {
         f32x16 v[8];  // group <= 128
         i32x16 top = set1(0);
         const int parts = p.group / 16;
+        const float* x = p.x + at;
+        float kept[128];
+        if (skip != skip_end && *skip >= 0 && *skip < at + p.group) {
+            for (int64_t i = 0; i < p.group; ++i) kept[i] = at + i < p.n ? x[i] : 0.0f;
+            for (; skip != skip_end && *skip >= 0 && *skip < at + p.group; ++skip) {
+                const int32_t size = bits_of(kept[*skip - at]) & 0x7fffffff;
+                worst = size > worst ? size : worst;  // NaN and Inf are found here too
+                kept[*skip - at] = 0.0f;
+            }
+            x = kept;
+        }
         for (int i = 0; i < parts; ++i) {
             const int64_t left = p.n - at - 16 * i;
-            v[i] = left > 0 ? load_first(p.x + at + 16 * i, left) : zero16();
+            v[i] = left > 0 ? load_first(x + 16 * i, left) : zero16();
             top = max(top, as_i32(abs16(v[i])));
         }
         const int32_t absmax = max_lanes(top);
@@ -133,6 +145,47 @@ void add_rows(const float* a, const float* b, float scale, float* out, int64_t n
         store_first(out + i, add(load_first(a + i, n - i), mul(s, load_first(b + i, n - i))), n - i);
 }
 
+// formats/scaled.py: f32_scale
+float scale_of(float absmax, float largest) {
+    if (absmax == 0.0f) return 0.0f;
+    const float scale = absmax / largest > kTiny ? absmax / largest : kTiny;
+    return scale * largest < __builtin_inff() ? scale : float_of(bits_of(scale) - 1);
+}
+
+// formats/fp8.py: nearest even of |y| <= 448, as a value.
+EDGE_INLINE f32x16 to_e4m3(f32x16 y) {
+    const f32x16 a = min(abs16(y), set1(448.0f));
+    const i32x16 bits = as_i32(a);
+    const i32x16 up = add(add(bits, bit_and(shift_right<20>(bits), set1(1))), set1(0x7ffff));
+    const f32x16 normal = as_f32(bit_and(up, set1(~0xfffff)));
+    const f32x16 tiny = mul(round_even(mul(a, set1(0x1p9f))), set1(0x1p-9f));
+    return copy_sign(select(greater(set1(0x1p-6f), a), tiny, normal), y);
+}
+
+template <bool kE4M3>
+bool round_to(float scale, const float* x, float* out, int64_t n) {
+    i32x16 top = set1(0);
+    for (int64_t i = 0; i < n; i += 16) top = max(top, as_i32(abs16(load_first(x + i, n - i))));
+    const int32_t absmax = max_lanes(top);
+    if (absmax >= kInfBits) return false;
+    if (scale == 0.0f) scale = scale_of(float_of(absmax), kE4M3 ? 448.0f : 127.0f);
+    const f32x16 divisor = set1(scale > 0.0f ? scale : __builtin_inff());
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 y = div(load_first(x + i, n - i), divisor);
+        if constexpr (kE4M3) {
+            y = to_e4m3(y);
+        } else {  // by way of integers, which have no -0
+            y = to_f32(to_i32(max(min(round_even(y), set1(127.0f)), set1(-127.0f))));
+        }
+        store_first(out + i, mul(y, set1(scale)), n - i);
+    }
+    return true;
+}
+
+bool round_row(int kind, float scale, const float* x, float* out, int64_t n) {
+    return kind == EDGE_OP_ROUND_E4M3 ? round_to<true>(scale, x, out, n) : round_to<false>(scale, x, out, n);
+}
+
 // Value i pairs with value i + freqs (half-split order); those past 2 * freqs do not rotate.
 void rope(const edge_op& op, const float* cs, float* x) {
     const int64_t n = op.freqs;
@@ -192,6 +245,7 @@ int32_t argmax(const float* y, int64_t n) {
 }
 
 LinearKernel linear(const edge_matrix& weight) {
+    if (weight.outlier != nullptr) return outlier_kernel(weight);
     if (!quantizes(weight.encoding)) return float_kernel(weight);
     const LinearKernel kernel = int_kernel(weight);
     return kernel != nullptr ? kernel : bits_kernel(weight);
@@ -204,9 +258,9 @@ void low_rank_in(const LowRankArgs& args, int64_t begin, int64_t end);
 void low_rank_out(const LowRankArgs& args, int64_t begin, int64_t end);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {EDGE_SIMD,   linear,       kTokenBlock,   code_offset,  quantize,
-                                        norm,        activation,   add_rows,      rope,         attention,
-                                        low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax};
+    static constexpr Kernels kernels = {
+        EDGE_SIMD, linear, kTokenBlock, code_offset, quantize,     norm,          activation,   add_rows,
+        round_row, rope,   attention,   low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax};
     return &kernels;
 }
 

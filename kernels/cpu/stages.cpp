@@ -10,12 +10,18 @@ constexpr int64_t kChunkBytes = 128 << 10;  // weights of one unit of work: stay
 
 int64_t panels_of(const edge_matrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
+// Whether the same columns are left out of the codes of both.
+bool same_outliers(const edge_matrix& a, const edge_matrix& b) {
+    return a.outliers == b.outliers && std::equal(a.index, a.index + a.outliers, b.index);
+}
+
 // Whether `b` reads the same activations as `a`, in the same codes.
 bool shares_input(const edge_op& a, const edge_op& b) {
     if (b.kind != EDGE_OP_LINEAR || b.x != a.x) return false;
     if (quantizes(a.weight.encoding) != quantizes(b.weight.encoding)) return false;
     return !quantizes(a.weight.encoding) ||
-           (a.weight.group == b.weight.group && a.weight.encoding == b.weight.encoding);
+           (a.weight.group == b.weight.group && a.weight.encoding == b.weight.encoding &&
+            same_outliers(a.weight, b.weight));
 }
 
 int64_t panel_bytes(const edge_matrix& w) {

@@ -122,6 +122,11 @@ EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x
     *high = {look_up(h.a, first, second), look_up(h.b, first, second)};
 }
 
+// table[index]
+EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
+    return {_mm256_i32gather_ps(table, index.a, 4), _mm256_i32gather_ps(table, index.b, 4)};
+}
+
 constexpr int32_t kByteOffset = 0;  // what load_bytes leaves in each code: it makes them signed
 EDGE_INLINE u8x64 load_codes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {

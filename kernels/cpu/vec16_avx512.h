@@ -92,6 +92,11 @@ EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x
     high->v = _mm512_permutexvar_ps(_mm512_srli_epi32(w, 4), t);
 }
 
+// table[index]
+EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
+    return {_mm512_i32gather_ps(index.v, table, 4)};
+}
+
 constexpr int32_t kByteOffset = 128;  // what load_bytes leaves in each code
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 EDGE_INLINE u8x64 load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }

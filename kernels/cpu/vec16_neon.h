@@ -132,6 +132,15 @@ EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x
     *high = look_up(shift_right<4>(w), table);
 }
 
+// table[index]
+EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) {
+    int32_t at[16];
+    float lanes[16];
+    store(at, index);
+    for (int i = 0; i < 16; ++i) lanes[i] = table[at[i]];
+    return load(lanes);
+}
+
 constexpr int32_t kByteOffset = 0;  // what load_bytes leaves in each code: it makes them signed
 EDGE_INLINE u8x64 load_codes(const uint8_t* p) { EDGE_QUARTERS(u8x64, vld1q_u8(p + 16 * i)); }
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {

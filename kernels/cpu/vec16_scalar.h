@@ -96,6 +96,9 @@ EDGE_INLINE void load_table(const void* p, const float* table, f32x16* low, f32x
     }
 }
 
+// table[index]
+EDGE_INLINE f32x16 look_up_any(const float* table, i32x16 index) { EDGE_LANES(f32x16, table[index.v[i]]); }
+
 constexpr int32_t kByteOffset = 128;  // what load_bytes leaves in each code
 EDGE_INLINE u8x64 load_bytes(const uint8_t* p) {
     u8x64 r;

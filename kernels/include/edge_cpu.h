@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 6 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 7 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Row and tensor scales are f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -35,6 +35,9 @@ enum edge_op_kind {
     EDGE_OP_ADD,
     EDGE_OP_LOGITS,
     EDGE_OP_INPUT, /* of the batch; only as the first op */
+    EDGE_OP_GATHER,
+    EDGE_OP_ROUND_E4M3, /* with op.scale, or the token's own where it is 0 */
+    EDGE_OP_ROUND_I8,
 };
 
 enum edge_simd { EDGE_SIMD_AUTO, EDGE_SIMD_SCALAR, EDGE_SIMD_AVX2, EDGE_SIMD_AVX512, EDGE_SIMD_NEON };
@@ -70,7 +73,11 @@ typedef struct edge_matrix {
     const void* min;             /* minima of the groups */
     const void* super;     /* f16 of every EDGE_SUPER columns; with E4M3 scales one f32 for the tensor */
     const void* super_min; /* f16 of every EDGE_SUPER columns */
-    int32_t scale_encoding, unused; /* EDGE_ENC_* of the scales of groups */
+    const float* second;   /* with DYNAMIC8 scales: what multiplies them, one of every EDGE_SECOND columns */
+    const float* offset;   /* and what is then added, one for the tensor */
+    const void* outlier;   /* f16 columns [panel][outliers][16 rows] that the codes leave out, or NULL */
+    const int32_t* index;  /* (outliers) their numbers, ascending, then -1 for none */
+    int32_t outliers, scale_encoding; /* EDGE_ENC_* of the scales of groups */
 } edge_matrix;
 
 /* One side (k or v) of a cache slot; a row is one (page, kv head, token) of head_dim values, or per channel
@@ -95,7 +102,7 @@ typedef struct edge_op {
     const float* x;
     const float* y; /* second input: v of kv_append, up of an activation, b of add */
     float* out;
-    const float* vec; /* norm weight; inv_freq of rope */
+    const float* vec; /* norm weight; inv_freq of rope; columns of gather */
     const float* bias;
     edge_matrix weight;
     int64_t x_width, out_width;

@@ -31,6 +31,7 @@ SIMD = instruction_sets()
 
 
 EXACT = ["int4_g64", "int4_g32_zp", "int8_row", "int8_g128", "nf4_g64", "f16", "fp8_e4m3_row"]
+EXACT += ["nf4_g64_f32", "nf4_g64_dq", "fp8_e4m3_g128", "int8_row_o128"]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -10,7 +10,7 @@ import pytest
 from cpu_programs import Array, decoded, ids, instruction_sets, llama, packed, part_of, step, vector
 
 from edge_runtime.backends.cpu import BACKEND as CPU
-from edge_runtime.backends.protocol import Executor, Part
+from edge_runtime.backends.protocol import Executor, PackedTensor, Part
 from edge_runtime.backends.reference import BACKEND as REFERENCE
 from edge_runtime.engine.kv import K_FORMATS, cache_arrays
 from edge_runtime.engine.ops import Activation, Embed, Linear, Logits, Norm
@@ -30,6 +30,7 @@ def _cpu(simd: str) -> Load:
 BACKENDS: dict[str, Load] = {**{simd: _cpu(simd) for simd in instruction_sets()}, "reference": REFERENCE.load}
 VALUES = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 FMTS = ["f32", "f16", "bf16", "int8_row", "int8_g64", "int4_g64", "int4_g32_zp", "nf4_g64"]
+FMTS += ["nf4_g64_f32", "nf4_g64_dq", "fp8_e4m3_g128", "int8_row_o128"]
 
 backends = pytest.mark.parametrize("load", list(BACKENDS.values()), ids=list(BACKENDS))
 values = pytest.mark.parametrize("value", list(VALUES.values()), ids=list(VALUES))
@@ -44,10 +45,15 @@ def caught(executor: Executor, batch: object) -> bool:
     return False
 
 
-def poisoned(part: Part, name: str, value: float) -> Part:
-    """The part with one number of a tensor spoiled: a scale where the format has some, else a code."""
+def spoilable(tensor: PackedTensor) -> list[str]:
+    """Planes that can hold NaN: scales, offsets and outliers where the format has some, else the codes."""
+    planes = [p for p in tensor.planes if p not in ("q", "index") and tensor.planes[p].dtype.kind == "f"]
+    return [p for p in planes if p != "w"] or [next(iter(tensor.planes))]
+
+
+def poisoned(part: Part, name: str, value: float, plane: str) -> Part:
+    """The part with one number of a tensor spoiled."""
     tensor = part.weights[name]
-    plane = "scale" if "scale" in tensor.planes else next(iter(tensor.planes))
     spoiled = tensor.planes[plane].copy()
     at = 5 % spoiled.size  # of row 5 in a panel, or the whole of a small plane
     if tensor.format == "bf16":
@@ -73,9 +79,10 @@ def test_weights_of_every_layer(fmt: str, load: Load) -> None:
     executor.close()
     for i, name in enumerate(part.program.tensors, FMTS.index(fmt)):
         value = list(VALUES.values())[i % 3]
-        executor = load(poisoned(part, name, value))
-        assert caught(executor, batch), (name, value)
-        executor.close()
+        for plane in spoilable(part.weights[name]):
+            executor = load(poisoned(part, name, value, plane))
+            assert caught(executor, batch), (name, plane, value)
+            executor.close()
 
 
 @backends

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -79,8 +78,8 @@ class StateSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(value.shape) for key, value in self.state.items()}
 
-    def entry(self, key: str) -> Any:
-        return SimpleNamespace(shape=tuple(self.state[key].shape))
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.state[key].shape)
 
     def tensor(self, key: str, rows: tuple[int, int] | None = None) -> Array:
         array: Array = self.state[key].numpy()

@@ -133,11 +133,58 @@ def test_a_broken_quality_limit_exits_3_and_writes_nothing(
 ) -> None:
     options = ["--profile", "cpu", "--weights", "int4_g128", "--eval-tokens", "128", "--json"]
     command = [*options, "-o", str(tmp_path / "m.edge"), str(real_model)]
-    assert main([*command, "--max-ppl-increase", "0.5"]) == 3
-    assert object_of(capsys)["error"]["type"] == "QualityLimit"
-    assert not list(tmp_path.iterdir())
-    assert main([*command, "--max-ppl-increase", "50"]) == 0
-    assert (tmp_path / "m.edge").exists()
+    limits = {"--max-ppl-increase": ("0.5", "50"), "--max-kl": ("0.0001", "1")}
+    for option, (broken, kept) in limits.items():
+        assert main([*command, option, broken]) == 3
+        assert object_of(capsys)["error"]["type"] == "QualityLimit"
+        assert not list(tmp_path.iterdir())
+        assert main([*command, option, kept]) == 0
+        assert object_of(capsys)["quality"]["broken"] == []
+        (tmp_path / "m.edge").unlink()
+
+
+def test_a_broken_accuracy_exits_3_unless_forced(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    task = tmp_path / "task.jsonl"
+    choices = ["yes", "no", "may be"]
+    records = [
+        {"prompt": "a", "choices": choices, "expected": c, "scoring": "choice"} for c in choices
+    ]  # whatever the toy says, it is right once
+    task.write_text("\n".join(map(json.dumps, records)))
+    target = tmp_path / "m.edge"
+    command = ["--profile", "cpu", "--eval-tokens", "64", "--task", str(task), "-o", str(target), "--json"]
+    assert main([*command, "--min-accuracy", "0.34", str(model)]) == 3
+    message = object_of(capsys)["error"]["message"]
+    assert "accuracy is 0.3333 on task.jsonl, at least 0.34 is wanted" in message and "--force" in message
+    assert list(tmp_path.iterdir()) == [task]
+    assert main([*command, "--min-accuracy", "0.3", str(model)]) == 0
+    assert object_of(capsys)["quality"]["task"]["accuracy"] == pytest.approx(1 / 3)
+    old = target.read_bytes()
+    assert main([*command, "--min-accuracy", "1", "--max-kl", "0", str(model)]) == 3
+    assert "KL to f32 is" in object_of(capsys)["error"]["message"]
+    assert target.read_bytes() == old
+    assert main([*command, "--min-accuracy", "1", "--max-kl", "0", "--force", str(model)]) == 0
+    captured = capsys.readouterr()
+    quality = json.loads(captured.out)["quality"]
+    assert [clause.split()[0] for clause in quality["broken"]] == ["KL", "accuracy"]
+    assert "written by --force although KL to f32 is" in captured.err
+    with read_engine(target) as engine:
+        assert engine.manifest.quality is not None
+        assert list(engine.manifest.quality.broken) == quality["broken"]
+    assert main([*command[:-1], "--force", str(model)]) == 0
+    assert "33.33% of 3 cases of task.jsonl on cpu (f32 33.33%)" in capsys.readouterr().out
+
+
+def test_native_evaluation_needs_a_backend_that_runs_the_engine(
+    model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--profile", "cpu", "--eval-tokens", "64", "--eval-backend", "native", "--json"]
+    command += ["-o", str(tmp_path / "m.edge"), str(model)]
+    assert main(command) == 0
+    assert object_of(capsys)["quality"]["backend"] == "cpu"
+    monkeypatch.setattr("builders.runner._backend", lambda name: None)
+    assert main(command) == 1
+    error = object_of(capsys)["error"]
+    assert error["type"] == "BackendUnavailable" and "use --eval-backend reference" in error["message"]
 
 
 def test_k_and_v_may_have_formats_of_their_own(model: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -162,7 +209,7 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "examples:" in out and "exit codes:" in out
-    from builders.cli import _EXAMPLES, make_parser
+    from builders.arguments import _EXAMPLES, make_parser
 
     for line in _EXAMPLES:
         make_parser().parse_args(line.split()[1:])
@@ -182,6 +229,13 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
         (["--profile", "cpu", "--eval-tokens", "1", "MODEL"], "--eval-tokens is 1"),
         (["--profile", "cpu", "--max-ppl-increase", "-1", "MODEL"], "--max-ppl-increase"),
         (["--profile", "cpu", "--max-ppl-increase", "1", "--no-eval", "MODEL"], "--max-ppl-increase"),
+        (["--profile", "cpu", "--max-kl", "-1", "MODEL"], "--max-kl -1 needs 0 or more"),
+        (["--profile", "cpu", "--max-kl", "nan", "MODEL"], "--max-kl nan needs 0 or more"),
+        (["--profile", "cpu", "--min-accuracy", "0.5", "MODEL"], "a --task to measure it on"),
+        (["--profile", "cpu", "--task-f32", "MODEL"], "--task-f32 needs --task"),
+        (["--profile", "cpu", "--task", "/no/such.jsonl", "MODEL"], "task file: cannot read"),
+        (["--profile", "cpu", "--task", "/no/such.jsonl", "--no-eval", "MODEL"], "leave --no-eval away"),
+        (["--profile", "cpu", "--eval-backend", "cuda", "MODEL"], "invalid choice: 'cuda'"),
         (["--profile", "cpu", "--algorithm", "rtm", "MODEL"], "did you mean 'rtn'"),
         (["--profile", "cpu", "/no/such/folder"], "is not a folder"),
         (["--profile", "orin", "--power-mode", "26W", "MODEL"], "power mode"),

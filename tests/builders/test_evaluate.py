@@ -11,7 +11,8 @@ from hf_folders import llama_config, write_model
 
 from builders.archs import read_program
 from builders.comparison import compare, logits
-from builders.evaluate import EvaluationText, compare_models, hidden_states, read_text
+from builders.evaluate import EvaluationText, compare_models, read_text
+from builders.hidden import hidden_states
 from builders.pipeline import Options, build
 from builders.planner import Request
 from builders.sources import Source, open_source, read_vocabulary
@@ -104,8 +105,8 @@ def test_windows_are_independent_of_each_other(tmp_path: Path) -> None:
     with open_source(write_model(tmp_path / "m")) as source:
         weights = CheckpointWeights(read_program(source.config), source)
         a, b = [1, 5, 9, 200, 7], [1, 77, 78]
-        both = hidden_states(weights, F16, text_of([a, b]))
-        alone = [hidden_states(weights, F16, text_of([w])) for w in (a, b)]
+        both = hidden_states(weights, F16, text_of([a, b]).windows)
+        alone = [hidden_states(weights, F16, text_of([w]).windows) for w in (a, b)]
     # BLAS rounds by shape, nothing else may differ
     np.testing.assert_allclose(both, np.concatenate(alone), atol=1e-5)
     assert both.shape == (6, 32)

@@ -16,7 +16,7 @@ import pytest
 from hf_folders import write_model
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from builders import medusa  # noqa: E402
 from builders.lessons import Lesson, batches, read_lessons  # noqa: E402
@@ -153,7 +153,7 @@ def test_heads_learn_and_go_into_an_engine_that_says_the_same(
         )
     )
     assert not done.notices  # the heads name these very weights as their base
-    ids = base.tokenizer(TEXT[:60], add_special_tokens=False)["input_ids"]
+    ids = base.text.encode(TEXT[:60], "text")
     rows = reference_hidden(model, ids)[-4:].astype(np.float32)
     stored = {n: t.half().float() for n, t in _load(tmp_path / "heads").items()}
     heads = new_heads(base, 2, 1e-3)
@@ -214,13 +214,15 @@ def _dies_at(step: int) -> Any:
     return wrapped
 
 
-def test_lessons_of_every_kind(base: Base, tmp_path: Path) -> None:
+def test_lessons_of_every_kind(model: Path, base: Base, tmp_path: Path) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+
     def read(name: str, text: str, length: int = 50) -> list[Lesson]:
         (tmp_path / name).write_text(text)
-        return read_lessons(tmp_path / name, base.tokenizer, length)
+        return read_lessons(tmp_path / name, base.text, length)
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(theirs(text, add_special_tokens=False)["input_ids"])
 
     assert read("a.txt", "abcdefgh", 3) == [Lesson(ids("abc"), 1), Lesson(ids("def"), 1)]  # gh is too short
     (lesson,) = read("a.jsonl", '{"prompt": "abc", "completion": "de"}\n\n')
@@ -228,7 +230,7 @@ def test_lessons_of_every_kind(base: Base, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]
     (lesson,) = read("b.jsonl", json.dumps({"messages": chat}))
     assert lesson == Lesson(ids("<s>ab<s>cde</s>"), 4)
-    assert base.tokenizer.convert_ids_to_tokens(lesson.ids[lesson.start]) == "c"
+    assert theirs.convert_ids_to_tokens(lesson.ids[lesson.start]) == "c"
     for line, message in (
         ("nonsense", "c.jsonl, line 1 is not JSON"),
         ('{"prompt": "x"}', 'line 1: expected {"text"}'),
@@ -264,7 +266,7 @@ def test_batches_hold_every_lesson_once_a_pass_within_the_budget() -> None:
         (["--text", "t", "--heads", "17"], "--heads is 17, expected 1 to 16"),
         (["--text", "t", "--steps", "0"], "--steps is 0"),
         (["--text", "t", "--minutes", "nan"], "--minutes is nan"),
-        (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--text", "nowhere.txt"], "nowhere.txt: No such file"),
     ],
 )
 def test_mistakes_are_named(

@@ -15,8 +15,9 @@ import pytest
 from hf_folders import llama_config, llama_shapes, write_model
 from safetensors.numpy import load_file, save_file
 
-from builders.pipeline import Options, Watcher, build
+from builders.pipeline import Options, build
 from builders.planner import Request
+from builders.watcher import Watcher
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.backends.protocol import Part, StepBatch
 from edge_runtime.backends.reference import BACKEND

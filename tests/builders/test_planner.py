@@ -12,7 +12,8 @@ from hf_folders import llama_config, llama_shapes
 from builders.archs import read_program
 from builders.companions import Companions
 from builders.fitting import advice, changes_that_fit, require_fit
-from builders.planner import QUALITY_ORDER, Request, choose, fits, make_plans, precision, resolve
+from builders.losses import losses_of
+from builders.planner import AUTO, Request, candidates, choose, fits, make_plans, precision, resolve
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile, list_profiles, load_profile
@@ -64,15 +65,26 @@ def test_weights_and_kv_are_the_sums_done_by_hand(big: Program) -> None:
 
 
 @pytest.mark.parametrize("name", [p.name for p in list_profiles()])
-def test_auto_takes_the_best_format_that_fits_every_device(big: Program, name: str) -> None:
+def test_auto_beats_every_uniform_format_that_fits_every_device(big: Program, name: str) -> None:
+    """By its own measure of loss, and without more bytes than there are."""
     profile = load_profile(name)
     plans, request = choose(big, profile, Request(context=4096))
-    memory = plans["language"].memory
-    allowed = [f for f in QUALITY_ORDER if precision(f) in profile.precisions]
-    fitting = [f for f in allowed if fits(make_plans(big, profile, Request(weights=f, context=4096)))]
-    assert request.weights == (fitting[0] if fitting else allowed[-1])
+    losses = losses_of(big, None, candidates(profile, request))
+
+    def loss(plan: Plan) -> float:
+        tensors = {n: t for n, t in plan.tensors.items() if big.tensors[n].role != "vector"}
+        return sum(losses.of(n, t.format) or 0.0 for n, t in tensors.items())
+
+    everything = [
+        make_plans(big, profile, Request(weights=f, head_weights=f, context=4096))
+        for f in candidates(profile, request)
+    ]
+    fitting = [p["language"] for p in everything if fits(p)]
+    assert request.weights == AUTO
     assert fits(plans) == bool(fitting)
-    assert memory.need <= memory.have or not fitting
+    assert all(loss(plans["language"]) <= loss(plan) * (1 + 1e-6) for plan in fitting)
+    if not fitting:
+        assert plans["language"].memory.need <= min(p["language"].memory.need for p in everything)
 
 
 def test_formats_follow_the_roles(big: Program) -> None:

@@ -193,9 +193,9 @@ def test_code_in_a_folder_is_not_run(folder: Path) -> None:
     assert not Path("/tmp/edge-build-was-exploited").exists()
 
 
-def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
-    rewrite(folder, "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(folder, "already quantized (gptq)", error=Unsupported)
+def test_an_unknown_way_of_quantizing_is_refused_with_the_known_ones(folder: Path) -> None:
+    rewrite(folder, "config.json", quantization_config={"quant_method": "gtpq", "bits": 4})
+    refused(folder, "'gtpq'", "did you mean 'gptq'", "awq, ", error=Unsupported)
 
 
 # --- damaged folders --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from edge_runtime.errors import BadEngineFile, DoesNotFit, EdgeError, QualityLim
 
 ROOT = Path(__file__).resolve().parents[2]
 QUALITY = {"perplexity", "perplexity_f32", "kl_mean", "kl_p99", "top1_agreement", "bits_per_weight", "bytes"}
+QUALITY |= {"backend", "layer_cosine", "task", "broken", "sqnr_db"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_json_is_one_object_with_everything(engine_path: Path, capsys: pytest.Ca
     data = json.loads(out)
     manifest = read_engine(engine_path).manifest
     assert set(data["quality"]) >= QUALITY
-    assert data["quality"] == msgspec.to_builtins(manifest.quality)
+    assert data["quality"] == json.loads(msgspec.json.encode(manifest.quality))
     assert data["provenance"] == msgspec.to_builtins(manifest.provenance)
     assert data["known_answer"] == {"prompt": [1, 5, 9], "answer": [3, 4], "backend": "reference"}
     assert data["blobs"] == {name: len(blob) for name, blob in BLOBS.items()}
@@ -108,6 +109,19 @@ def test_quality_alone(engine_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert set(data) == {"name", "quality"} and set(data["quality"]) >= QUALITY
     text = shown(capsys, engine_path, "--quality")
     assert text.startswith("quality\n") and "97.00 %" in text and "provenance" not in text
+    words = " ".join(text.split())
+    for line in (
+        "text story, 300 tokens, f32 activations",
+        "perplexity 12.5000, f32 12.0000 (+4.17 %)",
+        "KL to f32 mean 0.01000, 99% below 0.09000 nats",
+        "stored 40.0 KiB, 5.20 bits/weight",
+        "task t.jsonl: 75.00 % of 8 cases right, f32 87.50 % (cpu)",
+        "broken limit accuracy is 0.7500 on t.jsonl, at least 0.8 is wanted",
+        "after layer cosine to f32 1 - cosine",
+        "0 0.999000 ######## 1 0.996000 ##############################",
+        "layers.0.q 21.50",
+    ):
+        assert line in words
 
 
 def test_an_engine_that_was_not_measured_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

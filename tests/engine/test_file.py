@@ -243,10 +243,10 @@ def test_rewriting_nothing_keeps_the_file_readable(engine_path: Path) -> None:
 
 
 REFUSALS = {
-    '"schema":2,': ('"schema":3,', "made by a newer version .schema 3, this one reads 2.; update"),
-    '"schema":2,"name"': (
-        '"schema":1,"name"',
-        "an older version .schema 1, this one reads 2.; build it again",
+    '"schema":3,': ('"schema":4,', "made by a newer version .schema 4, this one reads 3.; update"),
+    '"schema":3,"name"': (
+        '"schema":2,"name"',
+        "an older version .schema 2, this one reads 3.; build it again",
     ),
     '"name":"toy",': ('"name":"toy","nmae":"x",', "unknown field `nmae`"),
     '"name":"toy",\n': ('"name":"to\\ny",', "the manifest is not valid"),

@@ -35,7 +35,7 @@ GOLDEN = Path(__file__).parent / "golden"
 TAILS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 67, 127, 129, 193, 255, 1023)
 NAMES = sorted(FORMATS)
 SCALED = [n for n in NAMES if FORMATS[n].on_grid is not None]
-TENSOR = [n for n in NAMES if any(p.per == "tensor" for p in FORMATS[n].planes)]
+TENSOR = [n for n in NAMES if any(p.whole for p in FORMATS[n].planes)]
 GROUPED = [n for n in NAMES if FORMATS[n].group and n not in TENSOR]
 
 
@@ -70,8 +70,14 @@ def closed_form(name: str, x: np.ndarray) -> np.ndarray:
     if name in ("f16", "bf16", "fp8_e5m2"):
         relative, smallest = {"f16": (11, 25), "bf16": (8, 134), "fp8_e5m2": (3, 17)}[name]
         return np.maximum(v * 2.0**-relative, 2.0**-smallest)
+    if name == "int8_row_o128":
+        return closed_form_of_outliers(x)
     low, high = shared(name, np.minimum, x), shared(name, np.maximum, x)
     largest = np.maximum(high, -low)
+    if name == "nf4_g64_f32":
+        return (1 - 0.6961928) / 2 * (largest + 2.0**-126) + rounding
+    if name == "nf4_g64_dq":
+        return closed_form_of_double(largest) + rounding
     if name.startswith("fp8_e4m3"):
         scale = largest / 448 * (1 + 2.0**-20) + 2.0**-126
         return np.maximum(v * 2.0**-4, scale * 2.0**-10) + rounding
@@ -121,6 +127,34 @@ def closed_form_of_k_quant(bits: int, low: np.ndarray, high: np.ndarray) -> np.n
     least = -low + unit(-low, most)
     wanted = (high + least) / (2**bits - 1)
     return (wanted + unit(wanted, most)) / 2 + least * 2.0**-21
+
+
+def closed_form_of_outliers(x: np.ndarray) -> np.ndarray:
+    """Half an int8 step of the row without its outlier columns; in those half an f16 step."""
+    size = np.abs(x).max(axis=0)
+    taken = np.argsort(-size, kind="stable")[: -(-x.shape[1] // 128)]
+    rest = np.abs(x.astype(np.float64))
+    rest[:, taken] = 0
+    step = rest.max(axis=1, keepdims=True) / 127 * (1 + 2.0**-20) + 2.0**-126
+    bound = np.broadcast_to(step / 2, x.shape) + np.abs(x) * 2.0**-21 + 2.0**-149
+    bound[:, taken] = np.maximum(np.abs(x[:, taken].astype(np.float64)) * 2.0**-11, 2.0**-25)
+    return bound
+
+
+def closed_form_of_double(largest: np.ndarray) -> np.ndarray:
+    """The second level moves a scale by half the widest gap of the dynamic map, 0.9/128 of scale2."""
+    first = largest[:, ::64]
+    rest = np.abs(first - first.mean())
+    second = np.concatenate(
+        [
+            np.broadcast_to(g.max(axis=1, keepdims=True), g.shape)
+            for g in np.split(rest, range(8, rest.shape[1], 8), 1)
+        ],
+        axis=1,
+    )
+    moved = second * (0.9 / 128 * (1 + 2.0**-10)) + 2.0**-120 + first.mean() * 2.0**-20
+    moved = np.repeat(moved, 64, axis=1)[:, : largest.shape[1]]
+    return np.maximum((1 - 0.6961928) / 2 * (largest + moved), moved)
 
 
 def shared(name: str, reduce: np.ufunc, x: np.ndarray) -> np.ndarray:
@@ -181,7 +215,9 @@ def test_zeros_decode_to_zero(name: str) -> None:
     negative = FORMATS[name].encode(np.full((3, 130), -0.0, np.float32))
     assert not FORMATS[name].decode(negative, 3, 130).any()
     for plane in FORMATS[name].grid_planes:
-        assert not negative[plane.name].any() and not np.signbit(negative[plane.name]).any()
+        neutral = {"index": -1, "scale": 127 if name == "nf4_g64_dq" else 0}.get(plane.name, 0)
+        assert (negative[plane.name] == neutral).all()
+        assert plane.name == "index" or not np.signbit(negative[plane.name]).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,11 +247,25 @@ def test_denormals_stay_within_the_bound(name: str, magnitude: float) -> None:
     x[0, 0] = magnitude
     planes, _ = check(name, x)
     scale = planes.get("scale")
+    if name == "nf4_g64_dq":
+        scale = planes["scale2"]
     if scale is not None and scale.dtype == np.float32:
         assert (np.abs(scale[scale != 0]) >= 2.0**-126).all()  # kernels may flush denormals
 
 
-@pytest.mark.parametrize("name", ["f32", "bf16", "int8_row", "fp8_e4m3_row", "fp8_e4m3_tensor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "f32",
+        "bf16",
+        "int8_row",
+        "fp8_e4m3_row",
+        "fp8_e4m3_tensor",
+        "fp8_e4m3_g128",
+        "nf4_g64_f32",
+        "nf4_g64_dq",
+    ],
+)
 def test_the_ends_of_f32_do_not_overflow(name: str) -> None:
     largest = 3.3e38 if name == "bf16" else float(np.finfo(np.float32).max)
     check(name, np.array([[largest, 1.0, 0.0], [-largest, 1e38, 1e-45], [1e-45, 3e-45, -1e-39]], np.float32))
@@ -353,6 +403,8 @@ def test_a_narrow_grid_clips_within_the_bound(name: str) -> None:
     planes = fmt.encode_on_grid(x, grid)
     decoded = fmt.decode(planes, *x.shape)
     assert (np.abs(x - decoded.astype(np.float64)) <= fmt.bound(x, planes)).all()
+    if "index" in planes:  # columns of their own; the rest is clipped
+        x[:, planes["index"][0]] = decoded[:, planes["index"][0]] = 0
     assert not decoded[2].any() or name in TENSOR or name == "mxfp4_g32"
     assert np.abs(decoded).max() < np.abs(x).max()
 
@@ -365,10 +417,13 @@ def test_levels_and_affine_give_the_decoded_values(name: str) -> None:
     scale, shift = (np.broadcast_to(a, (5, a.shape[1])).astype(np.float64) for a in fmt.affine(planes))
     which = np.arange(300) // fmt.span(300)
     decoded = fmt.decode(planes, 5, 300).astype(np.float64)
+    apart = planes["index"][0] if "index" in planes else []  # columns that hold values of their own
     values = fmt.levels.astype(np.float64) * scale[:, which, None] + shift[:, which, None]
     off = np.abs(values - decoded[..., None]).min(axis=2)
+    off[:, apart] = 0
     assert (off <= (np.abs(decoded) + np.abs(shift[:, which])) * 2.0**-23).all()
     # no level is nearer to a value than the one that was chosen
+    x[:, apart] = decoded[:, apart]
     nearest = np.abs(values - x.astype(np.float64)[..., None]).min(axis=2)
     error = np.abs(decoded - x)
     assert (error <= nearest * (1 + 2.0**-20) + (np.abs(x) + np.abs(shift[:, which])) * 2.0**-21).all()
@@ -376,7 +431,8 @@ def test_levels_and_affine_give_the_decoded_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in SCALED if "fp4" not in n])
 def test_a_grid_for_a_range_covers_it(name: str) -> None:
-    """Up to half a step where zero points are whole numbers; the fp4 formats take the published scale."""
+    """Up to half a step where zero points or the scales themselves are codes; the fp4 formats take the
+    published scale."""
     fmt, x = FORMATS[name], matrix(5, 300)
     low, high = scaled.extent(x, fmt.span(300))
     low, high = low * np.float32(0.7), high * np.float32(0.9)  # not what encode() would take
@@ -384,6 +440,8 @@ def test_a_grid_for_a_range_covers_it(name: str) -> None:
     scale, shift = fmt.affine(fmt.grid_for(low, high))
     ends = np.stack([fmt.levels[0] * scale + shift, fmt.levels[-1] * scale + shift])
     slack = np.abs(scale) * (0.5 if name.endswith("_zp") else 0) + np.maximum(-low, high) * 2.0**-20
+    if name == "nf4_g64_dq":  # half the widest gap of the dynamic map
+        slack += 0.9 / 128 * np.repeat(fmt.grid_for(low, high)["scale2"], 8, axis=1)[:, : low.shape[1]]
     assert (ends.min(axis=0) <= low + slack).all() and (ends.max(axis=0) >= high - slack).all()
 
 
@@ -449,6 +507,7 @@ def test_damaged_values_and_planes_are_refused(name: str) -> None:
         ("q6_k", 127 * 32 * 65520, "q6_k: a group needs the scale"),
         ("q4_k", 255 * 65520, "q4_k: a group needs the scale"),
         ("nf4_g64", 65520, "scale 65520"),
+        ("int8_row_o128", 65520, "an outlier column holds 65520"),
     ],
 )
 def test_values_beyond_the_range_are_refused(name: str, largest: float, message: str) -> None:
@@ -473,6 +532,7 @@ def test_values_beyond_the_range_are_refused(name: str, largest: float, message:
         ("mxfp4_g32", 3.4e38),
         ("nvfp4_g16", 3.4e38),
         ("nf4_g64", 65504),
+        ("int8_row_o128", 65504),
     ],
 )
 def test_values_at_the_end_of_the_range_are_held(name: str, largest: float) -> None:
@@ -496,7 +556,8 @@ def test_the_registry_holds_what_the_architecture_asks_for() -> None:
     groups = [f"int{b}_g{g}{z}" for b, z in kinds for g in (32, 64, 128)]
     homes = ["int4_g32_min", "int5_g32_min", *(f"q{b}_k" for b in (2, 3, 4, 5, 6)), "mxfp4_g32", "nvfp4_g16"]
     fp8 = ["fp8_e4m3_row", "fp8_e4m3_tensor", "fp8_e5m2"]
-    assert sorted(["f32", "f16", "bf16", "int8_row", *groups, *homes, *fp8, "nf4_g64"]) == NAMES
+    other = ["fp8_e4m3_g128", "nf4_g64", "nf4_g64_f32", "nf4_g64_dq", "int8_row_o128"]
+    assert sorted(["f32", "f16", "bf16", "int8_row", *groups, *homes, *fp8, *other]) == NAMES
 
 
 @pytest.mark.parametrize(
@@ -523,6 +584,10 @@ def test_the_registry_holds_what_the_architecture_asks_for() -> None:
         ("q6_k", 6.5625),
         ("mxfp4_g32", 4.25),
         ("nvfp4_g16", 4.5 + 2.0**-19),
+        ("nf4_g64_f32", 4.5),
+        ("nf4_g64_dq", 4 + 8 / 64 + 32 / 512 + 2.0**-19),
+        ("int8_row_o128", 8 + 32 / 4096 + 16 / 128 + 2.0**-14),
+        ("fp8_e4m3_g128", 8.25),
     ],
 )
 def test_bits_per_weight_of_a_4096_square(name: str, bits: float) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from edge_runtime.engine.profile import MAX_FILE_BYTES, list_profiles, load_profile, read_profile
+from edge_runtime.engine.profile import list_profiles, load_profile, read_profile
+from edge_runtime.engine.strict_yaml import MAX_FILE_BYTES
 from edge_runtime.errors import BadConfig
 
 PROFILES = Path(__file__).parents[2] / "profiles"

@@ -29,7 +29,7 @@ FREE = re.compile(
     r"\.parts\.\*\.plan\.(step\.(sequences|tokens|logits|context)|predicted\.\w+)|"
     r"\.parts\.\*\.plan\.memory\.(buffers|device_code|context|reserve|total)|"
     r"\.parts\.\*\.origins\.\*\.row|\.adapters\.\*\.targets\.\*\.scale|"
-    r"\.vocabulary\.(bos|size|eos\.\*)|\.known_answer\.(prompt|answer)\.\*|\.quality\.\w+(\.\*)?"
+    r"\.vocabulary\.(bos|size|eos\.\*)|\.known_answer\.(prompt|answer)\.\*|\.quality\.\w+(\.(\*|\w+))?"
 )
 
 
@@ -209,19 +209,19 @@ HOSTILE_TEXT = {
     "list": b"[]}",
     "deep lists": b"[" * 200_000 + b"}",
     "deep objects": b'{"a":' * 100_000 + b"}",
-    "deep in a known field": b'{"schema":2,"parts":' + b'{"a":' * 100_000 + b"}",
+    "deep in a known field": b'{"schema":3,"parts":' + b'{"a":' * 100_000 + b"}",
     "many quotes": b'"' * 200_000 + b"}",
     "backslashes": b"\\" * 200_000 + b"}",
     "NULs": b"\0" * 200_000 + b"}",
-    "not UTF-8": b'{"schema":2,"name":"\xff\xfe"}',
-    "lone surrogate": b'{"schema":2,"name":"\\ud800"}',
+    "not UTF-8": b'{"schema":3,"name":"\xff\xfe"}',
+    "lone surrogate": b'{"schema":3,"name":"\\ud800"}',
     "huge number": b'{"schema":' + b"9" * 7000 + b"}",
     "huger number": b'{"schema":' + b"9" * 200_000 + b"}",
-    "one long text": b'{"schema":2,"name":"' + b"x" * 200_000 + b'"}',
-    "dense object": b'{"schema":2,' + b",".join(b'"%d":1' % i for i in range(60_000)) + b"}",
+    "one long text": b'{"schema":3,"name":"' + b"x" * 200_000 + b'"}',
+    "dense object": b'{"schema":3,' + b",".join(b'"%d":1' % i for i in range(60_000)) + b"}",
     "schema is text": b'{"schema":"1"}',
-    "schema is a float": b'{"schema":2.0}',
-    "schema twice": b'{"schema":2,"schema":2}',
+    "schema is a float": b'{"schema":3.0}',
+    "schema twice": b'{"schema":3,"schema":3}',
 }
 
 

@@ -24,7 +24,15 @@ SOURCES = (
     "pool",
     "absent",
 )
-KERNELS = ("rows", "attention", "linear_int", "linear_bits", "linear_float", "low_rank")
+KERNELS = (
+    "rows",
+    "attention",
+    "linear_int",
+    "linear_bits",
+    "linear_outlier",
+    "linear_float",
+    "low_rank",
+)
 BASE = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-math-errno")
 PATHS = {"scalar": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)}
 

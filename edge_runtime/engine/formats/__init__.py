@@ -1,6 +1,16 @@
 """The only definition of each stored number format. Importing this package fills the FORMATS table."""
 
-from edge_runtime.engine.formats import fp8, int8, integer, kquant, microscaling, nf4, plain  # noqa: F401  (fills the table)
+from edge_runtime.engine.formats import (  # noqa: F401  (fills the table)
+    fp8,
+    int8,
+    int8_outlier,
+    integer,
+    kquant,
+    microscaling,
+    nf4,
+    nf4_double,
+    plain,
+)
 from edge_runtime.engine.formats.record import (
     ENCODINGS,
     FORMATS,

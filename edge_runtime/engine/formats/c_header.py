@@ -11,6 +11,7 @@ from pathlib import Path
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, Format, abi_hash
 from edge_runtime.engine.formats.kquant import SUPER
 from edge_runtime.engine.formats.nf4 import NF4
+from edge_runtime.engine.formats.nf4_double import DYNAMIC, SECOND
 from edge_runtime.engine.kv import K_FORMATS, OPEN_PAGES, PAGE_TOKENS, per_channel
 from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, SMALLEST_UNIT, cpu_packing, unit_of
 
@@ -86,6 +87,12 @@ def c_header() -> str:
         "/* QLoRA (Dettmers et al. 2023), appendix E. */",
         "EDGE_TABLE float EDGE_NF4[16] = {",
         *("  " + ", ".join(_c_float(v) for v in NF4[i : i + 4]) + "," for i in range(0, 16, 4)),
+        "};",
+        "",
+        f"#define EDGE_SECOND {SECOND}",
+        "/* bitsandbytes' signed dynamic map. */",
+        "EDGE_TABLE float EDGE_DYNAMIC[256] = {",
+        *("  " + ", ".join(_c_float(v) for v in DYNAMIC[i : i + 4]) + "," for i in range(0, 256, 4)),
         "};",
         "",
         _STRUCT,

@@ -1,7 +1,8 @@
 """8-bit floats of the OCP 8-bit Floating Point Specification 1.0 (2023), rounded to nearest even.
 
-`fp8_e4m3_{row,tensor}`: E4M3FN, scale = absmax / 448 in f32, saturating at 448 (no infinities; 0x7f is NaN
-and never written). `fp8_e5m2`: no scale; a value beyond 57344 is a ValueOutOfRange.
+`fp8_e4m3_{row,tensor,g128}`: E4M3FN, scale = absmax / 448 in f32, saturating at 448 (no infinities; 0x7f is
+NaN and never written). `fp8_e4m3_g128` is the exact home of checkpoints with a scale per block of 128 x 128:
+each scale is repeated for the block's rows. `fp8_e5m2`: no scale; a value beyond 57344 is a ValueOutOfRange.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _look_up(table: Array, codes: Array) -> Array:
 
 def _e4m3(name: str, per: Per) -> Format:
     def grid_for(low: Array, high: Array) -> dict[str, Array]:
-        absolute = np.maximum(np.abs(low), np.abs(high))  # (rows, 1)
+        absolute = np.maximum(np.abs(low), np.abs(high))  # (rows, groups)
         if per == "tensor":
             absolute = absolute.max(keepdims=True)
         return {"scale": scaled.f32_scale(absolute, E4M3.largest)}
@@ -77,17 +78,20 @@ def _e4m3(name: str, per: Per) -> Format:
     def on_grid(x: Array, grid: Planes) -> dict[str, Array]:
         scaled.check_scales(name, grid)
         q = np.empty(x.shape, np.uint8)
-        for r, y in scaled.quotients(x, grid["scale"], x.shape[1]):
-            q[r] = E4M3.codes(y)
+        for r, y in scaled.quotients(x, grid["scale"], scaled.width(per, x.shape[1])):
+            q[r] = E4M3.codes(y)[:, : x.shape[1]]
         return {"q": q, "scale": grid["scale"]}
 
     def decode(planes: Planes, rows: int, cols: int) -> Array:
         out = _look_up(_E4M3_TABLE, planes["q"])
-        out *= planes["scale"]
+        scale = np.broadcast_to(planes["scale"], (rows, planes["scale"].shape[1]))
+        for r in scaled.row_chunks(rows, cols):
+            out[r] *= scaled.spread(scale[r], scaled.width(per, cols), (rows, cols))
         return out
 
     def bound(values: Array, planes: Planes) -> Array:
         scale = np.abs(planes["scale"].astype(np.float64))
+        scale = scaled.spread(scale, scaled.width(per, values.shape[1]), values.shape)
         y = values / np.where(scale == 0, np.inf, scale)
         limit = E4M3.largest * scale
         half = half_step(E4M3, np.clip(y, -E4M3.largest, E4M3.largest)) * scale
@@ -96,7 +100,7 @@ def _e4m3(name: str, per: Per) -> Format:
     return Format(
         name,
         (Plane("q", "e4m3", 1), Plane("scale", "f32", per)),
-        lambda x: on_grid(x, grid_for(*scaled.extent(x, x.shape[1]))),
+        lambda x: on_grid(x, grid_for(*scaled.extent(x, scaled.width(per, x.shape[1])))),
         decode,
         bound,
         "float",
@@ -134,4 +138,5 @@ def _bound_e5m2(values: Array, planes: Planes) -> Array:
 
 register(_e4m3("fp8_e4m3_row", "row"))
 register(_e4m3("fp8_e4m3_tensor", "tensor"))
+register(_e4m3("fp8_e4m3_g128", 128))
 register(Format("fp8_e5m2", (Plane("q", "e5m2", 1),), _encode_e5m2, _decode_e5m2, _bound_e5m2))

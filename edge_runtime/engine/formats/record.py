@@ -57,17 +57,30 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("u4u4", 8, "u1"),  # a scale in the low nibble, a minimum in the high one
         Encoding("e2m1", 4, "u1"),  # OCP MX E2M1
         Encoding("e8m0", 8, "u1"),  # OCP MX E8M0: 2^(u - 127)
+        Encoding("dynamic8", 8, "u1"),  # index into bitsandbytes' signed dynamic map (nf4_double.py)
+        Encoding("i32", 32, "<i4"),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One stored array of a format: `per` weights along a row share an item ("row"/"tensor" for wider)."""
+    """One stored array of a format: `per` weights along a row share an item ("row"/"tensor" for wider).
+
+    `shared`: the plane has one row, which all rows of the matrix share. `derived`: a grid need not hold it;
+    the codec then makes it from the values.
+    """
 
     name: str
     encoding: str
     per: Per
+    shared: bool = False
+    derived: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it belongs to the matrix as a whole, so that a block of rows takes all of it."""
+        return self.shared or self.per == "tensor"
 
     def shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Storage shape (in storage items, bytes for sub-byte encodings) for a (rows, cols) matrix."""
@@ -75,7 +88,7 @@ class Plane:
             return (1, 1)
         items = 1 if self.per == "row" else -(-cols // int(self.per))
         enc = ENCODINGS[self.encoding]
-        return (rows, -(-items // enc.items_per_byte))
+        return (1 if self.shared else rows, -(-items // enc.items_per_byte))
 
     def nbytes(self, rows: int, cols: int) -> int:
         r, c = self.shape(rows, cols)
@@ -109,6 +122,7 @@ class Format:
     grid_for: Callable[[Array, Array], dict[str, Array]] | None = None
     affine: Callable[[Planes], tuple[Array, Array]] | None = None
     levels: Array | None = field(default=None, compare=False)
+    check_values: Callable[[Planes, int], None] | None = None  # (planes, cols); raises ValueOutOfRange
 
     @property
     def codes(self) -> tuple[Plane, ...]:
@@ -123,7 +137,7 @@ class Format:
     @property
     def group(self) -> int | None:
         """Weights that share a scale, or None when the scale is per row, per tensor or absent."""
-        pers = [p.per for p in self.planes if isinstance(p.per, int) and p.per > 1]
+        pers = [p.per for p in self.planes if isinstance(p.per, int) and p.per > 1 and not p.derived]
         return min(pers, default=None)
 
     def span(self, cols: int) -> int:
@@ -149,20 +163,24 @@ class Format:
     def encode_on_grid(self, values: Array, grid: Planes) -> dict[str, Array]:
         """Round an f32 matrix (rows, cols) to given scales (and zero points), clipping to their range.
 
-        `grid` holds every plane but the codes, in its storage dtype and shape; the result holds all planes.
+        `grid` holds every plane but the codes, in its storage dtype and shape (derived planes may lack); the
+        result holds all planes.
         Raises Unsupported when the format has no scales, ValueOutOfRange on a grid of wrong shape or values.
         """
         if self.on_grid is None:
             raise Unsupported(f"{self.name} has no scales to round to; use encode()")
         x = self._checked(values)
         for plane in self.grid_planes:
-            self._check_plane(plane, grid, *x.shape)
+            if not plane.derived or plane.name in grid:
+                self._check_plane(plane, grid, *x.shape)
         return self.on_grid(x, grid)
 
     def check_planes(self, planes: Planes, rows: int, cols: int) -> None:
-        """Raises ValueOutOfRange naming the first plane that is missing or of wrong shape or dtype."""
+        """Raises ValueOutOfRange naming the first plane that is missing or of wrong shape, dtype or value."""
         for plane in self.planes:
             self._check_plane(plane, planes, rows, cols)
+        if self.check_values is not None:
+            self.check_values(planes, cols)
 
     def _checked(self, values: Array) -> Array:
         x = np.ascontiguousarray(values, dtype=np.float32)
@@ -186,7 +204,8 @@ class Format:
         return self.decode_rows(planes, rows, cols)
 
     def signature(self) -> str:
-        return self.name + ":" + ",".join(f"{p.name}/{p.encoding}/{p.per}" for p in self.planes)
+        per = (f"{p.name}/{p.encoding}/{p.per}{'/shared' * p.shared}" for p in self.planes)
+        return self.name + ":" + ",".join(per)
 
 
 FORMATS: dict[str, Format] = {}

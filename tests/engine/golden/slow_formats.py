@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 ROWS, COLS = 3, 67  # an odd number of nibbles, a partial group for every group size
@@ -121,8 +122,14 @@ def encode(name: str, rows: list[list[float]]) -> dict[str, bytes]:
         return {"w": floats(rows, {"f32": F32, "f16": F16, "bf16": BF16}[name])}
     if name == "fp8_e5m2":
         return {"q": floats(rows, E5M2)}
+    if name == "fp8_e4m3_g128":
+        return _e4m3_groups(rows)
     if name.startswith("fp8_e4m3"):
         return _e4m3(rows, name.endswith("tensor"))
+    if name == "int8_row_o128":
+        return _outliers(rows)
+    if name == "nf4_g64_dq":
+        return _double(rows)
     if "fp4" in name:
         return _microscaling(rows, name)
     joined: dict[str, bytes] = {}
@@ -142,7 +149,7 @@ def _grouped(name: str, row: list[float]) -> dict[str, bytes]:
     for start in range(0, len(row), group):
         scale, other, part = _group(name, row[start : start + group])
         codes += part
-        f32 = name == "int8_row"
+        f32 = name in ("int8_row", "nf4_g64_f32")
         grid["scale"] += bits_of(scale, F32, False).to_bytes(4, "little") if f32 else half(scale)
         if "zero" in grid:
             grid["zero"] += bytes([int(other)])
@@ -160,9 +167,8 @@ def _group(name: str, part: list[float]) -> tuple[Fraction, Fraction | int, list
         scale = (f32_scale if name == "int8_row" else f16_scale)(largest / 127)
         return scale, 0, [clip(round(quotient(v, scale)), -127, 127) for v in part]
     if name.startswith("nf4"):
-        scale = f16_scale(largest)
-        table = [to_float(Fraction(t), F32) for t in NF4.split()]
-        return scale, 0, [min(range(16), key=lambda i: (abs(quotient(v, scale) - table[i]), i)) for v in part]
+        scale = f32_scale(largest) if name.endswith("f32") else f16_scale(largest)
+        return scale, 0, [nearest(quotient(v, scale), nf4_table()) for v in part]
     bits = int(name[3])
     low, high = min(0, *map(Fraction, part)), max(0, *map(Fraction, part))
     top = 2**bits - 1
@@ -261,6 +267,83 @@ def _microscaling(rows: list[list[float]], name: str) -> dict[str, bytes]:
     return planes if name.startswith("mx") else planes | whole
 
 
+def nf4_table() -> list[Fraction]:
+    return [to_float(Fraction(t), F32) for t in NF4.split()]
+
+
+def nearest(v: Fraction, table: list[Fraction]) -> int:
+    """Index of the entry nearest to v, the lower one of two."""
+    return min(range(len(table)), key=lambda i: (abs(v - table[i]), i))
+
+
+def dynamic_table() -> list[Fraction]:
+    """bitsandbytes' create_dynamic_map(signed=True): f32 steps of [0.1, 1], each end one fused operation."""
+    table = [Fraction(0), Fraction(1)]
+    first, last = to_float(Fraction(0.1), F32), Fraction(1)
+    for i in range(7):
+        count = 2**i
+        step = to_float(to_float(last - first, F32) / count, F32)
+        middle = (count + 1) // 2
+        ends = [first + step * j if j < middle else last - step * (count - j) for j in range(count + 1)]
+        ends = [to_float(e, F32) for e in ends]
+        power = to_float(Fraction(10.0 ** (i - 6)), F32)
+        for a, b in pairwise(ends):
+            v = to_float(power * (to_float(a + b, F32) / 2), F32)
+            table += [v, -v]
+    return sorted(table)
+
+
+def f32_bytes(values: list[Fraction]) -> bytes:
+    return b"".join(bits_of(v, F32, v < 0).to_bytes(4, "little") for v in values)
+
+
+def _double(rows: list[list[float]]) -> dict[str, bytes]:
+    table, cols = dynamic_table(), len(rows[0])
+    first = [[max(abs(Fraction(v)) for v in row[s : s + 64]) for s in range(0, cols, 64)] for row in rows]
+    every = [a for line in first for a in line]
+    offset = to_float(to_float(sum(every) / len(every), (52, -1022, 11)), F32)
+    planes = {"q": b"", "scale": b"", "scale2": b"", "offset": f32_bytes([offset])}
+    for row, line in zip(rows, first, strict=True):
+        rest = [to_float(a - offset, F32) for a in line]
+        codes: list[int] = []
+        for start in range(0, len(rest), 8):
+            scale2 = f32_scale(max(abs(v) for v in rest[start : start + 8]))
+            planes["scale2"] += f32_bytes([scale2])
+            for g in range(start, min(start + 8, len(rest))):
+                code = nearest(quotient(rest[g], scale2), table)
+                planes["scale"] += bytes([code])
+                absmax = to_float(to_float(table[code] * scale2, F32) + offset, F32)
+                codes += [nearest(quotient(v, absmax), nf4_table()) for v in row[64 * g : 64 * g + 64]]
+        planes["q"] += pack_bits(codes, 4)
+    return planes
+
+
+def _outliers(rows: list[list[float]]) -> dict[str, bytes]:
+    cols = len(rows[0])
+    count = -(-cols // 128)
+    size = [max(abs(row[c]) for row in rows) for c in range(cols)]
+    taken = sorted(sorted((c for c in range(cols) if size[c]), key=lambda c: (-size[c], c))[:count])
+    slots = taken + [-1] * (count - len(taken))
+    planes = {"q": b"", "scale": b"", "outlier": b""}
+    planes["index"] = b"".join((s % 2**32).to_bytes(4, "little") for s in slots)
+    for row in rows:
+        scale = f32_scale(max([abs(Fraction(v)) for c, v in enumerate(row) if c not in taken] or [0]) / 127)
+        codes = [0 if c in taken else round(quotient(v, scale)) for c, v in enumerate(row)]
+        planes["q"] += bytes(clip(c, -127, 127) & 255 for c in codes)
+        planes["scale"] += f32_bytes([scale])
+        planes["outlier"] += floats([[0.0 if s < 0 else row[s] for s in slots]], F16)
+    return planes
+
+
+def _e4m3_groups(rows: list[list[float]]) -> dict[str, bytes]:
+    planes = {"q": b"", "scale": b""}
+    for row in rows:
+        for start in range(0, len(row), 128):
+            made = _e4m3([row[start : start + 128]], True)
+            planes = {p: planes[p] + made[p] for p in planes}
+    return planes
+
+
 def _e4m3(rows: list[list[float]], tensor: bool) -> dict[str, bytes]:
     largest = [max(abs(Fraction(v)) for v in row) for row in rows]
     scales = [f32_scale(a / 448) for a in ([max(largest)] if tensor else largest)]
@@ -279,7 +362,8 @@ def _e4m3(rows: list[list[float]], tensor: bool) -> dict[str, bytes]:
 NAMES = (
     "f32", "f16", "bf16", "int8_row", "int8_g32", "int8_g64", "int8_g128", "int4_g32", "int4_g64",
     "int4_g128", "int4_g32_zp", "int4_g64_zp", "int4_g128_zp", "fp8_e4m3_row", "fp8_e4m3_tensor",
-    "fp8_e5m2", "nf4_g64", "int4_g32_min", "int5_g32_min", "mxfp4_g32", "nvfp4_g16",
+    "fp8_e4m3_g128", "fp8_e5m2", "nf4_g64", "nf4_g64_f32", "nf4_g64_dq", "int8_row_o128",
+    "int4_g32_min", "int5_g32_min", "mxfp4_g32", "nvfp4_g16",
     *(f"q{bits}_k" for bits in K_GROUPS),
     *(f"int{bits}_g{group}" for bits in (2, 3, 5, 6) for group in (32, 64, 128)),
     *(f"int{bits}_g{group}_zp" for bits in (2, 3) for group in (32, 64, 128)),

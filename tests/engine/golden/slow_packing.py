@@ -13,6 +13,15 @@ GOLDEN = Path(__file__).with_name("packed.json")
 FORMATS_JSON = Path(__file__).with_name("formats.json")
 
 
+SIZES = {"scale2": 4, "offset": 4, "outlier": 2, "index": 4}
+
+
+def one_row(name: str, plane: str) -> bool:
+    """Whether the plane belongs to the matrix as a whole."""
+    whole = {"nvfp4_g16": ("super",), "fp8_e4m3_tensor": ("scale",)}.get(name, ())
+    return plane in ("offset", "index", *whole)
+
+
 def group_of(name: str) -> int:
     """Weights that share a scale: that of the name, else 64."""
     if name.endswith("_k"):
@@ -25,8 +34,11 @@ def item_bytes(name: str, plane: str) -> int:
         return 4 if name == "nvfp4_g16" else 2
     if plane == "super_min" or (plane == "min" and name.endswith("_min")):
         return 2
-    if plane == "scale" and not (name.endswith("_k") or "fp4" in name):
-        return 4 if name in ("int8_row", "fp8_e4m3_row", "fp8_e4m3_tensor") else 2
+    if plane == "scale" and not (name.endswith(("_k", "_dq")) or "fp4" in name):
+        wide = name.startswith(("int8_row", "fp8_e4m3")) or name.endswith("_f32")
+        return 4 if wide else 2
+    if plane in SIZES:
+        return SIZES[plane]
     return {"f32": 4, "f16": 2, "bf16": 2}.get(name, 1)
 
 
@@ -37,7 +49,9 @@ def bits_of(name: str) -> int:
 
 def weights_of(name: str, plane: str) -> int:
     """Weights that share an item of a plane."""
-    return 256 if plane.startswith("super") else group_of(name)
+    if plane.startswith("super"):
+        return 256
+    return {"scale2": 512, "outlier": 128}.get(plane, group_of(name))
 
 
 def slow_pack(name: str, planes: dict[str, list[list[int]]], rows: int, cols: int) -> dict[str, list[int]]:
@@ -48,10 +62,10 @@ def slow_pack(name: str, planes: dict[str, list[list[int]]], rows: int, cols: in
     for plane, items in planes.items():
         if plane in ("w", "q", "high"):
             out[plane] = _codes(name, plane, planes, rows, cols)
-        elif name.endswith("tensor") or (name == "nvfp4_g16" and plane == "super"):
-            out[plane] = [items[0][0]]
+        elif one_row(name, plane):
+            out[plane] = items[0]
         else:
-            by_row = name.endswith("row")
+            by_row = plane == "scale" and ("_row" in name)
             out[plane] = [
                 items[16 * panel + r][g] if 16 * panel + r < rows and g < len(items[0]) else 0
                 for panel in range(panels)
@@ -121,8 +135,7 @@ def golden() -> dict[str, dict[str, dict[str, str]]]:
         for plane, text in planes.items():
             data, size = bytes.fromhex(text), item_bytes(name, plane)
             items = [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
-            tensor = plane in {"nvfp4_g16": ("super",), "fp8_e4m3_tensor": ("scale",)}.get(name, ())
-            height = 1 if tensor else rows
+            height = 1 if one_row(name, plane) else rows
             width = len(items) // height
             lists[plane] = [items[i * width : (i + 1) * width] for i in range(height)]
         out[name] = {}

@@ -1,0 +1,177 @@
+"""Phase 2 of a build: calibrate the model and its draft, and measure what each format costs each tensor.
+
+A calibration lies in a folder beside the engine until the build is done, so that one that was interrupted
+goes on where it stopped; with a folder of the user's it stays, for other builds of the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from builders.corpus import Corpus, CorpusOptions, make_corpus
+from builders.parts import Contents
+from builders.sensitivity import Sensitivity
+from builders.statistics import InputStatistics
+from builders.watcher import Watcher
+from edge_runtime.engine.manifest import DRAFT, LANGUAGE, CalibrationRecord
+from edge_runtime.errors import BadConfig, Unsupported
+
+if TYPE_CHECKING:
+    from builders.calibration import Calibration
+    from builders.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRequest:
+    """source: a file, a folder, "self", "builtin" or None (see corpus.default_source). folder None: beside
+    the engine, gone when the build is done. memory: bytes of activations that may lie in memory."""
+
+    source: str | None = None
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    device: str = "auto"
+    memory: int = 256 << 20
+    folder: Path | None = None
+    sensitivity: Literal["kl", "hessian"] | None = None
+
+
+class Calibrations:
+    """The calibrations of a build by part; empty where none was asked for.
+
+    Left by an exception that ends the build, its own folder goes too; by an interruption it stays.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Calibration] = {}
+        self._stack = ExitStack()
+        self._corpus: Corpus | None = None
+        self._own: Path | None = None
+        self.device = "cpu"
+
+    def statistics(self, part: str, tensor: str) -> InputStatistics | None:
+        """Of the inputs of a tensor of a part; None where nothing is known of them."""
+        found = self._parts.get(part)
+        return None if found is None else found.statistics(tensor)
+
+    @property
+    def made(self) -> bool:
+        return LANGUAGE in self._parts
+
+    def record(self) -> CalibrationRecord | None:
+        """What the engine says of it."""
+        found = self._parts.get(LANGUAGE)
+        return None if found is None else CalibrationRecord(found.text, found.tokens, found.sha256)
+
+    def run(
+        self, contents: Contents, request: CalibrationRequest, beside: Path, made: str, watcher: Watcher
+    ) -> None:
+        """Calibrate the language part and the draft. `beside`: the folder where the user gave none; `made`
+        says what was done to the language part's weights. Raises as calibrate() and make_corpus()."""
+        self.device = _device(request.device)
+        watcher.phase("text", 1)
+        self._corpus = make_corpus(contents.target, request.source, request.corpus, request.device)
+        watcher.step(f"{self._corpus.name}, {self._corpus.tokens} tokens")
+        folder = request.folder or beside
+        self._own = None if request.folder else beside
+        digests = contents.target.source.sha256()
+        for part in contents.parts:
+            if part.name not in (LANGUAGE, DRAFT):
+                continue
+            corpus = self._corpus
+            if part.name == DRAFT:
+                digests = contents.folders[DRAFT].sha256()  # type: ignore[union-attr]
+                windows = corpus.windows[:, : part.program.max_context]
+                corpus = replace(corpus, windows=windows)
+            self._parts[part.name] = self._calibrate(
+                part.weights,  # type: ignore[arg-type]
+                corpus,
+                folder / part.name,
+                digests,
+                made if part.name == LANGUAGE else "",
+                request,
+                watcher,
+            )
+
+    def _calibrate(
+        self,
+        weights: Weights,
+        corpus: Corpus,
+        folder: Path,
+        digests: Mapping[str, str],
+        made: str,
+        request: CalibrationRequest,
+        watcher: Watcher,
+    ) -> Calibration:
+        from builders.calibrate import CalibrationOptions, calibrate
+        from builders.calibration_folder import forget
+
+        options = CalibrationOptions(seed=request.corpus.seed, device=request.device, memory=request.memory)
+
+        def run() -> Calibration:
+            return calibrate(
+                weights, corpus, folder, digests=digests, made=made, options=options, watcher=watcher
+            )
+
+        try:
+            found = run()
+        except BadConfig:
+            if self._own is None:
+                raise
+            forget(folder)  # of a build of something else that was interrupted here
+            found = run()
+        self._stack.callback(found.close)
+        return found
+
+    def sensitivity(
+        self,
+        weights: Weights,
+        formats: Sequence[str],
+        unit: Literal["kl", "hessian"] | None,
+        watcher: Watcher,
+    ) -> Sensitivity:
+        """Losses of the language part's tensors in `formats`, rounded to nearest. `run` must have come
+        before."""
+        from builders.measure_sensitivity import SensitivityOptions, measure_sensitivity
+
+        found, corpus = self._parts[LANGUAGE], self._corpus
+        assert corpus is not None
+        journal = found.folder / "sensitivity-journal.jsonl"
+        options = SensitivityOptions(unit=unit)
+        return measure_sensitivity(weights, found, corpus, formats, options, journal=journal, watcher=watcher)
+
+    def __enter__(self) -> Calibrations:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all; remove the build's own folder, unless it was interrupted and will go on."""
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        if self._own is not None and not interrupted:
+            from builders.calibration_folder import forget
+
+            for found in self._parts.values():
+                found.close()
+            for name in (LANGUAGE, DRAFT):
+                forget(self._own / name)
+            if self._own.is_dir() and not any(self._own.iterdir()):
+                self._own.rmdir()
+        self._stack.close()
+        self._parts = {}
+
+
+def _device(name: str) -> str:
+    """cpu or cuda. Raises Unsupported without torch, or without the device asked for."""
+    try:
+        from builders.torch_device import resolve_device
+
+        return resolve_device(name)
+    except ImportError:
+        raise Unsupported(
+            "a calibrated build needs torch: pip install 'edge-runtime[calibrate]', or use --algorithm rtn "
+            "or hqq with a format for --weights"
+        ) from None

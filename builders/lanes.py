@@ -1,0 +1,166 @@
+"""The KL divergence that each changed tensor causes, measured exactly: many variants of a model in one pass.
+
+A lane is the model with one tensor replaced. It equals the model up to that tensor's segment, so it begins
+there, on the model's own rows, and all lanes go through the segments side by side: each segment's weights are
+loaded once for all of them. At most `room` lanes are under way at a time; then the next pass begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builders.segment_runner import SegmentRunner, batches, kept_after, load
+from builders.segments import cut
+from builders.torch_device import Workers
+from builders.torch_program import TorchProgram
+from builders.weights import Weights
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.ops import Logits
+from edge_runtime.engine.ops import weights as names_of
+
+_BLOCK = 1 << 21  # logits that are compared at once, in f64
+_CACHE = 1 << 25  # logits of the model that are kept for all lanes, in f64: 256 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The model with `tensor` replaced. `make(None)` gives its f32 values (rows, cols), and `make(ids)` those
+    of some rows: of an embedding only the rows of the tokens at hand are asked for."""
+
+    tensor: str
+    label: str
+    make: Callable[[Array | None], Array]
+
+
+class LaneRunner:
+    """Runs lanes over fixed windows of token ids (windows, length)."""
+
+    def __init__(self, weights: Weights, windows: Array, device: str, workers: Workers, room: int) -> None:
+        self._weights, self._program = weights, weights.program
+        self._windows, self._device, self._workers, self._room = windows, device, workers, max(1, room)
+        self._segments = cut(weights.program)
+        self._spans = batches(weights.program, *windows.shape, device)
+        head = weights.program.ops[-1]
+        assert isinstance(head, Logits)  # Program.check proved it
+        self._head = head
+
+    def measure(self, lanes: Sequence[Lane]) -> Iterator[tuple[Lane, float]]:
+        """Each lane with its KL(model || lane), the mean over all tokens in nats; in the order of their
+        tensors in the program. A lane's figure does not depend on the others."""
+        waiting = sorted(lanes, key=lambda lane: self._birth(lane.tensor))
+        at, base = 0, None
+        while waiting:
+            now, waiting = waiting[: self._room], waiting[self._room :]
+            resume = self._birth(waiting[0].tensor) if waiting else -1
+            ends, last, kept = self._through(now, at, base, resume)
+            yield from zip(now, self._compare(now, ends, last), strict=True)
+            at, base = resume, kept
+
+    def _birth(self, tensor: str) -> int:
+        """The first segment that reads a tensor; their number for one that only the logits read."""
+        for i, segment in enumerate(self._segments):
+            if any(tensor in names_of(op) for op in segment.ops(self._program)):
+                return i
+        return len(self._segments)
+
+    def _through(
+        self, lanes: Sequence[Lane], at: int, base: Array | None, resume: int
+    ) -> tuple[list[Array], Array, Array | None]:
+        """From segment `at`, where the model has rows `base`, to the inputs of the logits.
+
+        Gives those of the lanes, the model's, (windows, length, hidden) each, and the model's rows before
+        segment `resume`.
+        """
+        birth = [self._birth(lane.tensor) for lane in lanes]
+        rows: dict[int, Array | None] = {}
+        kept = None
+        for i in range(at, len(self._segments)):
+            if i == resume:
+                kept = base
+            runner = SegmentRunner(self._weights, self._segments, i, self._device)
+            used = {name for op in self._segments[i].ops(self._program) for name in names_of(op)}
+            rows |= {n: base for n, first in enumerate(birth) if first == i}
+            changed = {n: lanes[n] for n in rows if lanes[n].tensor in used}
+
+            def run(
+                n: int,
+                runner: SegmentRunner = runner,
+                base: Array | None = base,
+                rows: dict[int, Array | None] = rows,
+                changed: dict[int, Lane] = changed,
+            ) -> Array:
+                before = base if n < 0 else rows[n]
+                return self._segment(runner, before, changed.get(n))
+
+            numbers = [-1, *rows]
+            found = dict(zip(numbers, self._workers.map(run, numbers), strict=True))
+            base = found.pop(-1)
+            rows = dict(found)
+        assert base is not None  # a program has a segment before its logits
+        if resume == len(self._segments):
+            kept = base
+        ends = [rows.get(n) for n in range(len(lanes))]
+        return [base if end is None else end for end in ends], base, kept
+
+    def _segment(self, runner: SegmentRunner, rows: Array | None, lane: Lane | None) -> Array:
+        """Rows after a segment, of a lane that changes one of its tensors or of one that does not."""
+        replaced: dict[str, Tensor] = {}
+        tables: dict[str, Callable[[Array], Array]] = {}
+        if lane is not None and lane.tensor in runner.tables:
+            ids = np.unique(self._windows)
+            values = lane.make(ids)
+            tables[lane.tensor] = lambda some: np.asarray(values[np.searchsorted(ids, some)])
+        elif lane is not None:
+            replaced[lane.tensor] = torch.from_numpy(lane.make(None)).to(self._device, copy=True)
+        found = np.empty((*self._windows.shape, runner.width), np.float32)
+        for a, b in self._spans:
+            before = None if rows is None else rows[a:b]
+            found[a:b] = (
+                runner.run(self._windows[a:b], before, replaced=replaced, tables=tables).cpu().numpy()
+            )
+        return found
+
+    def _compare(self, lanes: Sequence[Lane], ends: Sequence[Array], base: Array) -> Iterator[float]:
+        names = names_of(self._head)
+        held = {name: load(self._weights, name, self._device) for name in names}
+        model = TorchProgram(self._program, held.__getitem__, checked=True)
+        rows = torch.from_numpy(base.reshape(-1, base.shape[-1])).to(self._device)
+        step = max(1, _BLOCK // self._program.vocab_size)
+        starts = range(0, len(rows), step)
+
+        def log_probability(program: TorchProgram, some: Tensor) -> Tensor:
+            with torch.no_grad():
+                return program.logits(some).double().log_softmax(-1)
+
+        few = len(rows) * self._program.vocab_size <= _CACHE
+        known = {a: log_probability(model, rows[a : a + step]) for a in starts} if few else {}
+
+        def measure(n: int) -> float:
+            mine = model
+            if lanes[n].tensor in names:
+                changed = {lanes[n].tensor: torch.from_numpy(lanes[n].make(None)).to(self._device, copy=True)}
+                mine = TorchProgram(self._program, {**held, **changed}.__getitem__, checked=True)
+            end = torch.from_numpy(ends[n].reshape(rows.shape)).to(self._device, copy=True)
+            total = 0.0
+            for a in starts:
+                want = known[a] if few else log_probability(model, rows[a : a + step])
+                got = log_probability(mine, end[a : a + step])
+                total += float((want.exp() * (want - got)).sum())
+            return max(total / len(rows), 0.0)  # rounding may leave -1e-16 where both are equal
+
+        yield from self._workers.map(measure, range(len(lanes)))
+
+
+def lane_bytes(weights: Weights, tokens: int) -> int:
+    """Memory of one lane under way, in bytes."""
+    program = weights.program
+    segments = cut(program)
+    widest = max(
+        sum(program.buffers[b] for b in kept_after(program, segments, i)) for i in range(len(segments))
+    )
+    return 2 * 4 * widest * tokens  # its rows before and after a segment

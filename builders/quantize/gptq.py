@@ -1,0 +1,185 @@
+"""GPTQ (Frantar et al. 2022, "Accurate Post-Training Quantization for Generative Pre-trained Transformers").
+
+Columns are rounded one after another, and the error of each is made up for by those still to come, so that
+tr(E H E^T) stays small, with E = W - Q and H the second moment of the inputs. Written as in QuIP (Chee et al.
+2023, theorem 6), which gives the same codes without inverting H: with H = M D M^T, M unit upper triangular,
+
+    q_j = nearest level to w_j + sum_{i<j} e_i M_ij,    tr(E H E^T) = sum_j D_j |target_j - q_j|^2.
+
+Grids are fixed before any column is rounded ("static groups"), so columns may go in any order: those of the
+greatest mean square go first ("act-order"), and every Format with scales can be used. Damping adds 1% of
+the mean diagonal to H. The paper stops here; builders/descent.py then improves codes and scales together.
+Where the inputs were those of a model already quantized up to here, the weights are first moved so that the
+outputs meet those of the f32 model (see `InputStatistics.cross`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builders.descent import improve
+from builders.grids import affine, grid_for, has_grid, levels_of, range_of
+from builders.observers import get_observer
+from builders.quantize import AlgorithmOptions
+from builders.rounding import ColumnGrid, column_grid
+from builders.statistics import InputStatistics
+from edge_runtime.engine.formats import Array, Format
+from edge_runtime.errors import NumericError
+
+ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunks here
+CALIBRATED = True
+DAMPING = 0.01  # of the mean diagonal, the paper's
+BLOCK = 128  # columns whose feedback to later ones is applied together, the paper's
+_CHUNK = 1 << 21  # values of the rows that are worked on together
+_EXACT = 1024  # columns up to which all is done in f64, which then costs little
+
+
+def quantize(
+    weights: Array, fmt: Format, inputs: InputStatistics | None, options: AlgorithmOptions
+) -> dict[str, Array]:
+    """Planes of f32 weights (rows, cols). Raises ValueOutOfRange.
+
+    Without inputs, or in a format without scales: the observer's grid and the nearest level.
+    """
+    if not has_grid(fmt):
+        return fmt.encode(weights)
+    observe = get_observer(options.observer or "mse")
+    if inputs is None:
+        return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
+    hessian = Hessian.of(inputs, options.device)
+    weights = hessian.target(weights, inputs)
+    grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
+    values, grid = round_rows(weights, fmt, grid, hessian)
+    return fmt.encode_on_grid(values, grid)
+
+
+def round_rows(
+    weights: Array, fmt: Format, grid: dict[str, Array], hessian: Hessian, *, refine: bool = True
+) -> tuple[Array, dict[str, Array]]:
+    """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's."""
+    rows, cols = weights.shape
+    values = np.empty_like(weights)
+    grid = dict(grid)
+    scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in affine(fmt, grid))
+    whole = any(p.per == "tensor" for p in fmt.planes)  # rows share a scale, so it cannot follow one of them
+    step = max(1, _CHUNK // cols)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
+        chosen = column_grid(scale[part], shift[part], levels_of(fmt), fmt.span(cols), w.shape[1], w)
+        q = feedback(w, hessian.mixing, chosen, hessian.order)
+        if refine:
+            refit = None if whole else _Refit(fmt)
+            q, chosen = improve(w, q, hessian.matrix, chosen, hessian.order, refit)
+            if refit is not None:
+                for name, plane in refit.planes(chosen).items():
+                    grid[name] = grid[name].copy() if start == 0 else grid[name]
+                    grid[name][part] = plane
+        values[part] = q.T.cpu().numpy()
+    return values, grid
+
+
+def feedback(w: Tensor, mixing: Tensor, grid: ColumnGrid, order: Tensor) -> Tensor:
+    """Values on the grid for w (cols, rows), rounded in `order`; mixing is M, in that order."""
+    q = torch.empty_like(w)
+    error = torch.empty_like(w)  # in order
+    for start in range(0, len(order), BLOCK):
+        at = order[start : start + BLOCK]
+        stop = start + len(at)
+        target = w[at] + mixing[:start, start:stop].T @ error[:start]
+        mine = error[start:stop]
+        for k, column in enumerate(at.tolist()):
+            wanted = target[k]
+            if k:
+                wanted = wanted + mixing[start : start + k, start + k] @ mine[:k]
+            q[column] = grid.nearest(column, wanted)
+            mine[k] = w[column] - q[column]
+    return q
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hessian:
+    """The damped second moment of a linear's inputs, and what rounding with feedback needs of it.
+
+    matrix H (n, n); order (n,): columns as they are rounded; mixing M (n, n), in that order.
+    """
+
+    matrix: Tensor
+    order: Tensor
+    mixing: Tensor
+
+    @staticmethod
+    def of(inputs: InputStatistics, device: str, *, act_order: bool = True) -> Hessian:
+        """Raises NumericError when the moment is not positive even when damped: statistics are damaged."""
+        exact = len(inputs.hessian) <= _EXACT and device == "cpu"
+        matrix = _damped(inputs.hessian, torch.float64 if exact else torch.float32, device)
+        if act_order:
+            order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+        else:
+            order = torch.arange(len(matrix), device=device)
+        return Hessian(matrix, order, _mixing(matrix[order][:, order]))
+
+    def target(self, weights: Array, inputs: InputStatistics) -> Array:
+        """The weights W' for which W' x is nearest to what the f32 model's linear gave, W x of its own x.
+
+        W' = W + W (C - H) (H + damping)^-1 with C = E[x_f32 x^T]: GPTAQ's (Li et al. 2025) asymmetric error,
+        solved at once. Without a cross moment: W.
+        """
+        if inputs.cross is None:
+            return weights
+        missing = torch.from_numpy(inputs.cross - inputs.hessian).to(self.matrix)
+        root = torch.linalg.cholesky(self.matrix)
+        move = torch.cholesky_solve(missing.T, root)  # (H + d)^-1 (C - H)^T
+        moved = torch.from_numpy(weights).to(self.matrix) @ move.T
+        result: Array = (weights + moved.float().cpu().numpy()).astype(np.float32)
+        return result
+
+
+def _damped(hessian: Array, dtype: torch.dtype, device: str) -> Tensor:
+    """H + DAMPING * mean(diag H) * I. An input that never fired counts as an average one, by itself."""
+    h = torch.from_numpy(np.asarray(hessian)).to(device=device, dtype=dtype, copy=True)
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0.0:
+        return torch.eye(len(h), dtype=dtype, device=device)
+    dead = diagonal == 0
+    diagonal += DAMPING * mean
+    diagonal[dead] = mean
+    return h
+
+
+def _mixing(h: Tensor) -> Tensor:
+    """M with h = M D M^T, unit upper triangular: the Cholesky factor of h read from its end."""
+    root, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed:
+        root, failed = torch.linalg.cholesky_ex(h.double().flip(0, 1))
+        if failed:
+            raise NumericError(
+                "the second moment of a linear's inputs is not positive definite even when damped; the "
+                "calibration is damaged: delete its folder and calibrate again"
+            )
+    root = root.to(h.dtype).flip(0, 1)
+    return root / root.diagonal().clone()
+
+
+class _Refit:
+    """Scales as the format holds them, rows by rows; remembers the planes of the grid that it made last."""
+
+    def __init__(self, fmt: Format) -> None:
+        self._fmt = fmt
+
+    def __call__(self, grid: ColumnGrid, factor: Tensor) -> ColumnGrid:
+        wanted = grid.scaled(factor)
+        return self._on(self.planes(wanted), grid)
+
+    def planes(self, grid: ColumnGrid) -> dict[str, Array]:
+        scale, shift = (a.T.float().cpu().numpy() for a in (grid.scale, grid.shift))
+        return grid_for(self._fmt, *range_of(scale, shift, levels_of(self._fmt)))
+
+    def _on(self, planes: dict[str, Array], like: ColumnGrid) -> ColumnGrid:
+        scale, shift = affine(self._fmt, planes)
+        return column_grid(scale, shift, levels_of(self._fmt), like.span, scale.shape[0], like.scale)

@@ -1,0 +1,94 @@
+"""One segment of a program on batches of windows: its weights loaded once, its rows in, its rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builders.segments import Segment
+from builders.torch_program import Buffers, Hook, TorchProgram
+from builders.weights import Weights, row_blocks
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.ops import Embed, Logits
+from edge_runtime.engine.ops import weights as names_of
+from edge_runtime.engine.program import Program
+
+_BATCH_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}  # of all buffers; each worker needs about twice as much
+
+
+def batches(program: Program, windows: int, length: int, device: str) -> list[tuple[int, int]]:
+    """(first, last + 1) windows of every batch: the same on every machine."""
+    token = 4 * sum(program.buffers.values())
+    many = max(1, _BATCH_BYTES[device.partition(":")[0]] // (token * length))
+    return [(a, min(a + many, windows)) for a in range(0, windows, many)]
+
+
+def kept_after(program: Program, segments: Sequence[Segment], i: int) -> tuple[str, ...]:
+    """Buffers that live on after segment i: what the next one reads, or the logits' input."""
+    if i + 1 < len(segments):
+        return segments[i + 1].reads
+    head = program.ops[-1]
+    assert isinstance(head, Logits)  # Program.check proved it
+    return (head.x,)
+
+
+def load(weights: Weights, name: str, device: str) -> Tensor:
+    """A whole f32 tensor on the device, in torch's own aligned memory, read block by block."""
+    spec = weights.program.tensors[name]
+    found = torch.empty(spec.rows, spec.cols, device=device)
+    for start, stop in row_blocks(spec.rows, spec.cols):
+        found[start:stop] = torch.from_numpy(weights.block(name, start, stop))
+    return found
+
+
+class SegmentRunner:
+    """Runs segment i. Its matrices and vectors are held; of embeddings only the rows that a batch needs."""
+
+    def __init__(self, weights: Weights, segments: Sequence[Segment], i: int, device: str) -> None:
+        self.program = program = weights.program
+        self._weights, self._device = weights, device
+        self._ops = segments[i].ops(program)
+        self._reads, self._keeps = segments[i].reads, kept_after(program, segments, i)
+        self.tables = {op.weight for op in self._ops if isinstance(op, Embed)}
+        needed = {name for op in self._ops if not isinstance(op, Embed) for name in names_of(op)}
+        self.held = {name: load(weights, name, device) for name in sorted(needed)}
+
+    @property
+    def width(self) -> int:
+        """Values a token of what the segment leaves."""
+        return sum(self.program.buffers[name] for name in self._keeps)
+
+    def run(
+        self,
+        tokens: Array,
+        rows: Array | None,
+        hook: Hook | None = None,
+        replaced: Mapping[str, Tensor] | None = None,
+        tables: Mapping[str, Callable[[Array], Array]] | None = None,
+    ) -> Tensor:
+        """Rows that the segment leaves, (windows, length, width), for token ids (windows, length) and rows
+        that the one before left.
+
+        `replaced` weights take the place of its own; `tables` give f32 rows by id in place of an embedding.
+        """
+        held = {**self.held, **(replaced or {})}
+        ids = torch.empty(0)
+        if self.tables:
+            unique, places = np.unique(tokens, return_inverse=True)
+            for name in self.tables:
+                rows_of = (tables or {}).get(name) or partial(self._weights.rows, name)
+                held[name] = torch.from_numpy(rows_of(unique)).to(self._device, copy=True)
+            ids = torch.from_numpy(places.reshape(tokens.shape).astype(np.int64)).to(self._device)
+        buffers: Buffers = {}
+        if rows is not None:
+            widths = [self.program.buffers[name] for name in self._reads]
+            whole = torch.from_numpy(rows).to(self._device, copy=True)  # aligned as torch has it
+            buffers = dict(zip(self._reads, whole.split(widths, dim=-1), strict=True))
+        with torch.no_grad():
+            TorchProgram(self.program, held.__getitem__, checked=True).run(self._ops, buffers, ids, hook)
+        kept = [buffers[name] for name in self._keeps]
+        return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1)

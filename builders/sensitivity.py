@@ -1,0 +1,49 @@
+"""How much each tensor suffers from each format: what the planner spends bytes by.
+
+`losses[tensor][format]` is the predicted rise of the model's loss when only that tensor is stored so, and the
+planner adds them up (the errors of layers are nearly independent while they are small: Nagel et al. 2020).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edge_runtime.engine.folder import MAX_INDEX, read_capped
+from edge_runtime.errors import BadCheckpoint, BadConfig
+
+
+class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """unit "kl": nats of KL to the f32 model a token, measured; "hessian": tr(E H E^T) over tr(W H W^T).
+
+    `algorithm` says how values were chosen; `text` is the calibration text's name, `tokens` how many. With
+    unit "kl" only formats in `measured` were run; the others' losses follow by the ratio of errors.
+    """
+
+    unit: Literal["kl", "hessian"]
+    algorithm: str
+    text: str
+    tokens: int
+    losses: dict[str, dict[str, float]]
+    measured: tuple[str, ...] = ()
+    kv_losses: dict[str, float] | None = None  # of cache pairs such as "int8,int4", in the same unit
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """Raises BadConfig for a file that is not one, or holds a loss that is negative or not finite."""
+    try:
+        found = msgspec.json.decode(read_capped(path, MAX_INDEX), type=Sensitivity)
+    except (msgspec.MsgspecError, BadCheckpoint) as error:
+        raise BadConfig(f"{path} is no sensitivity file of edge-build: {error}") from None
+    for tensor, losses in [*found.losses.items(), ("the KV cache", found.kv_losses or {})]:
+        for name, loss in losses.items():
+            if not 0.0 <= loss < float("inf"):
+                raise BadConfig(
+                    f"{path}: loss of {tensor!r} in {name} is {loss}, expected a finite number >= 0"
+                )
+    return found

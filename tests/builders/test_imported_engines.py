@@ -1,0 +1,54 @@
+"""Engines of already quantized checkpoints: built, exact in the file, and answering on the cpu backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from import_cases import CASES, WIDE, saver
+from quantized_folders import Values, write_quantized
+
+from builders.pipeline import Options, Report, build
+from builders.planner import DEFAULT, Request
+from edge_runtime import open_engine
+from edge_runtime.backends.numpy_weights import decode
+from edge_runtime.engine.file import read_engine
+from edge_runtime.errors import Unsupported
+
+
+def build_kept(model: Path, target: Path, weights: str = DEFAULT) -> Report:
+    """A build as nobody asked otherwise, but the head in f32, so that nothing in it is rounded."""
+    request = Request(weights=weights, head_weights="f32", sequences=1)
+    return build(Options(model, target, "cpu", request, text_tokens=64))
+
+
+def answers(path: Path, prompt: Any = (1, 40, 50)) -> int:
+    """Tokens that an engine answers with: on the cpu backend, or on reference where it lacks a kernel."""
+    try:
+        session = open_engine(path, backend="cpu")
+    except Unsupported:
+        session = open_engine(path, backend="reference")
+    with session:
+        return sum(1 for _ in session.generate(prompt, max_tokens=4))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_engine_holds_the_values_and_answers(name: str, tmp_path: Path) -> None:
+    writer, config, formats = CASES[name]
+    values: Values = write_quantized(tmp_path / "m", config, writer, save=saver(config), **WIDE)
+    report = build_kept(tmp_path / "m", tmp_path / "m.edge")
+    quality = report.manifest.quality
+    assert quality is not None and quality.sqnr_db == {}  # every tensor is exact
+    with read_engine(tmp_path / "m.edge") as engine:
+        part = engine.part("language")
+        found = {t.format for n, t in part.plan.tensors.items() if part.program.tensors[n].role == "matrix"}
+        assert found == formats
+        for tensor, origin in part.origins.items():
+            value = values[f"{origin.key}.weight"]
+            got = decode(part.weights[tensor])
+            if "act-order" in name and tensor.startswith("layers."):  # columns in the order of their Gather
+                got, value = np.sort(got, axis=1), np.sort(value, axis=1)
+            np.testing.assert_array_equal(got, value)
+    assert answers(tmp_path / "m.edge") >= 1
