@@ -16,8 +16,12 @@ from edge_runtime.errors import Unsupported
 
 
 def has_grid(fmt: Format) -> bool:
-    """Whether values of the format lie on grids that an algorithm can choose."""
-    return fmt.grid_for is not None and fmt.affine is not None and fmt.levels is not None
+    """Whether all values of the format lie on grids that an algorithm can choose.
+
+    Not those of int8_row_o128: values of its outlier columns lie on none; see `int8_outlier`.
+    """
+    has = fmt.grid_for is not None and fmt.affine is not None and fmt.levels is not None
+    return has and not any(p.derived for p in fmt.planes)
 
 
 def levels_of(fmt: Format) -> Array:

@@ -1,10 +1,10 @@
 """AWQ (Lin et al. 2023, "Activation-aware Weight Quantization for LLM Compression and Acceleration").
 
 Channels with large inputs matter most, and a weight column that is multiplied by s before rounding has its
-error divided by s. s = mean|x|^a, and s = mean|x|^a / mean|w|^(1-a) as in later code of the authors (w relative
-to the greatest of its group), centred around 1; the exponent is the one of least output error of all linears
-that read the inputs, measured with their second moment. The paper's clip search follows: ranges of groups are
-shrunk, to the least output error of the group by itself, e_g H_gg e_g^T.
+error divided by s. s = mean|x|^a, and s = mean|x|^a / mean|w|^(1-a) as in later code of the authors (w
+relative to the greatest of its group), centred around 1; the exponent is the one of least output error of all
+linears that read the inputs, measured with their second moment. The paper's clip search follows: ranges of
+groups are shrunk, to the least output error of the group by itself, e_g H_gg e_g^T.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from builders.channel_scales import best_scale, centred, sampled, tied, weight_error
 from builders.grids import affine, grid_for, grouped, has_grid, levels_of, nearest
 from builders.observers import get_observer, minmax, mse
-from builders.quantize import AlgorithmOptions
+from builders.quantize import AlgorithmOptions, int8_outlier
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 
@@ -47,7 +47,7 @@ def quantize(
     Clips are searched with the inputs; without them, or with an observer of the user's, by that one (mse).
     """
     if not has_grid(fmt):
-        return fmt.encode(weights)
+        return int8_outlier.quantize(weights, fmt, inputs, options)
     if inputs is None or options.observer is not None:
         observe = get_observer(options.observer or "mse")
         ends = observe(weights, fmt, None if inputs is None else inputs.importance)
@@ -57,10 +57,10 @@ def quantize(
 
 
 def clipped(weights: Array, fmt: Format, inputs: InputStatistics) -> tuple[Array, Array]:
-    """(low, high) f32 (rows, groups) of least e_g H_gg e_g^T: extremes shrunk by up to a half as in the paper,
-    and the range of least error weighted by importance, which also has scales of the other sign."""
+    """(low, high) f32 (rows, groups) of least e_g H_gg e_g^T: extremes shrunk by up to a half as in the
+    paper, and the range of least error weighted by importance, which also has scales of the other sign."""
     span = fmt.span(weights.shape[1])
-    if any(p.per == "tensor" for p in fmt.planes) or span > 256:  # no groups whose moments are small
+    if any(p.whole for p in fmt.planes) or span > 256:  # no groups whose moments are small
         return mse(weights, fmt, inputs.importance)
     blocks = _moments(inputs.hessian, span)
     low, high = mse(weights, fmt, inputs.importance)
@@ -79,9 +79,8 @@ def clipped(weights: Array, fmt: Format, inputs: InputStatistics) -> tuple[Array
 def _candidates(
     weights: Sequence[Array], formats: Sequence[Format], inputs: InputStatistics, ties: Array | None
 ) -> Iterator[Array]:
-    x = tied(
-        np.maximum(inputs.mean_abs.astype(np.float64), 1e-4 * float(inputs.mean_abs.max()) + 1e-30), ties
-    )
+    size = inputs.mean_abs.astype(np.float64)
+    x = tied(np.maximum(size, 1e-4 * size.max() + 1e-30), ties)
     w = tied(_relative_size(weights, formats), ties)
     for k in range(GRID + 1):
         yield centred(x ** (k / GRID))

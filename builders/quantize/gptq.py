@@ -24,7 +24,7 @@ from torch import Tensor
 from builders.descent import improve
 from builders.grids import affine, grid_for, has_grid, levels_of, range_of
 from builders.observers import get_observer
-from builders.quantize import AlgorithmOptions
+from builders.quantize import AlgorithmOptions, int8_outlier
 from builders.rounding import ColumnGrid, column_grid
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
@@ -46,7 +46,7 @@ def quantize(
     Without inputs, or in a format without scales: the observer's grid and the nearest level.
     """
     if not has_grid(fmt):
-        return fmt.encode(weights)
+        return int8_outlier.quantize(weights, fmt, inputs, options)
     observe = get_observer(options.observer or "mse")
     if inputs is None:
         return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
@@ -65,7 +65,9 @@ def round_rows(
     values = np.empty_like(weights)
     grid = dict(grid)
     scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in affine(fmt, grid))
-    whole = any(p.per == "tensor" for p in fmt.planes)  # rows share a scale, so it cannot follow one of them
+    whole = any(
+        p.whole and not p.derived for p in fmt.planes
+    )  # rows share a scale, so it cannot follow one of them
     step = max(1, _CHUNK // cols)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

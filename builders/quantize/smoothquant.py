@@ -1,9 +1,9 @@
-"""SmoothQuant (Xiao et al. 2022, "Accurate and Efficient Post-Training Quantization for Large Language Models").
+"""SmoothQuant (Xiao et al. 2022, "Accurate and Efficient Post-Training Quantization for LLMs").
 
 For 8-bit activations: outlier channels of the inputs are divided by s and the weights multiplied by it, with
-s_j = max|x_j|^a / max|w_j|^(1-a) (equation 4). The paper takes a = 0.5 for most models; here a is searched for
-every group of linears, for the least squared output error on sampled inputs, with the inputs rounded to int8
-per token and the weights on the grids of their extremes. Rounding of the scaled weights is to nearest.
+s_j = max|x_j|^a / max|w_j|^(1-a) (equation 4). The paper takes a = 0.5 for most models; here a is searched
+for every group of linears, for the least squared output error on sampled inputs, with the inputs rounded to
+int8 per token and the weights on the grids of their extremes. Scaled weights are rounded to nearest.
 """
 
 from __future__ import annotations

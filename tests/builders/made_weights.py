@@ -25,6 +25,9 @@ class MadeWeights:
     def block(self, name: str, start: int, stop: int) -> Array:
         return self.tensors[name][start:stop]
 
+    def stored(self, name: str, fmt: str) -> None:
+        return None
+
     def rows(self, name: str, ids: Array) -> Array:
         return self.tensors[name][ids]
 

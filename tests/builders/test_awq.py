@@ -7,14 +7,14 @@ import pytest
 from made_weights import made_statistics
 
 from builders.channel_scales import rounded, weight_error
-from builders.grids import grid_for
+from builders.grids import grid_for, has_grid
 from builders.observers import minmax
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics, output_error
 from edge_runtime.engine.formats import FORMATS, Array, get_format
 
 AWQ, PLAIN = get_algorithm("awq"), AlgorithmOptions()
-WITH_GRID = [name for name, fmt in FORMATS.items() if fmt.levels is not None]
+WITH_GRID = [name for name, fmt in FORMATS.items() if has_grid(fmt)]
 
 
 def matrix(rows: int, cols: int, seed: int = 2) -> Array:

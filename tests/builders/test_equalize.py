@@ -53,7 +53,7 @@ def test_groups_of_a_decoder() -> None:
 def test_a_tied_head_is_left_alone_and_said_so() -> None:
     config = {"model_type": "gemma2", **SMALL, **GEMMA, "tie_word_embeddings": True}
     weights = made_weights(config)
-    groups, left = scale_groups(weights.program)
+    _, left = scale_groups(weights.program)
     assert [(u.linears, u.reason) for u in left] == [(("embed",), "embed is used elsewhere too")]
     assert "embed" not in scaled_at_random(weights).changed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_weights import made_statistics
 
-from builders.grids import affine, grid_for
+from builders.grids import affine, grid_for, has_grid
 from builders.observers import minmax, mse
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics, output_error
@@ -16,7 +16,7 @@ from edge_runtime.errors import NumericError
 pytest.importorskip("torch")
 gptq = get_algorithm("gptq")
 PLAIN = AlgorithmOptions()
-WITH_GRID = [name for name, fmt in FORMATS.items() if fmt.levels is not None]
+WITH_GRID = [name for name, fmt in FORMATS.items() if has_grid(fmt)]
 
 
 def matrix(rows: int, cols: int, seed: int = 2) -> Array:

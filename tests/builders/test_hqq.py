@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from builders.grids import has_grid
 from builders.observers import minmax
 from builders.quantize import AlgorithmOptions, get_algorithm
 from edge_runtime.engine.formats import FORMATS, Array, get_format
 
 HQQ, RTN, PLAIN = get_algorithm("hqq"), get_algorithm("rtn"), AlgorithmOptions()
-WITH_GRID = [name for name, fmt in FORMATS.items() if fmt.levels is not None]
+WITH_GRID = [name for name, fmt in FORMATS.items() if has_grid(fmt)]
 
 
 def matrix(rows: int, cols: int, seed: int = 2) -> Array:
