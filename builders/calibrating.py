@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from builders.corpus import Corpus, CorpusOptions, make_corpus
+from builders.kept_corpus import OWN_TEXT
 from builders.parts import Contents
 from builders.sensitivity import Sensitivity
 from builders.statistics import InputStatistics
@@ -73,10 +74,12 @@ class Calibrations:
         says what was done to the language part's weights. Raises as calibrate() and make_corpus()."""
         self.device = _device(request.device)
         watcher.phase("text", 1)
-        self._corpus = make_corpus(contents.target, request.source, request.corpus, request.device)
-        watcher.step(f"{self._corpus.name}, {self._corpus.tokens} tokens")
         folder = request.folder or beside
         self._own = None if request.folder else beside
+        self._corpus = make_corpus(
+            contents.target, request.source, request.corpus, request.device, folder / OWN_TEXT
+        )
+        watcher.step(f"{self._corpus.name}, {self._corpus.tokens} tokens")
         digests = contents.target.source.sha256()
         for part in contents.parts:
             if part.name not in (LANGUAGE, DRAFT):
@@ -158,6 +161,7 @@ class Calibrations:
                 found.close()
             for name in (LANGUAGE, DRAFT):
                 forget(self._own / name)
+            (self._own / OWN_TEXT).unlink(missing_ok=True)
             if self._own.is_dir() and not any(self._own.iterdir()):
                 self._own.rmdir()
         self._stack.close()

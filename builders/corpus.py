@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from builders import calibration_text
+from builders.kept_corpus import kept
 from builders.parts import Checkpoint
 from builders.texts import ModelText, Passage, read_passages
 from edge_runtime.engine.formats import Array
@@ -81,17 +82,30 @@ def default_source(program: Program, options: CorpusOptions) -> str:
 
 
 def make_corpus(
-    checkpoint: Checkpoint, source: str | Path | None, options: CorpusOptions, device: str = "auto"
+    checkpoint: Checkpoint,
+    source: str | Path | None,
+    options: CorpusOptions,
+    device: str = "auto",
+    keep: Path | None = None,
 ) -> Corpus:
     """The windows for a model: `source` is a file, a folder, `self`, `builtin` or None (see default_source).
 
-    A folder named like one of the two words is given as ./self. Raises BadConfig, BadCheckpoint, Unsupported.
+    What the model writes itself is kept in the file `keep`, and taken from there by another build. A folder
+    named like one of the two words is given as ./self. Raises BadConfig, BadCheckpoint, BuildError,
+    Unsupported.
     """
     length = window_length(options, checkpoint.program.max_context)
     if source is None:
         source = default_source(checkpoint.program, options)
     if source == SELF:
-        return Corpus(SELF, _own_text(checkpoint, options, length, device))
+        subject = {
+            "model": checkpoint.source.sha256(),
+            "starts": calibration_text.NAME,
+            "samples": options.samples,
+            "length": length,
+            "seed": options.seed,
+        }
+        return Corpus(SELF, kept(keep, subject, lambda: _own_text(checkpoint, options, length, device)))
     if source == BUILTIN:
         name, passages = calibration_text.NAME, [Passage(calibration_text.NAME, calibration_text.TEXT)]
     else:

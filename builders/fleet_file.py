@@ -143,10 +143,19 @@ def _calibrates(options: Options) -> bool:
 
 
 def _calibration(model: _Model, options: Options, output: Path) -> Path:
-    """The same folder for every cell whose statistics are the same."""
+    """The same folder for every cell whose statistics are the same, and another once a file is changed."""
     chosen = {k: options[k] for k in _CALIBRATION if k in options}
-    sha = hashlib.sha256(json.dumps([str(model.path), chosen], sort_keys=True).encode())
+    read = [model.path, *(Path(chosen[k]) for k in ("calibration", "draft") if k in chosen)]
+    stamps = {str(path): _stamps(path) for path in read}
+    sha = hashlib.sha256(json.dumps([stamps, chosen], sort_keys=True).encode())
     return output / "calibrations" / f"{engine_name(model.name)}-{sha.hexdigest()[:12]}"
+
+
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the files of a folder, or of a file: to read them all would take long."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = {file.name: file.stat() for file in files if file.is_file()}
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
 
 
 def _model(value: Any, where: str, known: Mapping[str, argparse.Action], here: Path) -> _Model:

@@ -1,11 +1,12 @@
-"""Texts that Medusa heads are trained on: token ids, and from which one on the heads are asked.
+"""Texts to train on, whole models or Medusa heads: token ids, and from which one on they are learned.
 
-A plain text is cut into windows and asked about everywhere. Of a prompt with its completion, and of a chat,
-only the completion and the last answer are learned: nothing else is ever drafted. texts.py reads the files.
+A plain text is cut into windows and learned everywhere. Of a prompt with its completion, and of a chat,
+only the completion and the last answer are learned: nothing else is ever said. texts.py reads the files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ def read_lessons(path: Path, text: ModelText, length: int) -> list[Lesson]:
 def _windows(ids: Sequence[int], length: int) -> list[Lesson]:
     pieces = (tuple(ids[i : i + length]) for i in range(0, len(ids), length))
     return [Lesson(piece, 1) for piece in pieces if len(piece) > 2]
+
+
+def digest(lessons: Sequence[Lesson]) -> str:
+    """SHA-256 of all ids and starts, in order: whether two runs learn from the same."""
+    found = hashlib.sha256()
+    for lesson in lessons:
+        found.update(repr((lesson.ids, lesson.start)).encode())
+    return found.hexdigest()
 
 
 def batches(lessons: Sequence[Lesson], tokens: int, seed: int) -> Iterator[list[Lesson]]:

@@ -42,14 +42,15 @@ LEAST_TOKENS = 256  # that a KL is measured on
 class SensitivityOptions:
     """unit None: kl where LEAST_TOKENS tokens of it cost no more than KL_FLOPS, else hessian.
 
-    tokens: most tokens that a KL is the mean of. memory: bytes of lanes that are under way at once.
+    tokens: most tokens that a KL is the mean of. memory: bytes of lanes that are under way at once; a run
+    that was killed measures those anew.
     """
 
     unit: Literal["kl", "hessian"] | None = None
     algorithm: str = "rtn"
     tokens: int = 2048
     device: str = "auto"
-    memory: int = 512 << 20
+    memory: int = 128 << 20
     cores: int = 0
 
 

@@ -7,7 +7,6 @@ untrained head says what the model says. The model never changes. `edge-build --
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ from builders.medusa_heads import (
     Heads,
     accuracy,
     ask,
+    identity_of,
     new_heads,
-    restore_state,
-    save_state,
     train_step,
     write_heads,
 )
 from builders.sources.medusa import MedusaConfig
+from builders.training import STATE, check_limits, learning_rate, restore_state, save_state, watch
 from edge_runtime.cli.output import Answer, Parser, run_command, table
 from edge_runtime.engine.manifest import MAX_HEADS
 from edge_runtime.errors import BadConfig
@@ -35,10 +34,6 @@ EXAMPLES = (
     "python -m builders.medusa path/to/model --jsonl chats.jsonl --minutes 10 -o heads",
     "python -m builders.medusa path/to/model --text notes.txt --heads 3 --steps 500 -o heads",
 )
-WARM_UP_STEPS = 40
-FLOOR = 0.02  # of the peak learning rate, at the end
-SAVE_SECONDS = 60.0
-STATE = "training.safetensors"  # an interrupted run goes on from it; gone when the run is done
 
 
 def make_parser() -> Parser:
@@ -68,25 +63,18 @@ def check(args: argparse.Namespace) -> Path:
         raise BadConfig("give either --text FILE or --jsonl FILE")
     if args.jsonl is not None and args.jsonl.suffix != ".jsonl":
         raise BadConfig(f"--jsonl {args.jsonl.name}: expected a file that ends in .jsonl")
-    limits: tuple[tuple[str, float, float, float], ...] = (
-        ("--heads", args.heads, 1, MAX_HEADS),
-        ("--minutes", args.minutes, 0.01, 1e5),
-        ("--steps", 1 if args.steps is None else args.steps, 1, 1e9),
-        ("--length", args.length, 8, 1 << 20),
-        ("--batch-tokens", args.batch_tokens, 8, 1 << 24),
-        ("--rate", args.rate, 1e-8, 1.0),
-        ("--threads", args.threads, 0, 1024),
+    check_limits(
+        {
+            "--heads": (args.heads, 1, MAX_HEADS),
+            "--minutes": (args.minutes, 0.01, 1e5),
+            "--steps": (1 if args.steps is None else args.steps, 1, 1e9),
+            "--length": (args.length, 8, 1 << 20),
+            "--batch-tokens": (args.batch_tokens, 8, 1 << 24),
+            "--rate": (args.rate, 1e-8, 1.0),
+            "--threads": (args.threads, 0, 1024),
+        }
     )
-    for option, value, least, most in limits:
-        if not least <= value <= most:
-            raise BadConfig(f"{option} is {value:g}, expected {least:g} to {most:g}")
     return Path(given[0])
-
-
-def learning_rate(peak: float, step: int, done: float) -> float:
-    """Linear warm-up by step, then a cosine over the run (`done` goes from 0 to 1)."""
-    cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return peak * min(1.0, (step + 1) / WARM_UP_STEPS) * cosine
 
 
 def train(heads: Heads, base: Base, lessons: Sequence[Lesson], args: argparse.Namespace) -> Iterator[float]:
@@ -128,9 +116,10 @@ def run(args: argparse.Namespace) -> Answer:
     heads = new_heads(base, args.heads, args.rate)
     args.output.mkdir(parents=True, exist_ok=True)
     state = args.output / STATE
+    heads.identity = identity_of(config, args.seed)
     if state.exists() and not args.fresh:
-        restore_state(heads, state, config, args.seed)
-    _watch(heads, base, lessons, args, config)
+        restore_state(heads, state)
+    watch(heads, train(heads, base, lessons, args), lambda: save_state(heads, state))
     write_heads(heads, args.output, config)
     state.unlink(missing_ok=True)
     found = accuracy(heads, base, heldout, args.batch_tokens) if heldout else []
@@ -144,31 +133,6 @@ def run(args: argparse.Namespace) -> Answer:
     rows = [("heads", f"{heads.count} in {args.output}"), ("steps", f"{heads.step}, {heads.seconds:.0f} s")]
     rows += [(f"head {k}", f"{100 * share:.2f}% of held-out tokens") for k, share in enumerate(found, 1)]
     return Answer(data, table(rows))
-
-
-def _watch(
-    heads: Heads, base: Base, lessons: Sequence[Lesson], args: argparse.Namespace, config: MedusaConfig
-) -> None:
-    """The training loop with a bar on stderr; a log gets a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("train"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-    saved = logged = monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("train", total=1.0, note="")
-        for done in train(heads, base, lessons, args):
-            recent = heads.losses[-20:]
-            note = f"step {heads.step} loss {sum(recent) / len(recent):.3f}"
-            bar.update(task, completed=done, note=note)
-            now = monotonic()
-            if not console.is_terminal and now - logged > SAVE_SECONDS / 4:
-                print(f"{note} {heads.seconds:.0f} s", file=sys.stderr, flush=True)
-                logged = now
-            if now - saved > SAVE_SECONDS:
-                save_state(heads, args.output / STATE, config, args.seed)
-                saved = now
 
 
 def main(argv: Sequence[str] | None = None) -> int:

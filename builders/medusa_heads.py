@@ -1,4 +1,4 @@
-"""Medusa heads in training: their tensors, what they are asked, one step, and their state on disk (torch).
+"""Medusa heads in training: their tensors, what they are asked, and one step (torch).
 
 Head k on a hidden row h (the input of the model's own head) gives head_k @ (h + silu(proj_k @ h + bias_k)),
 the token k places after the next one. Loss: cross-entropy of head k times 0.8^k (Cai et al. 2024).
@@ -6,12 +6,11 @@ the token k places after the next one. Loss: cross-entropy of head k times 0.8^k
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,8 +19,9 @@ from builders.lessons import Lesson, batches
 from builders.sources import open_source, read_vocabulary
 from builders.sources.medusa import CONFIG, WEIGHTS, MedusaConfig, tensor_keys
 from builders.texts import ModelText
+from builders.training import Run
 from edge_runtime.engine.ops import Logits
-from edge_runtime.errors import BadConfig, Unsupported
+from edge_runtime.errors import Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +31,10 @@ LOGITS_AT_ONCE = 1 << 23  # of one product with a head: bounds the memory of lar
 
 
 @dataclass
-class Heads:
-    """Trainable f32 tensors by checkpoint name, and the optimizer over them."""
+class Heads(Run):
+    """Heads 1 to `count`; `tensors` are theirs by checkpoint name."""
 
-    count: int
-    tensors: dict[str, torch.Tensor]
-    optimizer: torch.optim.AdamW
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
+    count: int = 0
 
 
 class Base:
@@ -97,7 +92,8 @@ def new_heads(base: Base, count: int, rate: float) -> Heads:
         tensors[keys["head"]] = base.head.detach().clone()
     for tensor in tensors.values():
         tensor.requires_grad_(True)
-    return Heads(count, tensors, torch.optim.AdamW(list(tensors.values()), lr=rate, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(list(tensors.values()), lr=rate, weight_decay=0.0)
+    return Heads(tensors, optimizer, {}, count=count)
 
 
 def logits(heads: Heads, k: int, rows: torch.Tensor) -> torch.Tensor:
@@ -161,7 +157,7 @@ def accuracy(heads: Heads, base: Base, lessons: Sequence[Lesson], tokens: int) -
     import torch
 
     rounded = {name: t.detach().half().float() for name, t in heads.tensors.items()}
-    stored = Heads(heads.count, rounded, heads.optimizer)
+    stored = Heads(rounded, heads.optimizer, {}, count=heads.count)
     right, asked_for = [0] * heads.count, [0] * heads.count
     seen = 0
     with torch.no_grad():
@@ -177,40 +173,9 @@ def accuracy(heads: Heads, base: Base, lessons: Sequence[Lesson], tokens: int) -
     return [r / max(n, 1) for r, n in zip(right, asked_for, strict=True)]
 
 
-def save_state(heads: Heads, path: Path, config: MedusaConfig, seed: int) -> None:
-    """Weights and moments in f32, so that the run goes on as if it had not stopped."""
-    from safetensors.torch import save_file
-
-    names = list(heads.tensors)
-    moments = heads.optimizer.state_dict()["state"]
-    tensors = {name: t.detach() for name, t in heads.tensors.items()}
-    for i, kinds in moments.items():
-        tensors |= {f"{kind}:{names[i]}": kinds[kind] for kind in ("exp_avg", "exp_avg_sq")}
-    said = {"step": str(heads.step), "seconds": repr(heads.seconds), "run": _run_of(config, seed)}
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata=said)
-    os.replace(part, path)
-
-
-def restore_state(heads: Heads, path: Path, config: MedusaConfig, seed: int) -> None:
-    """Raises BadConfig where the state is of another run."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        said = file.metadata() or {}
-        if said.get("run") != _run_of(config, seed):
-            raise BadConfig(f"{path} is of a run with other options; repeat them, or give --fresh")
-        heads.step, heads.seconds = int(said["step"]), float(said["seconds"])
-        with torch.no_grad():
-            for name, tensor in heads.tensors.items():
-                tensor.copy_(file.get_tensor(name))
-                moments = {kind: file.get_tensor(f"{kind}:{name}") for kind in ("exp_avg", "exp_avg_sq")}
-                heads.optimizer.state[tensor] = {"step": torch.tensor(float(heads.step)), **moments}
-
-
-def _run_of(config: MedusaConfig, seed: int) -> str:
-    return json.dumps([msgspec.to_builtins(config), seed], sort_keys=True)
+def identity_of(config: MedusaConfig, seed: int) -> dict[str, Any]:
+    """What makes a run: the state of another is not taken up."""
+    return {"kind": "medusa", "heads": msgspec.to_builtins(config), "seed": seed}
 
 
 def write_heads(heads: Heads, folder: Path, config: MedusaConfig) -> None:

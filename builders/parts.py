@@ -174,6 +174,20 @@ def read_architecture(config: dict[str, Any], context: int | None) -> Architectu
     return architecture
 
 
+def read_planned(model: Path, context: int | None) -> tuple[Architecture, dict[str, str]]:
+    """What a plan without a build needs: the architecture, and tensor -> format of a checkpoint that is
+    already quantized and there with its weights ({} for any other). Raises as `open_contents`.
+    """
+    architecture = read_architecture(read_config(model)[0], context)
+    if model.name == "config.json":
+        return architecture, {}
+    with open_source(model) as source:
+        if not source.quantized:
+            return architecture, {}
+        ordered = order_inputs(architecture, source.orders())
+        return ordered, CheckpointWeights(ordered, source).kept()[0]
+
+
 def read_adapter(name: str, folder: Path, architecture: Architecture) -> Adapter:
     """A PEFT folder as updates of the model's tensors. Raises as `engine.peft.read_peft`."""
     if not _NAME.fullmatch(name):

@@ -11,9 +11,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from builders.sources import Source
 from edge_runtime.engine.folder import read_capped
 from edge_runtime.engine.manifest import Vocabulary
 from edge_runtime.errors import BadCheckpoint, BadConfig, BadEngineFile, BadRequest, Unsupported
@@ -43,10 +42,20 @@ class Passage:
         return bool(self.messages) or self.before is not None
 
 
+class Speaker(Protocol):
+    """What a checkpoint or an engine says of its text."""
+
+    @property
+    def tokenizer_json(self) -> bytes: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+
 class ModelText:
     """Text to ids of one model. Use as a context manager: a chat template runs in a process of its own."""
 
-    def __init__(self, source: Source, vocabulary: Vocabulary) -> None:
+    def __init__(self, source: Speaker, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         try:
             self._tokenizer = Tokenizer(source.tokenizer_json, vocabulary)

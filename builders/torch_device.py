@@ -28,7 +28,7 @@ def resolve_device(name: str) -> str:
     try:
         import torch
     except ImportError:
-        raise Unsupported("calibration needs torch: pip install 'edge-runtime[build]'") from None
+        raise Unsupported("calibration needs torch: pip install 'edge-runtime[calibrate]'") from None
     kind, _, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and not (kind == "cuda" and number.isdigit())):
         raise BadConfig(f"--device {name!r}: expected auto, cpu, cuda or cuda:N")

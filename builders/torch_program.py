@@ -101,12 +101,20 @@ class TorchProgram:
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) of hidden rows (..., hidden)."""
         op = self._head
-        z = F.linear(hidden, self.weight(op.weight), self._vector(op.bias)) * op.scale
+        z = self.product(op, hidden) * op.scale
         return z if op.softcap is None else op.softcap * torch.tanh(z / op.softcap)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (batch, length, vocab) of token ids (batch, length)."""
         return self.logits(self.hidden(tokens))
+
+    def product(self, op: Linear | Logits, x: Tensor) -> Tensor:
+        """weight @ x + bias of rows x (..., cols); what trains adapters has its own."""
+        return F.linear(x, self.weight(op.weight), self._vector(op.bias))
+
+    def embedded(self, op: Embed, tokens: Tensor) -> Tensor:
+        """Rows of the embedding, (..., hidden), unscaled."""
+        return F.embedding(tokens, self.weight(op.weight))
 
     @property
     def _head(self) -> Logits:
@@ -129,12 +137,12 @@ class TorchProgram:
         match op:
             case Embed():
                 assert tokens is not None  # a caller's mistake, not a user's
-                b[op.out] = F.embedding(tokens, self.weight(op.weight)) * op.scale
+                b[op.out] = self.embedded(op, tokens) * op.scale
             case Norm():
                 b[op.out] = _norm(b[op.x], self.weight(op.weight)[0], self._vector(op.bias), op)
             case Linear():
                 x = b[op.x] if hook is None else hook(op, b[op.x])
-                b[op.out] = F.linear(x, self.weight(op.weight), self._vector(op.bias))
+                b[op.out] = self.product(op, x)
             case Rope():
                 start = 0 if past is None else past.tokens
                 b[op.x] = _rope(b[op.x], self.weight(op.inv_freq)[0], op, start)

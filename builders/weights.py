@@ -78,9 +78,9 @@ class CheckpointWeights:
     def stored(self, name: str, fmt: str) -> Stored | None:
         """The planes of a tensor that the checkpoint already holds in that format, as they are; else None."""
         matrix = self._kept_as_it_is(name)
-        if matrix is None or matrix.home().format != fmt:
-            return None
         made = self._sources[name]
+        if matrix is None or self._source.home(made.key).format != fmt:
+            return None
         stored = self._source.stored(made.key)
         return stored if stored is None or made.rows is None else stored.rows(*made.rows)
 
@@ -95,7 +95,7 @@ class CheckpointWeights:
         for name, spec in self.program.tensors.items():
             matrix, made = self._kept_as_it_is(name), self._sources[name]
             if matrix is not None:
-                home = matrix.home()
+                home = self._source.home(made.key)
                 formats[name] = home.format
                 if home.error:
                     moved.setdefault(f"{home.why}: {home.format}", []).append((home.error, made.key))

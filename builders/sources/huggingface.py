@@ -24,7 +24,12 @@ from edge_runtime.engine.shard import Array
 from edge_runtime.errors import BadCheckpoint
 
 QUANTIZATION = "quantization_config"
-SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files of their own beside the config, and what shows that they are obeyed: a tensor whose name ends so
+SIDE_FILES = {
+    "edge_qat.json": ("edge-qat", ""),
+    "quantize_config.json": ("gptq", ".qweight"),
+    "quant_config.json": ("awq", ".qweight"),
+}
 _MAX_TEMPLATE = 1 << 20
 
 
@@ -58,12 +63,12 @@ class HuggingFaceSource(Source):
         self._shapes |= {key: matrix.shape for key, matrix in self.matrices.items()}
 
     def _quantization(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """`quantization_config`, or the file of its own that older tools wrote beside the config."""
+        """`quantization_config`, or the file of its own that builders.qat and older tools write."""
         if config.get(QUANTIZATION) is not None:
             return config[QUANTIZATION]
-        for name, method in SIDE_FILES.items():
+        for name, (method, ending) in SIDE_FILES.items():
             found = self._json(name)
-            if found and any(key.endswith(".qweight") for key in self._shards):
+            if found and any(key.endswith(ending) for key in self._shards):
                 return {"quant_method": method} | found
         return None
 

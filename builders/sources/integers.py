@@ -13,15 +13,16 @@ from functools import cached_property
 import numpy as np
 
 from builders.sources.matrix import Home, Matrix
-from edge_runtime.engine.formats import FORMATS, Array, get_format
+from edge_runtime.engine.formats import FORMATS, Array
 
 GROUPS = (128, 64, 32)  # columns that share a scale in our formats, the cheapest first
 _WORST_ROUNDING = 2.0**-10  # of a scale to f16; more means that f16 ends there
 
 
 class Integers(Matrix):
-    """bits: of a code; group: columns that share a scale; scale f32 and zero (rows, groups), zero being the
-    code of the value 0; read: the codes, u8 (rows, cols) from 0 to 2^bits - 1; order as in Matrix."""
+    """bits: of a code; group: columns that share a scale; read_scale: f32 (rows, groups); read_zero: the code
+    of the value 0, i16 (rows, groups), None for the middle one; read: the codes, u8 (rows, cols) from 0 to
+    2^bits - 1; order as in Matrix."""
 
     def __init__(
         self,
@@ -29,18 +30,33 @@ class Integers(Matrix):
         *,
         bits: int,
         group: int,
-        scale: Array,
-        zero: Array | None,
+        read_scale: Callable[[], Array],
+        read_zero: Callable[[], Array] | None,
         read: Callable[[], Array],
         order: Array | None = None,
     ) -> None:
         super().__init__(shape)
-        self.bits, self.group, self.scale, self.order = bits, group, scale, order
-        self.zero = None if zero is None or (zero == 1 << (bits - 1)).all() else zero
-        self._read = read
+        self.bits, self.group, self.order = bits, group, order
+        self._read, self._read_scale, self._read_zero = read, read_scale, read_zero
 
     def read_codes(self) -> Array:
         return self._read()
+
+    def read_grid(self) -> tuple[Array, Array | None]:
+        """Scales, and zero points where they are not all the middle code."""
+        zero = None if self._read_zero is None else self._read_zero()
+        plain = zero is None or bool((zero == 1 << (self.bits - 1)).all())
+        return self._read_scale(), None if plain else zero
+
+    @property
+    def scale(self) -> Array:
+        scale: Array = self.grid[0]
+        return scale
+
+    @property
+    def zero(self) -> Array | None:
+        zero: Array | None = self.grid[1]
+        return zero
 
     def ordered_values(self, start: int, stop: int) -> Array:
         out = self.codes[start:stop].astype(np.float32)
@@ -72,9 +88,7 @@ class Integers(Matrix):
         if home.format.endswith("_zp"):
             zero = self.zero if self.zero is not None else np.full(self.scale.shape, 1 << (self.bits - 1))
             grid["zero"] = self._ours(zero, "u1")
-        # With the scales given, value / scale is the code again to 2^-23, so rounding finds it
-        values = self.ordered_values(0, self.shape[0])
-        return get_format(home.format).encode_on_grid(values, grid)
+        return self.on_grid(home.format, grid)
 
     def without_home(self) -> str:
         if self._target == 0:

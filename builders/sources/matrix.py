@@ -1,20 +1,22 @@
 """A matrix that a checkpoint stores in fewer bits: its exact values, and the format here that holds them.
 
-Importers make one Matrix a tensor. Its grid (scales, zero points) is read when it is made, its codes when
-they are asked for, so that a model's formats are known before its weights are read.
+Importers make one Matrix a tensor. Its grid (scales, zero points) and its codes are read when they are asked
+for: the grid alone says the format, so a model's formats are known before its weights are read.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.formats import ENCODINGS, Array, get_format
 
 # Holds a group's values within 1/254 of its greatest; where a scale is beyond f16, the row's f32 one serves
 FALLBACKS = ("int8_g32", "int8_row")
+_BLOCK = 1 << 20  # values of one block of rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Matrix(ABC):
         self.shape = shape
         self._home: Home | None = None
         self._codes: Array | None = None
+        self._grid: Any = None
 
     @abstractmethod
     def exact_home(self) -> Home | None:
@@ -74,6 +77,17 @@ class Matrix(ABC):
     def ordered_values(self, start: int, stop: int) -> Array:
         """Exact f32 values of rows [start, stop), columns in stored order."""
 
+    def read_grid(self) -> Any:
+        """Scales and the like, freshly read, in the importer's own form."""
+        return ()
+
+    @property
+    def grid(self) -> Any:
+        """What `read_grid` gave; kept until `forget`."""
+        if self._grid is None:
+            self._grid = self.read_grid()
+        return self._grid
+
     @property
     def codes(self) -> Array:
         """The codes; kept until `forget`, for a matrix is asked for block by block."""
@@ -82,7 +96,7 @@ class Matrix(ABC):
         return self._codes
 
     def forget(self) -> None:
-        self._codes = None
+        self._codes = self._grid = None
 
     def values(self, start: int, stop: int) -> Array:
         """f32 values of rows [start, stop) as the checkpoint means them."""
@@ -104,6 +118,22 @@ class Matrix(ABC):
         planes = self._nearest()[1] if exact is None else self.exact_planes(exact)
         get_format(home.format).check_planes(planes, *self.shape)
         return Stored(home.format, planes, home.error)
+
+    def on_grid(self, name: str, grid: dict[str, Array]) -> dict[str, Array]:
+        """Planes of a format whose scales are known: value / scale is the code again to 2^-23, so rounding
+        finds it. Made in blocks of rows: no whole matrix lies in f32."""
+        fmt = get_format(name)
+        planes = {p.name: np.empty(p.shape(*self.shape), ENCODINGS[p.encoding].dtype) for p in fmt.planes}
+        planes |= grid
+        step = max(1, _BLOCK // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            block = Stored(name, grid).rows(start, stop).planes
+            made = fmt.encode_on_grid(self.ordered_values(start, stop), block)
+            for plane in fmt.planes:
+                if plane.name not in grid:
+                    planes[plane.name][start:stop] = made[plane.name]
+        return planes
 
     def without_home(self) -> str:
         """Why `exact_home` found none, for the notice."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from builders.sources.matrix import Home, Matrix
-from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.formats import Array
 from edge_runtime.engine.formats.nf4 import NF4
 
 GROUP = 64  # of our formats
@@ -26,24 +26,36 @@ class Nested:
 
 
 class NormalFloats(Matrix):
-    """absmax: f32, one of every `block` values of the flat tensor; nested: how it is stored, where it has the
-    standard map; read: the codes, u8 (rows, cols)."""
+    """read_absmax: f32, one of every `block` values of the flat tensor, and how it is stored where that is by
+    the standard map; read: the codes, u8 (rows, cols)."""
 
     def __init__(
         self,
         shape: tuple[int, int],
         *,
         block: int,
-        absmax: Array,
-        nested: Nested | None,
+        read_absmax: Callable[[], tuple[Array, Nested | None]],
         read: Callable[[], Array],
     ) -> None:
         super().__init__(shape)
-        self.block, self.absmax, self.nested = block, absmax, nested
-        self._read = read
+        self.block = block
+        self._read, self._read_absmax = read, read_absmax
 
     def read_codes(self) -> Array:
         return self._read()
+
+    def read_grid(self) -> tuple[Array, Nested | None]:
+        return self._read_absmax()
+
+    @property
+    def absmax(self) -> Array:
+        absmax: Array = self.grid[0]
+        return absmax
+
+    @property
+    def nested(self) -> Nested | None:
+        nested: Nested | None = self.grid[1]
+        return nested
 
     def ordered_values(self, start: int, stop: int) -> Array:
         cols = self.shape[1]
@@ -71,10 +83,12 @@ class NormalFloats(Matrix):
                 "scale2": nested.scale[firsts // NESTED],
                 "offset": np.full((1, 1), nested.offset, np.float32),
             }
-        return get_format(home.format).encode_on_grid(self.ordered_values(0, rows), grid)
+        return self.on_grid(home.format, grid)
 
     def without_home(self) -> str:
-        return f"NF4 blocks of {self.block} do not divide rows of {self.shape[1]} into groups of {GROUP}"
+        if self.block % GROUP:
+            return f"NF4 in blocks of {self.block} has no format here"
+        return f"NF4 blocks of {self.block} lie across the ends of rows"
 
     def _fits_double(self) -> bool:
         """Whether no 8 groups of a row lie across the end of 256 absmaxes of the flat tensor."""

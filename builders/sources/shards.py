@@ -54,6 +54,18 @@ class Shards:
         """A tensor in its stored type: packed words, codes."""
         return self._shard(key).raw(key)
 
+    def include(self, name: str) -> list[str]:
+        """Open one more file of the folder; the names of its tensors. Raises BadCheckpoint where it is absent
+        or names one that another file has."""
+        if not (self._folder / name).exists():
+            raise BadCheckpoint(f"{self.model!r} lacks {name}; make the folder again")
+        shard = self._open_shard(name)
+        twice = sorted(shard.entries.keys() & self._where.keys())
+        if twice:
+            raise BadCheckpoint(f"{name} holds tensor {twice[0]!r}, which {WEIGHTS} has too")
+        self._where |= dict.fromkeys(shard.entries, shard)
+        return list(shard.entries)
+
     def close(self) -> None:
         for shard in self._open.values():
             shard.close()

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from builders.sources.matrix import Matrix, Stored
+from builders.sources.matrix import Home, Matrix, Stored
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, nearest
 
@@ -62,6 +62,10 @@ class Source(ABC):
         """A quantized tensor's planes, columns in the order of its `matrix.order`; None for other tensors."""
         return self._matrix(key).stored() if key in self.matrices else None
 
+    def home(self, key: str) -> Home:
+        """The format that `stored` gives a quantized tensor in."""
+        return self._matrix(key).home()
+
     def orders(self) -> dict[str, Array]:
         """Quantized tensor -> input of each column, of those that are in another order than their inputs."""
         return {key: m.order for key, m in self.matrices.items() if m.order is not None}
@@ -92,7 +96,7 @@ class Source(ABC):
         self.close()
 
     def _matrix(self, key: str) -> Matrix:
-        """Only the last one asked for keeps its codes."""
+        """Only the last one asked for keeps its codes and scales."""
         matrix = self.matrices[key]
         if self._last is not matrix:
             if self._last is not None:

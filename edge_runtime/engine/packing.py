@@ -11,10 +11,11 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
     n16k4, planes of codes, i8: [panel][units*U/4][16 rows][4 inputs] bytes, each the code + 128 (unsigned
                             lanes)
     n16k4, planes of codes, c = 2, 4 or 8 codes a byte (u4*, e2m1; u2*; u1):
-                            [panel][unit][U/(4*c) blocks][16 rows][4 inputs] bytes; in block b of a unit the
-                            p-th lowest code of a byte is that of input 4*b + i + p*U/c of the unit. A padding
-                            code is that of value 0 (the offset of u*o*, the zero point of its group, 0 in
-                            padding rows and groups); 0 in formats with minima, where activations are 0.
+                            [panel][run][R/(4*c) blocks][16 rows][4 inputs] bytes; a run is R columns, U for
+                            u4 and u4o8 and 32 for the others; in block b of a run the p-th lowest code of a
+                            byte is that of input 4*b + i + p*R/c of the run. A padding code is that of value
+                            0 (the offset of u*o*, the zero point of its group, 0 in padding rows and groups);
+                            0 in formats with minima, where activations are 0.
     n16, plane q/w, 8..32 bit: [panel][units*U inputs][16 rows] items; padding is 0.
     n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
@@ -38,6 +39,7 @@ PANEL = 16  # rows of one panel
 LANE = 4  # inputs of one 32-bit lane
 DEFAULT_GROUP = 64  # columns are padded to it when a format has no groups
 SMALLEST_UNIT = 32  # columns that a byte of eight codes and four inputs a lane take
+_UNIT_RUNS = ("u4", "u4o8", "nf4")  # whose bytes hold inputs of a whole unit
 ALIGN = 64  # bytes each plane is padded to in an engine
 PACKINGS = ("rows", "n16", "n16k4")
 _CHUNK = 1 << 19  # weights moved at a time
@@ -229,28 +231,29 @@ class _Order:
 def _order(plane: Plane, grid: _Grid) -> _Order:
     bits = ENCODINGS[plane.encoding].bits
     if bits < 8:
-        return _shared_byte_order(grid, bits, LANE if plane.encoding != "nf4" else 1)
+        run = grid.unit if plane.encoding in _UNIT_RUNS else SMALLEST_UNIT
+        return _shared_byte_order(grid, run, bits, LANE if plane.encoding != "nf4" else 1)
     return _lane_order(grid) if plane.encoding == "i8" else _input_order(grid)
 
 
-def _shared_byte_order(grid: _Grid, bits: int, lane: int) -> _Order:
-    """The lowest codes of a unit's bytes are its first inputs, the next ones follow; `lane` inputs of a row
+def _shared_byte_order(grid: _Grid, run: int, bits: int, lane: int) -> _Order:
+    """The lowest codes of a run's bytes are its first inputs, the next ones follow; `lane` inputs of a row
     together."""
     item = np.dtype("<u4" if lane == LANE else "u1")  # codes are small, so that shifts keep to their bytes
     mask = item.type(((1 << bits) - 1) * (0x01010101 & ((1 << 8 * item.itemsize) - 1)))
     count = 8 // bits
-    part = grid.unit // count // lane
+    part, runs = run // count // lane, grid.width // run
 
     def forth(codes: Array) -> Array:
-        c = codes.view(item).reshape(-1, PANEL, grid.units, count, part)
+        c = codes.view(item).reshape(-1, PANEL, runs, count, part)
         joined = c[:, :, :, 0].copy()
         for p in range(1, count):
             joined |= c[:, :, :, p] << item.type(bits * p)
         return np.ascontiguousarray(joined.transpose(0, 2, 3, 1)).view(np.uint8).reshape(-1)
 
     def back(packed: Array) -> Array:
-        b = packed.view(item).reshape(-1, grid.units, part, PANEL).transpose(0, 3, 1, 2)
-        codes = np.empty((b.shape[0], PANEL, grid.units, count, part), item)
+        b = packed.view(item).reshape(-1, runs, part, PANEL).transpose(0, 3, 1, 2)
+        codes = np.empty((b.shape[0], PANEL, runs, count, part), item)
         for p in range(count):
             np.bitwise_and(b >> item.type(bits * p), mask, out=codes[:, :, :, p])
         return codes.view(np.uint8).reshape(b.shape[0] * PANEL, -1)

@@ -86,10 +86,10 @@ class _Config:
     targets: tuple[str, ...] | None  # None: any module (a regular expression chose them)
 
     def rank_of(self, module: str) -> int:
-        return next((r for p, r in self.ranks.items() if _matches(p, module)), self.rank)
+        return next((r for p, r in self.ranks.items() if names_module(p, module)), self.rank)
 
     def scale_of(self, module: str) -> float:
-        alpha = next((a for p, a in self.alphas.items() if _matches(p, module)), self.alpha)
+        alpha = next((a for p, a in self.alphas.items() if names_module(p, module)), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -114,7 +114,7 @@ def read_peft(folder: Path, origins: Mapping[str, Origin], program: Program) -> 
             f"{folder} has no {WEIGHTS}; pickles (adapter_model.bin) may run code when loaded and are never "
             "read: save the adapter with safe_serialization=True"
         )
-    parts = _parts(origins, program)
+    parts = linear_modules(origins, program)
     with Shard(path, WEIGHTS, MAX_HEADER) as shard:
         found: dict[str, LowRank] = {}
         for module in _modules(shard, parts, config):
@@ -193,13 +193,13 @@ def _patterns(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _matches(pattern: str, module: str) -> bool:
+def names_module(pattern: str, module: str) -> bool:
     """A name stands for itself and for every module that ends in it; with ^ for itself alone."""
     name = pattern.removeprefix("^")
     return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
 
 
-def _parts(origins: Mapping[str, Origin], program: Program) -> dict[str, list[tuple[int, str]]]:
+def linear_modules(origins: Mapping[str, Origin], program: Program) -> dict[str, list[tuple[int, str]]]:
     """module -> (first row, tensor) of every linear's matrix that it became, ascending."""
     linear = {op.weight for op in program.ops if isinstance(op, Linear)}
     parts: dict[str, list[tuple[int, str]]] = {}
@@ -228,10 +228,10 @@ def _modules(shard: Shard, parts: Mapping[str, Any], config: _Config) -> list[st
         if len(found) == 1:
             raise BadCheckpoint(f"{WEIGHTS} has only lora_{found.pop()} of {module!r}; it is incomplete")
     if config.targets is not None:
-        stray = [m for m in sides if not any(_matches(t, m) for t in config.targets)]
+        stray = [m for m in sides if not any(names_module(t, m) for t in config.targets)]
         if stray:
             raise BadCheckpoint(f"{WEIGHTS} adapts {stray[0]!r}, of which 'target_modules' does not speak")
-        absent = [m for m in parts if m not in sides and any(_matches(t, m) for t in config.targets)]
+        absent = [m for m in parts if m not in sides and any(names_module(t, m) for t in config.targets)]
         if absent:
             raise BadCheckpoint(f"{WEIGHTS} lacks {absent[0]!r}, which 'target_modules' names; is it whole?")
     return list(sides)

@@ -45,7 +45,7 @@ void panels(const LinearArgs& p, int64_t begin, int64_t end, int64_t token, int6
 void linear(const LinearArgs& p, int64_t begin, int64_t end) {
     LinearArgs plain = p;
     plain.bias = nullptr;  // comes last
-    const LinearKernel integer = byte_kernel(*p.weight);
+    const LinearKernel integer = int_kernel(*p.weight);
     integer(plain, begin, end);
     const int64_t n = used(*p.weight);
     int64_t t = 0;
@@ -55,7 +55,7 @@ void linear(const LinearArgs& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-LinearKernel outlier_kernel(const edge_matrix& w) { return byte_kernel(w) == nullptr ? nullptr : linear; }
+LinearKernel outlier_kernel(const edge_matrix& w) { return int_kernel(w) == nullptr ? nullptr : linear; }
 
 }  // namespace EDGE_ISA
 }  // namespace edge

@@ -247,7 +247,8 @@ int32_t argmax(const float* y, int64_t n) {
 LinearKernel linear(const edge_matrix& weight) {
     if (weight.outlier != nullptr) return outlier_kernel(weight);
     if (!quantizes(weight.encoding)) return float_kernel(weight);
-    return weight.encoding == EDGE_ENC_I8 ? byte_kernel(weight) : bits_kernel(weight);
+    const LinearKernel kernel = int_kernel(weight);
+    return kernel != nullptr ? kernel : bits_kernel(weight);
 }
 
 }  // namespace

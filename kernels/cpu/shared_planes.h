@@ -50,7 +50,7 @@ struct SharedPlanes {
         }
     }
 
-    bool has_min() const { return kind == kF16Min || kind == kU8Min || kind == kU4Min; }
+    static bool has_least(Kind kind) { return kind == kF16Min || kind == kU8Min || kind == kU4Min; }
 
     int64_t at(int64_t panel, int64_t group) const { return (panel * groups + group) * kPanel; }
     int64_t super_at(int64_t panel, int64_t group) const {
@@ -58,33 +58,37 @@ struct SharedPlanes {
     }
 };
 
-// f32 scales of a group; *least: what is subtracted of each value, where the kind has minima.
-EDGE_STEP f32x16 load_scale(const SharedPlanes& s, int64_t panel, int64_t group, f32x16* least) {
+// f32 scales of a group, of kinds without minima.
+EDGE_STEP f32x16 load_scale(const SharedPlanes& s, int64_t panel, int64_t group) {
     const int64_t at = s.at(panel, group);
     switch (s.kind) {
         case SharedPlanes::kI8:
             return mul(to_f32(load_i8(s.scale + at)), load_f16(s.super + s.super_at(panel, group)));
-        case SharedPlanes::kU8Min: {
-            const int64_t block = s.super_at(panel, group);
-            *least = mul(to_f32(load_u8(s.min + at)), load_f16(s.super_min + block));
-            return mul(to_f32(load_u8(s.scale + at)), load_f16(s.super + block));
-        }
-        case SharedPlanes::kU4Min: {
-            const int64_t block = s.super_at(panel, group);
-            const i32x16 both = load_u8(s.scale + at);
-            *least = mul(to_f32(shift_right<4>(both)), load_f16(s.super_min + block));
-            return mul(to_f32(bit_and(both, set1(15))), load_f16(s.super + block));
-        }
         case SharedPlanes::kE4M3:
             return mul(load_e4m3(s.scale + at), set1(s.whole));
         case SharedPlanes::kE8M0: {  // the exponent of an f32; that of 2^-127 is denormal
             const i32x16 bits = max(shift_left<23>(load_u8(s.scale + at)), set1(1 << 22));
             return mul(as_f32(bits), set1(s.whole));
         }
-        case SharedPlanes::kF16Min:
-            *least = sub(zero16(), load_f16(s.min + 2 * at));
-            [[fallthrough]];
         default:
+            return load_f16(s.scale + 2 * at);
+    }
+}
+
+// f32 scales of a group, and what is subtracted of its values, of kinds with minima.
+EDGE_STEP f32x16 load_scale_and_least(const SharedPlanes& s, int64_t panel, int64_t group, f32x16* least) {
+    const int64_t at = s.at(panel, group), block = s.super_at(panel, group);
+    switch (s.kind) {
+        case SharedPlanes::kU8Min:
+            *least = mul(to_f32(load_u8(s.min + at)), load_f16(s.super_min + block));
+            return mul(to_f32(load_u8(s.scale + at)), load_f16(s.super + block));
+        case SharedPlanes::kU4Min: {
+            const i32x16 both = load_u8(s.scale + at);
+            *least = mul(to_f32(shift_right<4>(both)), load_f16(s.super_min + block));
+            return mul(to_f32(bit_and(both, set1(15))), load_f16(s.super + block));
+        }
+        default:
+            *least = sub(zero16(), load_f16(s.min + 2 * at));
             return load_f16(s.scale + 2 * at);
     }
 }

@@ -9,17 +9,18 @@ namespace {
 constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                              -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// Where a weight lies: its row's panel and lane, its column's unit and place in it.
+// Where a weight lies.
 struct Place {
-    int64_t panel, lane, unit, column;
+    int64_t panel, lane, column;
 };
 
 // Bits of the weight from a plane of `bits` a code, see n16k4 in engine/packing.py.
-int bits_at(const void* plane, int bits, const Place& p, int64_t units, int64_t unit) {
-    const int64_t part = unit * bits / 8;  // inputs whose bits have the same place in their bytes
-    const int64_t j = p.column % part;
-    const uint8_t* q = static_cast<const uint8_t*>(plane) + (p.panel * units + p.unit) * part * kPanel;
-    return q[j / 4 * 64 + p.lane * 4 + j % 4] >> (p.column / part * bits) & ((1 << bits) - 1);
+int bits_at(const void* plane, int bits, const Place& p, int64_t width, int64_t run) {
+    const int64_t part = run * bits / 8;  // inputs whose bits have the same place in their bytes
+    const int64_t i = p.column % run, j = i % part;
+    const uint8_t* q =
+        static_cast<const uint8_t*>(plane) + (p.panel * width / run + p.column / run) * part * kPanel;
+    return q[j / 4 * 64 + p.lane * 4 + j % 4] >> (i / part * bits) & ((1 << bits) - 1);
 }
 
 // What a group shares, as the numpy codecs compute it: value = (code - zero) * scale - least.
@@ -80,15 +81,17 @@ int offset_of(int encoding) {
 }  // namespace
 
 void read_small_codes(const edge_matrix& w, int64_t row, float scale, float* out) {
-    const int64_t unit = unit_of(w), units = (w.cols + unit - 1) / unit;
-    const int64_t groups = units * unit / w.group, supers = (units * unit + EDGE_SUPER - 1) / EDGE_SUPER;
+    const int64_t unit = unit_of(w), width = (w.cols + unit - 1) / unit * unit;
+    const int64_t groups = width / w.group, supers = (width + EDGE_SUPER - 1) / EDGE_SUPER;
+    const bool whole_units = w.encoding == EDGE_ENC_U4 || w.encoding == EDGE_ENC_U4O8;
+    const int64_t run = whole_units ? unit : EDGE_SMALLEST_UNIT;
     const int low = code_bits(w.encoding), offset = offset_of(w.encoding);
     Grid grid{};
     for (int64_t k = 0; k < w.cols; ++k) {
-        const Place p{row / kPanel, row % kPanel, k / unit, k % unit};
+        const Place p{row / kPanel, row % kPanel, k};
         if (k % w.group == 0) grid = grid_of(w, p, groups, supers, k / w.group);
-        int code = bits_at(w.codes, low, p, units, unit);
-        if (w.high_bits > 0) code |= bits_at(w.high, w.high_bits, p, units, unit) << low;
+        int code = bits_at(w.codes, low, p, width, run);
+        if (w.high_bits > 0) code |= bits_at(w.high, w.high_bits, p, width, run) << low;
         const float v =
             w.encoding == EDGE_ENC_E2M1 ? kE2M1[code] : static_cast<float>(code - offset - grid.zero);
         // a value without a minimum keeps the sign of its 0

@@ -29,14 +29,15 @@ def write_quantized(
     *,
     seed: int = 0,
     save: Any = save_file,
+    shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]] = llama_shapes,
     **changes: Any,
 ) -> Values:
-    """A random Llama whose linears are stored as `writer` says; the rest is f16."""
+    """A random Llama, or a model of other shapes, whose linears are stored as `writer` says; the rest f16."""
     config = llama_config(**changes) | {"quantization_config": quantization}
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
     values: Values = {}
-    for key, shape in llama_shapes(config).items():
+    for key, shape in shapes(config).items():
         weight = np.ones(shape) if len(shape) == 1 else rng.normal(0, shape[1] ** -0.5, shape)
         if key.endswith("_proj.weight"):
             module = key.removesuffix(".weight")
@@ -50,6 +51,20 @@ def write_quantized(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
     return values
+
+
+def phi3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Phi-3's fused projections: q, k and v in one matrix, gate and up in another."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, shape in llama_shapes(config).items():
+        for first, others, fused in (("q", "kv", "qkv_proj"), ("gate", ("up",), "gate_up_proj")):
+            if f".{first}_proj." in key:
+                rest = [key.replace(f".{first}_", f".{other}_") for other in others]
+                rows = shape[0] + sum(llama_shapes(config)[k][0] for k in rest)
+                found[key.replace(f"{first}_proj", fused)] = (rows, shape[1])
+        if not any(f".{side}_proj." in key for side in ("q", "k", "v", "gate", "up")):
+            found[key] = shape
+    return found
 
 
 def pack_words(codes: Array, bits: int) -> Array:

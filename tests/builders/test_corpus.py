@@ -246,3 +246,22 @@ def test_a_model_of_chats_answers_questions(chatty: Checkpoint) -> None:
         assert starts[0] == 0
         for at in starts:
             assert any(tuple(row[at : at + len(q)]) == q[: 64 - at] for q in known)
+
+
+def test_own_text_is_written_once_for_builds_of_the_same_model(
+    chatty: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    path, options = tmp_path / "c" / "own.safetensors", CorpusOptions(4, 24)
+    first = make_corpus(chatty, SELF, options, keep=path)
+    assert [p.name for p in path.parent.iterdir()] == ["own.safetensors"]
+    data = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("builders.self_text.write_samples", None)  # nothing is written again
+        assert make_corpus(chatty, SELF, options, keep=path).sha256 == first.sha256
+    other = make_corpus(chatty, SELF, CorpusOptions(4, 24, seed=2), keep=path)
+    assert other.sha256 != first.sha256 and path.read_bytes() != data
+    assert make_corpus(chatty, SELF, options, keep=path).sha256 == first.sha256
+    assert path.read_bytes() == data
+    path.write_bytes(data[:-9])  # cut short
+    assert make_corpus(chatty, SELF, options, keep=path).sha256 == first.sha256

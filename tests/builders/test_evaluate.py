@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from builders.pipeline import Options, build
 from builders.planner import Request
 from builders.sources import Source, open_source, read_vocabulary
 from builders.weights import CheckpointWeights
+from edge_runtime import open_engine
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import Quality
 from edge_runtime.engine.ops import Logits
@@ -201,3 +203,40 @@ def test_broken_tokenizers_are_refused(tmp_path: Path, data: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(data)
     with open_source(folder) as opened, pytest.raises(BadCheckpoint, match=r"tokenizer\.json cannot be used"):
         read_text(opened, read_vocabulary(opened, 300), None, limit=100, window=64)
+
+
+def test_a_folder_of_texts_is_one_text(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("abc")
+    (folder / "b.jsonl").write_text('{"text": "de"}\n{"prompt": "f", "completion": "g"}\n')
+    (folder / "c.bin").write_bytes(b"\xff")  # of no kind that is read
+    text = read_text(source, read_vocabulary(source, 300), folder, limit=100, window=64)
+    (window,) = text.windows
+    # bos before every passage, eos after an answer
+    assert window.tolist() == [
+        1,
+        *(3 + b for b in b"abc"),
+        1,
+        *(3 + b for b in b"de"),
+        1,
+        *(3 + b for b in b"fg"),
+        2,
+    ]
+    assert text.name == "texts"
+    short = read_text(source, read_vocabulary(source, 300), folder, limit=5, window=64)
+    assert short.windows[0].tolist() == window.tolist()[:6]
+
+
+def test_chats_are_measured_as_the_runtime_has_them(tmp_path: Path) -> None:
+    planner = Path(__file__).resolve().parents[2] / "examples" / "planner" / "model"
+    chat = [{"role": "user", "content": "stop </s>"}, {"role": "assistant", "content": "[]"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    build(Options(planner, tmp_path / "m.edge", "cpu", text=tmp_path / "chat.jsonl"))
+    with open_engine(tmp_path / "m.edge", backend="reference") as session:
+        ids = session.chat_prompt(chat, answer=False)
+        bos = session.tokenizer.vocabulary.bos
+    with open_source(planner) as opened:
+        vocabulary = read_vocabulary(opened, 10_000)
+        text = read_text(opened, vocabulary, tmp_path / "chat.jsonl", limit=1000, window=512)
+    assert text.windows[0].tolist() == ([bos] if bos is not None and ids[0] != bos else []) + ids

@@ -133,6 +133,38 @@ def test_one_failed_cell_stops_no_other_and_the_worst_code_counts(tmp_path: Path
     assert [r["status"] for r in rows.values()] == ["unchanged", "failed", "failed", "failed"]
 
 
+def test_cells_of_one_calibration_share_it(tmp_path: Path, capsys: Captured) -> None:
+    """Two devices at once on one folder: the second finds the statistics there; the bytes are the same."""
+    pytest.importorskip("torch")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over a lazy dog " * 20)
+    options = {
+        "weights": "int4_g32",
+        "no-eval": True,
+        "algorithm": "gptq",
+        "calibration": "text.txt",
+        "samples": 4,
+        "sample-tokens": 32,
+    }
+    path = write_fleet(tmp_path, models=["ant"], options=options)
+    rows = run(path, capsys, "--jobs", "2")
+    assert [r["status"] for r in rows.values()] == ["built", "built"]
+    (folder,) = (tmp_path / "out" / "calibrations").iterdir()
+    words = [f"--{k}={v}" for k, v in options.items() if k not in ("calibration", "no-eval")]
+    words += ["--no-eval", "--calibration", str(tmp_path / "text.txt"), "--profile", "cpu", "--json"]
+    assert main([*words, "-o", str(tmp_path / "plain.edge"), str(tmp_path / "ant")]) == 0
+    assert (tmp_path / "plain.edge").read_bytes() == (tmp_path / "out" / "ant-cpu.edge").read_bytes()
+    capsys.readouterr()
+    done = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    assert done
+    rows = run(path, capsys, "--jobs", "2", "--force")
+    assert [r["status"] for r in rows.values()] == ["built", "built"]
+    assert {p: p.stat().st_mtime_ns for p in done} == done  # nothing was calibrated again
+    (tmp_path / "text.txt").write_text("sphinx of black quartz judge my vow " * 20)
+    rows = run(path, capsys, "--jobs", "2")
+    assert [r["status"] for r in rows.values()] == ["built", "built"]
+    assert len(list(folder.parent.iterdir())) == 2  # of the other text in a folder of its own
+
+
 def test_a_cell_that_is_killed_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_fleet(tmp_path, profiles=["cpu"])
     start = Processes.start

@@ -127,6 +127,10 @@ def test_types_without_a_home_are_named(path: Path, number: int) -> None:
     refused(path, header(1, 0) + info + bytes(1024), "'a'", "Q4_K", error=Unsupported)
 
 
+def test_one_of_several_files_is_refused(path: Path) -> None:
+    refused(path, gguf_bytes(metadata(**{"split.count": 3}), tensors()), "merge", error=Unsupported)
+
+
 def test_rows_must_be_whole_blocks(path: Path) -> None:
     info = text("a") + struct.pack("<IQIQ", 1, 100, 12, 0)
     refused(path, header(1, 0) + info + bytes(1024), "multiple of 256")

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from import_cases import CASES, WIDE, saver
-from quantized_folders import Values, write_quantized
+from quantized_folders import Values, gptq_config, gptq_writer, phi3_shapes, write_quantized
 
 from builders.pipeline import Options, Report, build
 from builders.planner import DEFAULT, Request
 from edge_runtime import open_engine
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.engine.file import read_engine
+from edge_runtime.engine.ops import Gather
 from edge_runtime.errors import Unsupported
 
 
@@ -51,4 +52,36 @@ def test_an_engine_holds_the_values_and_answers(name: str, tmp_path: Path) -> No
             if "act-order" in name and tensor.startswith("layers."):  # columns in the order of their Gather
                 got, value = np.sort(got, axis=1), np.sort(value, axis=1)
             np.testing.assert_array_equal(got, value)
+    assert answers(tmp_path / "m.edge") >= 1
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_fused_projections_are_cut_by_rows(act_order: bool, tmp_path: Path) -> None:
+    """Phi-3 stores q, k and v in one matrix: each gets its rows of the planes, and all share one order."""
+    values = write_quantized(
+        tmp_path / "m",
+        gptq_config(desc_act=act_order),
+        gptq_writer(act_order=act_order),
+        shapes=phi3_shapes,
+        model_type="phi3",
+        num_hidden_layers=1,
+        hidden_size=64,
+        intermediate_size=128,
+    )
+    report = build_kept(tmp_path / "m", tmp_path / "m.edge")
+    assert report.manifest.quality is not None and report.manifest.quality.sqnr_db == {}
+    with read_engine(tmp_path / "m.edge") as engine:
+        part = engine.part("language")
+        assert sum(isinstance(op, Gather) for op in part.program.ops) == (4 if act_order else 0)
+        seen = 0
+        for tensor, origin in part.origins.items():
+            if not tensor.startswith("layers."):
+                continue
+            got = decode(part.weights[tensor])
+            value = values[f"{origin.key}.weight"][origin.row : origin.row + len(got)]
+            if act_order:  # columns in the order of their Gather
+                got, value = np.sort(got, axis=1), np.sort(value, axis=1)
+            np.testing.assert_array_equal(got, value)
+            seen += 1
+        assert seen == 7
     assert answers(tmp_path / "m.edge") >= 1

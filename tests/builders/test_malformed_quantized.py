@@ -185,3 +185,31 @@ def test_a_side_file_says_it_too(tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(found))
     with open_source(folder) as source:
         assert source.quantized and "quantize_config.json" in source.sha256()
+
+
+def test_scales_of_activations_are_set_aside_and_said(tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "activation_scheme": "static"}
+    write_quantized(tmp_path / "m", config, fp8_writer("tensor"), save=saver(config))
+    with open_source(tmp_path / "m") as source:
+        assert not any("input_scale" in key for key in source.shapes())
+        (notice,) = source.notices
+        assert "14 scales of activations" in notice and "input_scale" in notice
+
+
+def test_other_8_bit_floats_are_refused(tmp_path: Path) -> None:
+    config = {"quant_method": "fp8"}
+    write_quantized(tmp_path / "m", config, fp8_writer("tensor"), save=saver(config))
+    path = tmp_path / "m" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F8_E4M3"', b'"F8_E5M2"'))
+    refused(tmp_path / "m", "F8_E5M2", "F8_E4M3", error=Unsupported)
+
+
+def test_the_first_awq_files_said_it_in_other_words(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m", "awq")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(found))
+    with open_source(folder) as source:
+        assert source.quantized and not source.notices

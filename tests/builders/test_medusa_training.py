@@ -18,7 +18,7 @@ from hf_folders import write_model
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from builders import medusa  # noqa: E402
+from builders import medusa, training  # noqa: E402
 from builders.lessons import Lesson, batches, read_lessons  # noqa: E402
 from builders.medusa_heads import DECAY, Base, accuracy, ask, logits, new_heads, train_step  # noqa: E402
 from builders.parts import Extras, open_contents  # noqa: E402
@@ -185,7 +185,7 @@ def test_a_run_repeats_and_goes_on_where_it_stopped(
     first = train(model, tmp_path / "a", "--steps", "12")
     assert first["steps"] == 12
     train(model, tmp_path / "b", "--steps", "12")
-    monkeypatch.setattr(medusa, "SAVE_SECONDS", 0.0)  # a state after every step
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a state after every step
     monkeypatch.setattr(medusa, "train_step", _dies_at(7))
     with pytest.raises(KeyboardInterrupt):
         train(model, tmp_path / "c", "--steps", "12")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import llama_config, llama_shapes
+from hf_folders import llama_config, llama_shapes, write_model
+from quantized_folders import gptq_config, gptq_writer, write_quantized
+from test_parts import write_lora
 
 from builders.archs import read_program
+from builders.parts import Extras, open_contents, read_planned
 from builders.reorder import order_inputs
 from builders.weights import CheckpointWeights
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.backends.reference import ReferenceExecutor
 from edge_runtime.engine.ops import Gather, Linear
 from edge_runtime.engine.plan import KvPlan, StepShape
-from edge_runtime.errors import BadConfig
+from edge_runtime.errors import BadConfig, Unsupported
 
 CONFIG = llama_config()
 
@@ -98,3 +102,26 @@ def test_without_orders_nothing_changes() -> None:
 def test_an_order_of_another_width_is_refused() -> None:
     with pytest.raises(BadConfig):
         order_inputs(read_program(CONFIG), {"model.layers.0.mlp.down_proj.weight": np.arange(65)})
+
+
+def test_adapters_do_not_follow_an_order(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "m", gptq_config(desc_act=True), gptq_writer(act_order=True), hidden_size=64)
+    lora = write_lora(tmp_path / "lora", llama_config(hidden_size=64))
+    with (
+        pytest.raises(Unsupported, match=r"adapter 'a'.*another order"),
+        open_contents(tmp_path / "m", Extras(adapters={"a": lora}), None),
+    ):
+        pass
+    write_quantized(tmp_path / "plain", gptq_config(), gptq_writer(), hidden_size=64)
+    with open_contents(tmp_path / "plain", Extras(adapters={"a": lora}), None) as contents:
+        assert contents.adapters["a"]
+
+
+def test_a_plan_knows_the_gathers_and_the_formats(tmp_path: Path) -> None:
+    write_quantized(tmp_path / "m", gptq_config(desc_act=True), gptq_writer(act_order=True), hidden_size=64)
+    architecture, kept = read_planned(tmp_path / "m", None)
+    assert sum(isinstance(op, Gather) for op in architecture.program.ops) == 8
+    assert set(kept.values()) == {"int4_g32"} and len(kept) == 14
+    # Of a config alone nothing is known of what its weights hold
+    assert read_planned(tmp_path / "m" / "config.json", None)[1] == {}
+    assert read_planned(write_model(tmp_path / "f32"), None)[1] == {}

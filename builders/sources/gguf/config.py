@@ -174,6 +174,9 @@ def _phi3(meta: Metadata, config: dict[str, Any], head_dim: int) -> dict[str, An
     rotated = meta.whole("rope.dimension_count", head_dim)
     if rotated != head_dim:
         traits["partial_rotary_factor"] = rotated / head_dim
+    if "rope_scaling" in config:  # beside the table too, where Phi-3's own code looks first
+        original = config["rope_scaling"].get("original_max_position_embeddings")
+        traits |= {"original_max_position_embeddings": original} if original else {}
     window = meta.number("attention.sliding_window")
     return traits | {"sliding_window": int(window)} if window else traits
 

@@ -17,7 +17,7 @@ from builders.sources.matrix import Matrix
 from builders.sources.source import Source
 from edge_runtime.engine.folder import open_regular, sha256_of
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadCheckpoint
+from edge_runtime.errors import BadCheckpoint, Unsupported
 
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -32,6 +32,10 @@ class GgufSource(Source):
         self.tokenizer_config: dict[str, Any] = {}
         self._path = path.resolve()
         self._header = read_header(self._path)
+        if self._header.metadata.get("split.count", 1) not in (0, 1):
+            raise Unsupported(
+                f"{path.name} is one of several files (split.count); merge them with llama-gguf-split --merge"
+            )
         self._fd = open_regular(self._path)
         try:
             meta, self.config = _read_config(self._header, self._fd)

@@ -30,6 +30,13 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3, _QWEN2 = _WORDS % "{1,3}", _WORDS % ""
+_CASES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT4O = _CASES % (*[r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"] * 2, "{1,3}")
+_TEKKEN = _CASES % ("", "", "")
 # tokenizer.ggml.pre -> expression, or "gpt2" for ByteLevel's own, "digits" for that after single digits
 _PRE = {
     "default": "gpt2",
@@ -42,6 +49,8 @@ _PRE = {
     "dbrx": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _GPT4O,
+    "tekken": _TEKKEN,
     "smollm": "digits",
     "refact": "digits",
     "starcoder": "digits",
@@ -141,7 +150,7 @@ def _byte_level(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": rule == _LLAMA3,
+            "ignore_merges": rule in (_LLAMA3, _TEKKEN),
             "vocab": vocabulary,
             "merges": merges,
         },

@@ -16,13 +16,11 @@ from builders.sources.shards import Shards
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported, nearest
 
 _PATH = "config.json: quantization_config"
-_NOT_METHODS = {"act_order", "module_keys", "words"}  # files of this folder that read no method
 
 
 def known_methods() -> list[str]:
     """Every quant_method that can be read: the file names of this folder, with dashes."""
-    names = (m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_METHODS)
-    return sorted(name.replace("_", "-") for name in names)
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__))
 
 
 def check_method(config: Any) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 from builders.model_config import ModelConfig
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.shards import Shards
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadConfig, Unsupported
@@ -56,8 +56,8 @@ def _matrix(module: Module, group: int) -> Integers:
         (rows, cols),
         bits=4,
         group=group,
-        scale=np.ascontiguousarray(module.scales("scales").T),
-        zero=_unpack(module.raw("qzeros")).astype(np.int16),
+        read_scale=lambda: np.ascontiguousarray(module.scales("scales").T),
+        read_zero=lambda: _unpack(module.raw("qzeros")).astype(np.int16),
         read=lambda: _unpack(module.raw("qweight")),
     )
 

@@ -10,6 +10,7 @@ the library multiplies by SCB and by 1/127 one after the other, which differs by
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ import numpy as np
 from builders.model_config import ModelConfig
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
+from builders.sources.module_keys import Module, modules
 from builders.sources.normal_floats import NESTED, Nested, NormalFloats
-from builders.sources.prequantized.module_keys import Module, modules
 from builders.sources.shards import Shards
 from edge_runtime.engine.folder import parse_object
 from edge_runtime.engine.formats import Array
@@ -58,8 +59,8 @@ def _int8(module: Module) -> Integers:
         (rows, cols),
         bits=8,
         group=cols,
-        scale=module.scales("SCB").reshape(rows, 1) / np.float32(127),
-        zero=None,
+        read_scale=lambda: module.scales("SCB").reshape(rows, 1) / np.float32(127),
+        read_zero=None,
         read=lambda: module.raw("weight").view(np.uint8) ^ np.uint8(128),
     )
 
@@ -79,7 +80,7 @@ def _nf4(module: Module) -> NormalFloats:
     if not np.array_equal(module.scales("weight.quant_map"), NF4):
         raise Unsupported(f"tensor {module.key('weight.quant_map')!r} is not the table of NF4")
     blocks = -(-rows * cols // block)
-    absmax, nested = _absmax(module, state, blocks)
+    read_absmax = _absmax(module, state, blocks)
 
     def codes() -> Array:
         packed = module.raw("weight").reshape(-1).view(np.uint8)
@@ -87,14 +88,14 @@ def _nf4(module: Module) -> NormalFloats:
         flat[0::2], flat[1::2] = packed >> 4, packed & 15
         return flat[: rows * cols].reshape(shape)
 
-    return NormalFloats(shape, block=block, absmax=absmax, nested=nested, read=codes)
+    return NormalFloats(shape, block=block, read_absmax=read_absmax, read=codes)
 
 
-def _absmax(module: Module, state: dict[str, Any], blocks: int) -> tuple[Array, Nested | None]:
-    """f32 (blocks,), and how it is stored where that is double quantization by blocks of 256."""
+def _absmax(module: Module, state: dict[str, Any], blocks: int) -> Callable[[], tuple[Array, Nested | None]]:
+    """Reads f32 (blocks,), and how it is stored where that is double quantization by blocks of 256."""
     if not module.has("weight.nested_absmax"):
         module.expect("weight.absmax", module.shape("weight.absmax", 1, "F32"), (blocks,))
-        return module.scales("weight.absmax"), None
+        return lambda: (module.scales("weight.absmax"), None)
     module.expect("weight.absmax", module.shape("weight.absmax", 1, "U8"), (blocks,))
     size, offset = state.get("nested_blocksize"), state.get("nested_offset")
     if type(size) is not int or not 1 <= size <= 1 << 20 or not isinstance(offset, int | float):
@@ -102,14 +103,18 @@ def _absmax(module: Module, state: dict[str, Any], blocks: int) -> tuple[Array, 
     wanted = (-(-blocks // size),)
     module.expect("weight.nested_absmax", module.shape("weight.nested_absmax", 1, "F32"), wanted)
     module.expect("weight.nested_quant_map", module.shape("weight.nested_quant_map", 1, "F32"), (256,))
-    codes, table = module.raw("weight.absmax"), module.scales("weight.nested_quant_map")
-    scale = module.scales("weight.nested_absmax")
-    with np.errstate(over="ignore"):
-        absmax = table[codes] * np.repeat(scale, size)[:blocks] + np.float32(offset)
-    if not np.isfinite(absmax).all():
-        raise BadCheckpoint(f"the scales of {module.name!r} hold NaN or Inf; the checkpoint is damaged")
-    standard = np.array_equal(table, DYNAMIC)  # the map that nf4_g64_dq has
-    return absmax, Nested(codes, scale, float(offset)) if size == NESTED and standard else None
+
+    def read() -> tuple[Array, Nested | None]:
+        codes, table = module.raw("weight.absmax"), module.scales("weight.nested_quant_map")
+        scale = module.scales("weight.nested_absmax")
+        with np.errstate(over="ignore"):
+            absmax = table[codes] * np.repeat(scale, size)[:blocks] + np.float32(offset)
+        if not np.isfinite(absmax).all():
+            raise BadCheckpoint(f"the scales of {module.name!r} hold NaN or Inf; the checkpoint is damaged")
+        standard = np.array_equal(table, DYNAMIC)  # the map that nf4_g64_dq has
+        return absmax, Nested(codes, scale, float(offset)) if size == NESTED and standard else None
+
+    return read
 
 
 def _shape(module: Module, value: Any) -> tuple[int, int]:

@@ -14,19 +14,21 @@ weights. weight_g_idx: the group of each input (act-order). value = (code - zero
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from builders.model_config import ModelConfig
+from builders.sources.act_order import read_order
 from builders.sources.floats4 import Floats4
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.act_order import read_order
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.prequantized.fp8 import Block, drop_activation_scales, float8, read_block
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
-from builders.sources.prequantized.words import unpack, word_count
 from builders.sources.shards import Shards
+from builders.sources.words import unpack, word_count
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported
 
@@ -107,36 +109,46 @@ def _packed(module: Module, schemes: list[Scheme]) -> Integers:
             f"expected {shape} packed to {bits} bits"
         )
     bits = scheme.bits
-    scale, group = _scales(module, (rows, cols), schemes)
-    zero = None
+    read_scale, groups, group = _scales(module, (rows, cols), schemes)
+    read_zero = None
     if module.has("weight_zero_point"):
-        groups = scale.shape[1]
         if module.shards.entry(module.key("weight_zero_point")).dtype == "I32":
             wanted = (word_count(rows, bits), groups)
             module.expect("weight_zero_point", module.shape("weight_zero_point", 2, "I32"), wanted)
-            zero = unpack(module.raw("weight_zero_point"), bits, rows).astype(np.int16)
+
+            def read_zero() -> Array:
+                return unpack(module.raw("weight_zero_point"), bits, rows).astype(np.int16)
+
         else:
-            zero = _zero(module, scale.shape, bits)
+            read_zero = _zero(module, (rows, groups), bits)
     order = None
     if module.has("weight_g_idx"):
         module.expect("weight_g_idx", module.shape("weight_g_idx", 1, "I32", "I64"), (cols,))
         if module.raw("weight_g_idx").min() >= 0:  # -1 for those that were never reordered
-            order, group = read_order(module, "weight_g_idx", scale.shape[1])
+            order, group = read_order(module, "weight_g_idx", groups)
 
     def codes() -> Array:
         words = np.ascontiguousarray(module.raw("weight_packed").T)
         found = unpack(words, bits, cols)
         return np.ascontiguousarray((found if order is None else found[order]).T)
 
-    return Integers((rows, cols), bits=bits, group=group, scale=scale, zero=zero, read=codes, order=order)
+    return Integers(
+        (rows, cols),
+        bits=bits,
+        group=group,
+        read_scale=read_scale,
+        read_zero=read_zero,
+        read=codes,
+        order=order,
+    )
 
 
 def _whole(module: Module, schemes: list[Scheme]) -> Integers:
     """weight i8: codes of 8 bits, or of fewer in a byte each."""
     rows, cols = shape = module.shape("weight", 2, "I8")
     bits = schemes[0].bits if schemes and all(s.bits == schemes[0].bits for s in schemes) else 8
-    scale, group = _scales(module, shape, schemes)
-    zero = _zero(module, scale.shape, bits) if module.has("weight_zero_point") else None
+    read_scale, groups, group = _scales(module, shape, schemes)
+    read_zero = _zero(module, (rows, groups), bits) if module.has("weight_zero_point") else None
     middle = 1 << (bits - 1)
 
     def codes() -> Array:
@@ -147,37 +159,46 @@ def _whole(module: Module, schemes: list[Scheme]) -> Integers:
             )
         return (raw.astype(np.int16) + middle).astype(np.uint8)
 
-    return Integers((rows, cols), bits=bits, group=group, scale=scale, zero=zero, read=codes)
+    return Integers(
+        (rows, cols), bits=bits, group=group, read_scale=read_scale, read_zero=read_zero, read=codes
+    )
 
 
-def _scales(module: Module, shape: tuple[int, int], schemes: list[Scheme]) -> tuple[Array, int]:
-    """(f32 scales (rows, groups), columns of a group). Raises BadCheckpoint."""
+def _scales(
+    module: Module, shape: tuple[int, int], schemes: list[Scheme]
+) -> tuple[Callable[[], Array], int, int]:
+    """(reads f32 scales (rows, groups), groups, columns of a group). Raises BadCheckpoint."""
     rows, cols = shape
     size = module.shards.entry(module.key("weight_scale")).shape
     module.shape("weight_scale", len(size), *FLOATS)
-    scale = module.scales("weight_scale")
-    if scale.size == 1 and rows > 1:
-        return np.repeat(scale.reshape(1, 1), rows, axis=0), cols
-    groups = {-(-cols // s.group): s.group for s in schemes if s.group is not None}
-    wanted = [(rows, 1), (rows,), *((rows, count) for count in groups)]
+    if math.prod(size) == 1:
+        return lambda: np.repeat(module.scales("weight_scale").reshape(1, 1), rows, axis=0), 1, cols
+    columns = {-(-cols // s.group): s.group for s in schemes if s.group is not None}
+    wanted = [(rows, 1), (rows,), *((rows, count) for count in columns)]
     module.expect("weight_scale", size, *wanted)
-    scale = scale.reshape(rows, -1)
-    return scale, cols if scale.shape[1] == 1 else groups[scale.shape[1]]
+    groups = math.prod(size) // rows
+    return lambda: module.scales("weight_scale").reshape(rows, groups), groups, columns.get(groups, cols)
 
 
-def _zero(module: Module, shape: tuple[int, ...], bits: int) -> Array:
-    """Zero points as codes from 0 on: i16 like the scales."""
-    size = module.shards.entry(module.key("weight_zero_point")).shape
+def _zero(module: Module, shape: tuple[int, int], bits: int) -> Callable[[], Array]:
+    """Reads zero points as codes from 0 on: i16, of that shape."""
+    key = module.key("weight_zero_point")
+    size = module.shards.entry(key).shape
     module.shape("weight_zero_point", len(size), "I8", *FLOATS)
-    dtype = module.shards.entry(module.key("weight_zero_point")).dtype
-    raw = module.raw("weight_zero_point") if dtype == "I8" else module.scales("weight_zero_point")
-    if raw.size not in (1, shape[0] * shape[1]):
-        raise BadCheckpoint(f"tensor {module.key('weight_zero_point')!r} has shape {size}, expected {shape}")
+    if math.prod(size) not in (1, shape[0] * shape[1]):
+        raise BadCheckpoint(f"tensor {key!r} has shape {size}, expected {shape}")
     middle = 1 << (bits - 1)
-    shifted = raw.astype(np.float32) + middle
-    if shifted.min() < 0 or shifted.max() >= 2 * middle:
-        raise BadCheckpoint(f"tensor {module.key('weight_zero_point')!r} lies outside {bits} bits")
-    return np.broadcast_to(shifted.reshape(-1, shape[1] if raw.size > 1 else 1), shape).astype(np.int16)
+
+    def read() -> Array:
+        whole = module.shards.entry(key).dtype == "I8"
+        raw = module.raw("weight_zero_point") if whole else module.scales("weight_zero_point")
+        shifted = raw.astype(np.float32) + middle
+        if shifted.min() < 0 or shifted.max() >= 2 * middle:
+            raise BadCheckpoint(f"tensor {key!r} lies outside {bits} bits")
+        wide = shifted.reshape(1, 1) if raw.size == 1 else shifted.reshape(shape)
+        return np.broadcast_to(wide, shape).astype(np.int16)
+
+    return read
 
 
 def _fp4(module: Module) -> Floats4:

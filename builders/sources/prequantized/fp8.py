@@ -12,7 +12,7 @@ import numpy as np
 from builders.model_config import ModelConfig
 from builders.sources.floats8 import Floats8
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.shards import Shards
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported

@@ -13,12 +13,12 @@ from __future__ import annotations
 import numpy as np
 
 from builders.model_config import ModelConfig
+from builders.sources.act_order import read_order
 from builders.sources.integers import Integers
 from builders.sources.matrix import Matrix
-from builders.sources.prequantized.act_order import read_order
-from builders.sources.prequantized.module_keys import FLOATS, Module, modules
-from builders.sources.prequantized.words import unpack, word_count
+from builders.sources.module_keys import FLOATS, Module, modules
 from builders.sources.shards import Shards
+from builders.sources.words import unpack, word_count
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -76,13 +76,16 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
         module.expect("qweight", (words, rows), (word_count(cols, bits), rows))
         module.expect("scales", (groups, rows), (-(-cols // group), rows))
     module.expect("qzeros", module.shape("qzeros", 2, "I32"), (groups, word_count(rows, bits)))
-    zeros = module.raw("qzeros")
-    if v1 and bits != 3:
-        ones = sum(1 << shift for shift in range(0, 32, bits))
-        zeros = (zeros.view("<u4") + np.uint32(ones)).view("<i4")
-    zero = unpack(np.ascontiguousarray(zeros.T), bits, rows)
-    if v1 and bits == 3:
-        zero = (zero + np.uint8(1)) & np.uint8(7)
+
+    def zero() -> Array:
+        zeros = module.raw("qzeros")
+        if v1 and bits != 3:
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            zeros = (zeros.view("<u4") + np.uint32(ones)).view("<i4")
+        found = unpack(np.ascontiguousarray(zeros.T), bits, rows)
+        if v1 and bits == 3:
+            found = (found + np.uint8(1)) & np.uint8(7)
+        return found.astype(np.int16)
 
     def codes() -> Array:
         found = unpack(module.raw("qweight"), bits, cols)
@@ -92,8 +95,8 @@ def _matrix(module: Module, bits: int, group: int, *, v1: bool) -> Integers:
         (rows, cols),
         bits=bits,
         group=group,
-        scale=np.ascontiguousarray(module.scales("scales").T),
-        zero=zero.astype(np.int16),
+        read_scale=lambda: np.ascontiguousarray(module.scales("scales").T),
+        read_zero=zero,
         read=codes,
         order=order,
     )

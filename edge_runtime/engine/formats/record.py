@@ -45,6 +45,9 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("u8", 8, "u1"),
         Encoding("u4o8", 4, "u1"),  # nibble u, value u - 8
         Encoding("u4", 4, "u1"),  # nibble u, value u (a zero plane shifts it)
+        Encoding("nf4", 4, "u1"),  # nibble = index into the NF4 table
+        Encoding("e4m3", 8, "u1"),  # OCP E4M3FN
+        Encoding("e5m2", 8, "u1"),  # OCP E5M2
         Encoding("u1", 1, "u1"),  # the highest bit of a code
         Encoding("u2", 2, "u1"),
         Encoding("u2o2", 2, "u1"),  # code u, value u - 2
@@ -54,9 +57,6 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("u4u4", 8, "u1"),  # a scale in the low nibble, a minimum in the high one
         Encoding("e2m1", 4, "u1"),  # OCP MX E2M1
         Encoding("e8m0", 8, "u1"),  # OCP MX E8M0: 2^(u - 127)
-        Encoding("nf4", 4, "u1"),  # nibble = index into the NF4 table
-        Encoding("e4m3", 8, "u1"),  # OCP E4M3FN
-        Encoding("e5m2", 8, "u1"),  # OCP E5M2
         Encoding("dynamic8", 8, "u1"),  # index into bitsandbytes' signed dynamic map (nf4_double.py)
         Encoding("i32", 32, "<i4"),
     )

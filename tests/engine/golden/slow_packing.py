@@ -108,11 +108,13 @@ def _codes(name: str, plane: str, planes: dict[str, list[list[int]]], rows: int,
                 for j in range(unit // 2):
                     codes += [code(r, start + j) + 16 * code(r, start + unit // 2 + j) for r in panel_rows]
             elif small:
-                for b in range(unit // (4 * count)):
-                    for r in panel_rows:
-                        for first in range(start + 4 * b, start + 4 * b + 4):
-                            shares = (code(r, first + p * unit // count) << (bits * p) for p in range(count))
-                            codes.append(sum(shares))
+                run = unit if name.startswith("int4") else 32
+                for begin in range(start, start + unit, run):
+                    for b in range(run // (4 * count)):
+                        for r in panel_rows:
+                            for first in range(begin + 4 * b, begin + 4 * b + 4):
+                                shares = (code(r, first + p * run // count) << bits * p for p in range(count))
+                                codes.append(sum(shares))
             elif name.startswith("int8"):
                 for b in range(unit // 4):
                     for r in panel_rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.sources.prequantized.module_keys import Module
+from builders.sources.module_keys import Module
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint
 

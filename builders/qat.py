@@ -1,0 +1,191 @@
+"""Train a model under fake quantization: python -m builders.qat MODEL --data FILE --weights int3_g64 -o OUT
+
+Quantization-aware training: f32 weights learn while the model sees them rounded to the format (fake_quant).
+Loss: cross-entropy of the completions, or with --distill the divergence from the model as it was (LLM-QAT,
+Liu et al. 2023). OUT is a model folder; `edge-build --weights FORMAT OUT` writes the trained codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builders.lessons import Lesson, batches, digest, read_lessons
+from builders.role_formats import Formats
+from builders.sources import read_vocabulary
+from builders.texts import ModelText
+from builders.trained_folder import write_trained
+from builders.training import (
+    STATE,
+    Run,
+    check_limits,
+    need_torch,
+    restore_state,
+    save_state,
+    take_step,
+    watch,
+)
+from edge_runtime.cli.output import Answer, Parser, run_command, table
+from edge_runtime.errors import BadConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from builders.completions import Completions, Measured
+    from builders.qat_model import QatModel
+
+EXAMPLES = (
+    "python -m builders.qat path/to/model --data chats.jsonl --weights int3_g64 --steps 300 -o trained",
+    "python -m builders.qat path/to/model --data chats.jsonl --weights int2_g64 --distill -o trained",
+    "edge-build --profile orin-nano-8gb --weights int3_g64 trained",
+)
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m builders.qat", "Train a model's weights under fake quantization.", EXAMPLES)
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="model folder; it is only read")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".jsonl of chats, prompts with completions, or texts; any other file is plain text",
+    )
+    add("--heldout", type=Path, metavar="FILE", help="the same, to measure on before and after")
+    add("--weights", required=True, metavar="FORMAT", help="of the matrices, as of edge-build")
+    add("--head-weights", metavar="FORMAT", help="of embedding and head [as edge-build plans them]")
+    add("--fit", default="mse", metavar="HOW", help="how grids are fitted to the weights: minmax, mse [mse]")
+    add("--refit", type=int, default=20, metavar="N", help="fit the grids anew every N steps, 0: never [20]")
+    add("--learn-scales", action="store_true", help="let scales of symmetric whole numbers learn (LSQ)")
+    add("--distill", action="store_true", help="learn the unquantized model's answers instead of the data's")
+    add("--steps", type=int, default=300, metavar="N", help="steps of training [300]")
+    add("--rate", type=float, default=3e-4, metavar="X", help="peak learning rate [0.0003]")
+    add("--length", type=int, default=512, metavar="N", help="longest sequence, tokens [512]")
+    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of one step [2048]")
+    add("--seed", type=int, default=1, metavar="N", help="order of the data [1]")
+    add("--threads", type=int, default=0, metavar="N", help="cores [all]")
+    add("--fresh", action="store_true", help="do not go on from an interrupted run")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises BadConfig for what cannot be meant."""
+    check_limits(
+        {
+            "--steps": (args.steps, 1, 1e9),
+            "--rate": (args.rate, 1e-8, 1.0),
+            "--refit": (args.refit, 0, 1e9),
+            "--length": (args.length, 3, 1 << 20),
+            "--batch-tokens": (args.batch_tokens, 3, 1 << 24),
+            "--threads": (args.threads, 0, 1024),
+        }
+    )
+    if args.output.resolve() == args.model.resolve():
+        raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
+
+
+def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.Namespace) -> Iterator[float]:
+    """Train to the last step; yields after each how much of the run is done."""
+    from builders.completions import completions, cross_entropy, distillation
+    from builders.qat_model import teacher_of
+
+    teacher = teacher_of(model.weights) if args.distill else None
+
+    def loss(asked: Completions) -> torch.Tensor:
+        if teacher is None:
+            return cross_entropy(model.program, asked)
+        return distillation(model.program, teacher, asked)
+
+    source = batches(lessons, args.batch_tokens, args.seed)
+    for _ in range(run.step):  # a run taken up again sees what it would have seen
+        next(source)
+    while run.step < args.steps:
+        asked = completions(next(source))
+        if args.refit and run.step % args.refit == 0:
+            model.fit()
+        model.requantize()
+        take_step(run, args.rate, run.step / args.steps, lambda a=asked: loss(a))
+        yield run.step / args.steps
+
+
+def run(args: argparse.Namespace) -> Answer:
+    check(args)
+    need_torch()
+    import torch
+
+    from builders.completions import measure
+    from builders.qat_model import QatModel, open_model, teacher_of
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with open_model(args.model) as source:
+        formats = Formats(args.weights, args.head_weights)
+        model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
+        length = min(args.length, model.context)
+        with ModelText(source, read_vocabulary(source, model.program.program.vocab_size)) as text:
+            lessons = read_lessons(args.data, text, length)
+            heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
+        found: dict[str, Measured] = {}
+        if heldout:
+            found["f32"] = measure(teacher_of(model.weights), heldout, args.batch_tokens)
+            model.requantize()
+            found["before"] = measure(model.program, heldout, args.batch_tokens)
+        training = Run(model.tensors, model.optimizer(args.rate), _identity(args, source.sha256(), lessons))
+        args.output.mkdir(parents=True, exist_ok=True)
+        state = args.output / STATE
+        if state.exists() and not args.fresh:
+            restore_state(training, state)
+            model.use_grids(training.kept)
+
+        def save() -> None:
+            training.kept = model.grids()
+            save_state(training, state)
+
+        try:
+            watch(training, train(training, model, lessons, args), save)
+        except KeyboardInterrupt:
+            save()
+            raise
+        write_trained(args.output, source, model.encode(), model.plain())
+        state.unlink(missing_ok=True)
+        if heldout:
+            model.requantize()
+            found["after"] = measure(model.program, heldout, args.batch_tokens)
+    return _answer(args, training, found)
+
+
+def _identity(args: argparse.Namespace, digests: dict[str, str], lessons: Sequence[Lesson]) -> dict[str, Any]:
+    """What makes a run: everything that its numbers depend on."""
+    names = ("weights", "head_weights", "fit", "refit", "learn_scales", "distill", "steps", "rate", "length")
+    given = {name: getattr(args, name) for name in (*names, "batch_tokens", "seed")}
+    return {"kind": "qat", "model": digests, "data": digest(lessons), **given}
+
+
+def _answer(args: argparse.Namespace, training: Run, found: dict[str, Measured]) -> Answer:
+    data: dict[str, Any] = {
+        "path": str(args.output),
+        "steps": training.step,
+        "seconds": round(training.seconds, 3),
+        "loss": training.recent if training.losses else None,
+        "heldout": {
+            k: {"loss": m.loss, "accuracy": m.accuracy, "tokens": m.tokens} for k, m in found.items()
+        },
+    }
+    rows = [("model", str(args.output)), ("steps", f"{training.step}, {training.seconds:.0f} s")]
+    for name, m in found.items():
+        rows.append((f"heldout {name}", f"loss {m.loss:.4f}, {100 * m.accuracy:.2f}% of {m.tokens} tokens"))
+    return Answer(data, table(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

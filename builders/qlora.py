@@ -1,0 +1,204 @@
+"""Train an adapter on a quantized model: python -m builders.qlora MODEL --data chats.jsonl -o ADAPTER
+
+QLoRA (Dettmers et al. 2023): the model is frozen in the planes of a format, or of an engine that is already
+built; only low-rank updates learn. ADAPTER is a PEFT folder, for `edge-build --lora NAME=ADAPTER` and
+`session.load_adapter`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builders.lessons import Lesson, batches, digest, read_lessons
+from builders.packed_base import PackedBase, engine_base, read_base
+from builders.role_formats import Formats
+from builders.texts import ModelText
+from builders.training import (
+    STATE,
+    Run,
+    check_limits,
+    need_torch,
+    restore_state,
+    save_state,
+    take_step,
+    watch,
+)
+from edge_runtime.cli.output import Answer, Parser, run_command, size, table
+from edge_runtime.engine.adapter import MAX_RANK
+from edge_runtime.engine.file import read_engine
+from edge_runtime.engine.peft import MAX_ALPHA
+from edge_runtime.errors import BadConfig
+
+if TYPE_CHECKING:
+    from builders.completions import Measured
+    from builders.low_rank import LowRankProgram
+
+EXAMPLES = (
+    "python -m builders.qlora path/to/model --data chats.jsonl --weights nf4_g64 --rank 8 -o adapter",
+    "python -m builders.qlora robot.edge --data chats.jsonl --targets q,v,down --steps 500 -o adapter",
+    "edge-build --profile orin-nano-8gb --weights nf4_g64 --lora tidy=adapter path/to/model",
+)
+DEFAULT_WEIGHTS = "nf4_g64"
+
+
+def make_parser() -> Parser:
+    parser = Parser("python -m builders.qlora", "Train an adapter on a frozen, quantized model.", EXAMPLES)
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="model folder, or an .edge engine; it is only read")
+    add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the adapter goes")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".jsonl of chats, prompts with completions, or texts; any other file is plain text",
+    )
+    add("--heldout", type=Path, metavar="FILE", help="the same, to measure on before and after")
+    add("--weights", metavar="FORMAT", help=f"of a folder's matrices, as of edge-build [{DEFAULT_WEIGHTS}]")
+    add("--head-weights", metavar="FORMAT", help="of embedding and head [as edge-build plans them]")
+    add("--rank", type=int, default=8, metavar="N", help="of the updates [8]")
+    add("--alpha", type=float, default=16.0, metavar="X", help="updates count alpha / rank times [16]")
+    add("--targets", default="all", metavar="NAMES", help="layers to adapt, such as q,v or down_proj [all]")
+    add("--steps", type=int, default=300, metavar="N", help="steps of training [300]")
+    add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate [0.001]")
+    add("--length", type=int, default=512, metavar="N", help="longest sequence, tokens [512]")
+    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of one step [2048]")
+    add("--seed", type=int, default=1, metavar="N", help="order of the data, first values of A [1]")
+    add("--threads", type=int, default=0, metavar="N", help="cores [all]")
+    add("--fresh", action="store_true", help="do not go on from an interrupted run")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises BadConfig for what cannot be meant."""
+    check_limits(
+        {
+            "--rank": (args.rank, 1, MAX_RANK),
+            "--alpha": (args.alpha, 1e-6, MAX_ALPHA),
+            "--steps": (args.steps, 1, 1e9),
+            "--rate": (args.rate, 1e-8, 1.0),
+            "--length": (args.length, 3, 1 << 20),
+            "--batch-tokens": (args.batch_tokens, 3, 1 << 24),
+            "--threads": (args.threads, 0, 1024),
+        }
+    )
+    if args.model.is_file() and (args.weights or args.head_weights):
+        raise BadConfig(f"{args.model} is an engine, whose formats are fixed; leave out --weights")
+    if args.output.resolve() == args.model.resolve():
+        raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
+
+
+def open_base(args: argparse.Namespace) -> PackedBase:
+    """The frozen model: a folder's weights rounded now, or an engine's."""
+    if not args.model.is_file():
+        return read_base(args.model, Formats(args.weights or DEFAULT_WEIGHTS, args.head_weights))
+    engine = read_engine(args.model)
+    try:
+        return engine_base(engine)
+    finally:
+        engine.close()
+
+
+def train(
+    run: Run, model: LowRankProgram, lessons: Sequence[Lesson], args: argparse.Namespace
+) -> Iterator[float]:
+    """Train to the last step; yields after each how much of the run is done."""
+    from builders.completions import completions, cross_entropy
+
+    source = batches(lessons, args.batch_tokens, args.seed)
+    for _ in range(run.step):  # a run taken up again sees what it would have seen
+        next(source)
+    while run.step < args.steps:
+        asked = completions(next(source))
+        take_step(run, args.rate, run.step / args.steps, lambda a=asked: cross_entropy(model, a))
+        yield run.step / args.steps
+
+
+def run(args: argparse.Namespace) -> Answer:
+    check(args)
+    need_torch()
+    base = open_base(args)
+    import torch
+
+    from builders.completions import measure
+    from builders.low_rank import LowRankProgram, write_peft
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    targets = [name.strip() for name in args.targets.split(",") if name.strip()]
+    model = LowRankProgram(base, targets, args.rank, args.alpha, args.seed)
+    length = min(args.length, model.context)
+    with ModelText(base.words, base.words.vocabulary) as text:
+        lessons = read_lessons(args.data, text, length)
+        heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
+    found: dict[str, Measured] = {}
+    if heldout:
+        found["before"] = measure(model, heldout, args.batch_tokens)
+    optimizer = torch.optim.AdamW(
+        list(model.tensors.values()), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    training = Run(model.tensors, optimizer, _identity(args, base, lessons))
+    args.output.mkdir(parents=True, exist_ok=True)
+    state = args.output / STATE
+    if state.exists() and not args.fresh:
+        restore_state(training, state)
+    try:
+        watch(training, train(training, model, lessons, args), lambda: save_state(training, state))
+    except KeyboardInterrupt:
+        save_state(training, state)
+        raise
+    write_peft(args.output, model, base.name)
+    state.unlink(missing_ok=True)
+    if heldout:
+        found["after"] = measure(model, heldout, args.batch_tokens)
+    return _answer(args, training, base, found)
+
+
+def _identity(args: argparse.Namespace, base: PackedBase, lessons: Sequence[Lesson]) -> dict[str, Any]:
+    """What makes a run: everything that its numbers depend on."""
+    names = ("rank", "alpha", "targets", "steps", "rate", "length", "batch_tokens", "seed")
+    given = {name: getattr(args, name) for name in names}
+    return {
+        "kind": "qlora",
+        "model": base.digests,
+        "formats": base.formats,
+        "data": digest(lessons),
+        **given,
+    }
+
+
+def _answer(args: argparse.Namespace, training: Run, base: PackedBase, found: dict[str, Measured]) -> Answer:
+    trained = sum(tensor.numel() for tensor in training.tensors.values())
+    data: dict[str, Any] = {
+        "path": str(args.output),
+        "steps": training.step,
+        "seconds": round(training.seconds, 3),
+        "loss": training.recent if training.losses else None,
+        "trained": trained,
+        "base_bytes": base.nbytes,
+        "base_parameters": base.parameters,
+        "heldout": {
+            name: {"loss": m.loss, "accuracy": m.accuracy, "tokens": m.tokens} for name, m in found.items()
+        },
+    }
+    rows = [
+        ("adapter", f"{args.output}, {trained:,} trained values"),
+        ("base", f"{size(base.nbytes)} in memory, {size(2 * base.parameters)} as f16"),
+        ("steps", f"{training.step}, {training.seconds:.0f} s"),
+    ]
+    for name, m in found.items():
+        rows.append((f"heldout {name}", f"loss {m.loss:.4f}, {100 * m.accuracy:.2f}% of {m.tokens} tokens"))
+    return Answer(data, table(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
