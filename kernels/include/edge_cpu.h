@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 7 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 8 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Row and tensor scales are f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };

@@ -49,7 +49,7 @@ void print(const char* path, const std::string& kernel, const T* data, size_t co
 struct Case {
     const char* name;
     int encoding, scale_per, group, bits;
-    int high_bits = 0, scale_encoding = EDGE_ENC_F16;
+    int scale_encoding = EDGE_ENC_F16, high_bits = 0;
     bool zero = false, min = false, outliers = false;
 };
 
@@ -60,34 +60,40 @@ const Case kMatrices[] = {
     {"e5m2", EDGE_ENC_E5M2, EDGE_SCALE_NONE, 64, 8},
     {"e4m3_row", EDGE_ENC_E4M3, EDGE_SCALE_ROW, 64, 8},
     {"e4m3_tensor", EDGE_ENC_E4M3, EDGE_SCALE_TENSOR, 64, 8},
-    {"e4m3_g128", EDGE_ENC_E4M3, EDGE_SCALE_GROUP, 128, 8, 0, EDGE_ENC_F32},
+    {"e4m3_g128", EDGE_ENC_E4M3, EDGE_SCALE_GROUP, 128, 8, EDGE_ENC_F32},
     {"nf4", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4},
-    {"nf4_f32", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, 0, EDGE_ENC_F32},
-    {"nf4_double", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, 0, EDGE_ENC_DYNAMIC8},
-    {"i8_row_o128", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8, 0, EDGE_ENC_F32, false, false, true},
+    {"nf4_f32", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_F32},
+    {"nf4_double", EDGE_ENC_NF4, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_DYNAMIC8},
+    {"i8_row_o128", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8, EDGE_ENC_F32, 0, false, false, true},
     {"i8_row", EDGE_ENC_I8, EDGE_SCALE_ROW, 64, 8},
     {"i8_g32", EDGE_ENC_I8, EDGE_SCALE_GROUP, 32, 8},
     {"i8_g128", EDGE_ENC_I8, EDGE_SCALE_GROUP, 128, 8},
     {"u4o8_g32", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 32, 4},
     {"u4o8_g64", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 64, 4},
     {"u4o8_g128", EDGE_ENC_U4O8, EDGE_SCALE_GROUP, 128, 4},
-    {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4, 0, EDGE_ENC_F16, true},
+    {"u4_g64", EDGE_ENC_U4, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_F16, 0, true},
     {"u2o2_g32", EDGE_ENC_U2O2, EDGE_SCALE_GROUP, 32, 2},
-    {"u2_g128", EDGE_ENC_U2, EDGE_SCALE_GROUP, 128, 2, 0, EDGE_ENC_F16, true},
-    {"u3o4_g64", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 64, 2, 1},
-    {"u3_g32", EDGE_ENC_U2, EDGE_SCALE_GROUP, 32, 2, 1, EDGE_ENC_F16, true},
-    {"u5o16_g128", EDGE_ENC_U4O16, EDGE_SCALE_GROUP, 128, 4, 1},
-    {"u6o32_g64", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 64, 4, 2},
-    {"u4_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_F16, false, true},
-    {"u5_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 1, EDGE_ENC_F16, false, true},
-    {"q2_k", EDGE_ENC_U2, EDGE_SCALE_GROUP, 16, 2, 0, EDGE_ENC_U4U4},
-    {"q3_k", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 16, 2, 1, EDGE_ENC_I8},
-    {"q4_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_U8, false, true},
-    {"q5_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, 1, EDGE_ENC_U8, false, true},
-    {"q6_k", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 16, 4, 2, EDGE_ENC_I8},
-    {"mxfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 32, 4, 0, EDGE_ENC_E8M0},
-    {"nvfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 16, 4, 0, EDGE_ENC_E4M3},
+    {"u2_g128", EDGE_ENC_U2, EDGE_SCALE_GROUP, 128, 2, EDGE_ENC_F16, 0, true},
+    {"u3o4_g64", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 64, 2, EDGE_ENC_F16, 1},
+    {"u3_g32", EDGE_ENC_U2, EDGE_SCALE_GROUP, 32, 2, EDGE_ENC_F16, 1, true},
+    {"u5o16_g128", EDGE_ENC_U4O16, EDGE_SCALE_GROUP, 128, 4, EDGE_ENC_F16, 1},
+    {"u6o32_g64", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 64, 4, EDGE_ENC_F16, 2},
+    {"u4_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, EDGE_ENC_F16, 0, false, true},
+    {"u5_min", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, EDGE_ENC_F16, 1, false, true},
+    {"q2_k", EDGE_ENC_U2, EDGE_SCALE_GROUP, 16, 2, EDGE_ENC_U4U4, 0},
+    {"q3_k", EDGE_ENC_U2O4, EDGE_SCALE_GROUP, 16, 2, EDGE_ENC_I8, 1},
+    {"q4_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, EDGE_ENC_U8, 0, false, true},
+    {"q5_k", EDGE_ENC_U4, EDGE_SCALE_GROUP, 32, 4, EDGE_ENC_U8, 1, false, true},
+    {"q6_k", EDGE_ENC_U4O32, EDGE_SCALE_GROUP, 16, 4, EDGE_ENC_I8, 2},
+    {"mxfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 32, 4, EDGE_ENC_E8M0, 0},
+    {"nvfp4", EDGE_ENC_E2M1, EDGE_SCALE_GROUP, 16, 4, EDGE_ENC_E4M3, 0},
 };
+
+// Scales of groups in a byte, against another scale or as exponents.
+bool quantized_scales(int encoding) {
+    return encoding == EDGE_ENC_U4U4 || encoding == EDGE_ENC_I8 || encoding == EDGE_ENC_U8 ||
+           encoding == EDGE_ENC_E8M0 || encoding == EDGE_ENC_E4M3;
+}
 
 void matrices(const char* path, const edge::Kernels& k) {
     constexpr int64_t kRows = 90, kCols = 300, kTokens = 15, kPanels = 6;
@@ -108,10 +114,25 @@ void matrices(const char* path, const edge::Kernels& k) {
         const std::vector<float> row_scales = values(kPanels * 16);
         const std::vector<uint8_t> zero = bytes(kPanels * groups * 16, 15);
         const std::vector<float> x = values(kTokens * kCols), bias = values(kRows);
+        const std::vector<float> group_scales = values(kPanels * groups * 16), offset = {0.3f};
+        const std::vector<uint8_t> scale_codes = bytes(kPanels * groups * 16, 0xff);
+        const std::vector<uint16_t> outlier = halves(kPanels * 3 * 16);
+        const int32_t index[] = {65, 299, -1};
         edge_matrix w{};
         w.codes = codes.data();
-        w.scale = c.scale_per == EDGE_SCALE_GROUP ? static_cast<const void*>(half_scales.data())
-                                                  : row_scales.data();
+        w.scale = row_scales.data();
+        if (c.scale_per == EDGE_SCALE_GROUP)
+            w.scale = c.scale_encoding == EDGE_ENC_F16   ? static_cast<const void*>(half_scales.data())
+                      : c.scale_encoding == EDGE_ENC_F32 ? static_cast<const void*>(group_scales.data())
+                                                         : scale_codes.data();
+        w.scale_encoding = c.scale_encoding;
+        w.second = group_scales.data();
+        w.offset = offset.data();
+        if (c.outliers) {
+            w.outlier = outlier.data();
+            w.index = index;
+            w.outliers = 3;
+        }
         w.zero = c.zero ? zero.data() : nullptr;
         w.rows = kRows;
         w.cols = kCols;
@@ -122,26 +143,14 @@ void matrices(const char* path, const edge::Kernels& k) {
         const std::vector<uint8_t> small = bytes(kPanels * groups * 16, 0x77),
                                    minima = bytes(2 * groups * 96, 0xb7);
         const std::vector<uint16_t> super = halves(kPanels * 2 * 16), super_min = halves(super.size());
-        const std::vector<float> group_scales = values(kPanels * groups * 16), offset = {0.3f};
-        const std::vector<uint16_t> outlier = halves(kPanels * 3 * 16);
-        const int32_t index[] = {65, 299, -1};
         w.high_bits = c.high_bits;
-        w.scale_encoding = c.scale_encoding;
         w.high = c.high_bits == 0 ? nullptr : high.data();
         w.min = c.min ? minima.data() : nullptr;
-        if (c.scale_per == EDGE_SCALE_GROUP && c.scale_encoding != EDGE_ENC_F16) {
-            w.scale = c.scale_encoding == EDGE_ENC_F32 ? static_cast<const void*>(group_scales.data())
-                                                       : small.data();
+        if (quantized_scales(c.scale_encoding)) {
+            w.scale = small.data();
             w.super = c.scale_encoding == EDGE_ENC_E4M3 ? static_cast<const void*>(row_scales.data())
                                                         : super.data();
             w.super_min = super_min.data();
-            w.second = group_scales.data();
-            w.offset = offset.data();
-        }
-        if (c.outliers) {
-            w.outlier = outlier.data();
-            w.index = index;
-            w.outliers = 3;
         }
         std::vector<int8_t> a(static_cast<size_t>(kTokens * padded));
         std::vector<float> scales(static_cast<size_t>(kTokens * groups));
