@@ -5,9 +5,10 @@ last cache where a measured profile knows two speeds of reading. Bytes are `pack
 everything else that a plan needs is what `engine/memory.py` says of a plan with the cache in question, less
 its weights. Seconds are engine/roofline.py's, which is a sum over ops.
 
-Where breaking a run of linears (q, k, v; gate, up) costs a stage of the cpu backend, the run is one unit
-whose options are combinations of formats, so that the break is priced and not forbidden: values often want
-more bits than queries. Elsewhere each tensor is a unit of its own.
+On the cpu backend linears that read one input (q, k, v; gate, up) share stages of the thread pool where their
+formats agree. A cost of pairs of choices would make a program of products; a stage is short, so the program
+is solved twice instead and the better answer kept: with every tensor free, paying as if all runs were broken,
+and with one format for each run, paying for no break. A plan is then never slower than the budget says.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from builders.losses import Losses
-from builders.mixed import Budget, Option, Problem, Solution, closest, solve, undominated
+from builders.mixed import Budget, Option, Problem, Solution, closest, solve
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.packing import cpu_packing, packed_nbytes
@@ -27,7 +28,6 @@ from edge_runtime.engine.roofline import (
     Roofline,
     Step,
     decode_steps,
-    family,
     linear_runs,
     prompt_steps,
     prompt_tokens,
@@ -35,7 +35,7 @@ from edge_runtime.engine.roofline import (
 )
 
 MEMORY, BITS, DECODE, FIRST, CACHE = "memory", "bits", "decode", "first-token", "cache"
-_SLACK = 1e-9  # seconds are sums of floats; a plan's own sum may differ from the program's in the last bits
+SLACK = 1e-9  # of a budget: a plan's own sum of seconds may differ from the program's in the last bits
 Pair = tuple[str, str]
 PlanOf = Callable[[Mapping[str, str], Pair], Mapping[str, Plan]]
 Choices = Mapping[str, Sequence[str]]  # tensor -> formats that it may have
@@ -100,9 +100,9 @@ def stored(profile: Profile, spec: TensorSpec, fmt: str) -> TensorPlan:
     return TensorPlan(fmt, "rows" if rows else cpu_packing(fmt))
 
 
-def state(given: Inputs, *, cached: bool = False) -> Allocation:
+def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocation:
     """The integer program. `cached`: all products' weights must stay in the last cache, and are read at its
-    speed."""
+    speed; `tied`: linears that read one input have the same format."""
     program, profile, choices, limits = given.program, given.profile, given.choices, given.limits
     base = {name: formats[0] for name, formats in choices.items()}
     plans = {pair: given.plan_of(base, pair)[LANGUAGE] for pair in given.pairs}
@@ -115,11 +115,11 @@ def state(given: Inputs, *, cached: bool = False) -> Allocation:
     budgets = [Budget(CACHE, float(measured.cache_bytes))] if cached and measured is not None else []
     budgets.append(Budget(MEMORY, float(limits.memory)))
     if limits.bits is not None:
-        budgets.append(Budget(BITS, limits.bits * size / 8.0))
+        budgets.append(Budget(BITS, limits.bits * size / 8.0 * (1.0 + SLACK)))
     if limits.decode is not None:
-        budgets.append(Budget(DECODE, limits.decode * (1.0 - _SLACK)))
+        budgets.append(Budget(DECODE, limits.decode * (1.0 + SLACK)))
     if limits.first is not None:
-        budgets.append(Budget(FIRST, limits.first * (1.0 - _SLACK), request_s))
+        budgets.append(Budget(FIRST, limits.first * (1.0 + SLACK), request_s))
     rows = [b.name for b in budgets]
     read = set(weight_names(program))
 
@@ -135,34 +135,22 @@ def state(given: Inputs, *, cached: bool = False) -> Allocation:
         return float(packed_nbytes(fmt, chosen.packing, spec.rows, spec.cols))
 
     def option(name: str, fmt: str) -> Option:
-        loss = (
-            given.losses.of(name, fmt) if given.losses.knows(name) else 0.0
-        )  # one that is not known has no choice
+        known = given.losses.knows(name)  # else it has no choice, and its loss is none of the program's
+        loss = given.losses.of(name, fmt) if known else None
         return Option((fmt,), loss or 0.0, tuple(cost(row, name, fmt) for row in rows))
 
-    breaks = limits.timed and roofline.breaks(("f16", "int8_row"), steps[DECODE]) > 0.0
     singles = {name: tuple(option(name, f) for f in formats) for name, formats in choices.items()}
-
-    def broken(before: str, after: str) -> tuple[float, ...]:
-        pair = (before, after)
-        return tuple(roofline.breaks(pair, steps[r]) if r in (DECODE, FIRST) else 0.0 for r in rows)
-
-    names: list[tuple[str, ...]] = []
-    units: list[tuple[Option, ...]] = []
-    for run in _units(program, choices, together=breaks):
-        names.append(run)
-        units.append(_combined([singles[n] for n in run], broken))
+    runs = [tuple(n for n in run if n in choices) for run in linear_runs(program)]
+    names = _units(choices, runs if tied else [])
+    units = [_together([singles[n] for n in of]) for of in names]
+    shares = {r: 0.0 if tied else _breaks(roofline, runs, steps[r]) for r in (DECODE, FIRST)}
     names.append(())
-    units.append(
-        tuple(
-            Option(
-                pair,
-                given.losses.kv(*pair) if len(given.pairs) > 1 else 0.0,
-                tuple(_cache_cost(row, plan, base, program, roofline, steps) for row in rows),
-            )
-            for pair, plan in plans.items()
-        )
-    )
+    caches = []
+    for pair, plan in plans.items():
+        rest = (_cache_cost(row, plan, base, program, roofline, steps) + shares.get(row, 0.0) for row in rows)
+        loss = given.losses.kv(*pair) if len(plans) > 1 else 0.0
+        caches.append(Option(pair, loss, tuple(rest)))
+    units.append(tuple(caches))
     return Allocation(Problem(tuple(units), tuple(budgets)), tuple(names))
 
 
@@ -173,8 +161,10 @@ def allocate(given: Inputs) -> tuple[Allocation, Solution, str | None]:
     When no plan keeps the budgets, the one that comes closest (see `mixed.closest`), with the name of the
     budget that it breaks.
     """
-    ways = [False, True] if given.limits.timed and given.profile.efficiency.measured is not None else [False]
-    stated = [state(given, cached=cached) for cached in ways]
+    timed = given.limits.timed and given.profile.efficiency.measured is not None
+    ways = [(c, t) for t in (False, True) for c in (False, True)] if timed else [(False, False)]
+    stated = [state(given, cached=cached, tied=tied) for cached, tied in ways]
+    stated = [a for a in stated if all(a.problem.units)]  # a run of given formats may have none in common
     solved = [(a, found) for a in stated if (found := solve(a.problem)) is not None]
     if solved:
         return (*min(solved, key=lambda each: each[1].loss), None)
@@ -190,30 +180,29 @@ def allocate(given: Inputs) -> tuple[Allocation, Solution, str | None]:
     return made, near, name
 
 
-def _units(program: Program, choices: Choices, *, together: bool) -> list[tuple[str, ...]]:
-    """Tensors whose formats are chosen as one: runs of linears, or each alone; in the program's order."""
-    runs = [tuple(n for n in run if n in choices) for run in linear_runs(program)] if together else []
+def _units(choices: Choices, runs: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Tensors whose formats are chosen as one: these runs, and every other tensor alone; in their order."""
     of = {name: run for run in runs for name in run}
-    units = [of.get(name, (name,)) for name in choices]
-    return list(dict.fromkeys(units))
+    return list(dict.fromkeys(of.get(name, (name,)) for name in choices))
 
 
-def _combined(
-    tensors: Sequence[Sequence[Option]], broken: Callable[[str, str], tuple[float, ...]]
-) -> tuple[Option, ...]:
-    """Options of a run from its tensors' options; what another one beats in everything is left out early,
-    among those that end in the same family, for the next break depends on that alone."""
-    made = list(tensors[0])
-    for more in tensors[1:]:
-        grown: dict[tuple[str, int | None], list[Option]] = {}
-        for left in made:
-            for right in more:
-                extra = broken(left.label[-1], right.label[0])
-                costs = tuple(map(sum, zip(left.costs, right.costs, extra, strict=True)))
-                option = Option(left.label + right.label, left.loss + right.loss, costs)
-                grown.setdefault(family(right.label[0]), []).append(option)
-        made = [options[i] for options in grown.values() for i in undominated(options)]
-    return tuple(made)
+def _together(tensors: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
+    """Options of tensors that have the same format: those that all of them may have."""
+    if len(tensors) == 1:
+        return tuple(tensors[0])
+    by_format = [{o.label[0]: o for o in options} for options in tensors]
+    common = [fmt for fmt in by_format[0] if all(fmt in more for more in by_format)]
+    found = []
+    for fmt in common:
+        same = [options[fmt] for options in by_format]
+        costs = tuple(map(sum, zip(*(o.costs for o in same), strict=True)))
+        found.append(Option((fmt,) * len(same), sum(o.loss for o in same), costs))
+    return tuple(found)
+
+
+def _breaks(roofline: Roofline, runs: Sequence[tuple[str, ...]], steps: Sequence[Step]) -> float:
+    """Seconds lost when no two neighbours of any run agree."""
+    return roofline.breaks(("f16", "int8_row"), steps) * sum(len(run) - 1 for run in runs)
 
 
 def _cache_cost(

@@ -51,7 +51,7 @@ class Calibration:
                 path = self._folder.segment(i)
                 with Shard(path, path.name) as shard:
                     stored = {key: shard.read(f"{g}.{key}") for key in _ARRAYS}
-                self._last = at, _unpack(stored, self.tokens)
+                self._last = at, unpacked(stored, self.tokens)
             return self._last[1]
 
     def close(self) -> None:
@@ -78,14 +78,14 @@ def groups_of(program: Program, segments: list[Segment], i: int) -> list[tuple[s
     return groups
 
 
-def _unpack(stored: dict[str, Array], count: int) -> InputStatistics:
-    """With the whole symmetric moment."""
+def unpacked(stored: dict[str, Array], count: int, drift: Array | None = None) -> InputStatistics:
+    """Of the arrays of `Moments.packed`, with the whole symmetric moment."""
     width = len(stored["absmax"])
     hessian = np.empty((width, width), np.float32)
     for i, row in enumerate(_triangle_rows(stored.pop("hessian"), width)):
         hessian[i, i:] = row
         hessian[i + 1 :, i] = row[1:]
-    return InputStatistics(count, hessian, stored["absmax"], stored["mean_abs"], stored["rows"])
+    return InputStatistics(count, hessian, stored["absmax"], stored["mean_abs"], stored["rows"], drift)
 
 
 def _triangle_rows(triangle: Array, width: int) -> Iterator[Array]:

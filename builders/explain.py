@@ -31,7 +31,7 @@ from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
-from edge_runtime.engine.roofline import is_cached, weights_read
+from edge_runtime.engine.roofline import is_cached, linear_runs, weights_read
 
 MORE = 0.01  # of a budget, for which the program is solved again
 # Budget -> (unit of its use, small amount that a price is quoted for, that amount in words)
@@ -113,7 +113,8 @@ def explain(
     given = inputs_of(program, profile, request, beside, sensitivity)
     plan = plans[LANGUAGE]
     timed = given.limits.timed and is_cached(profile, weights_read(program, plan.tensors))
-    made = state(given, cached=timed)
+    runs = [{plan.tensors[n].format for n in run} for run in linear_runs(program)]
+    made = state(given, cached=timed, tied=all(len(formats) == 1 for formats in runs))
     formats = {name: plan.tensors[name].format for name in given.choices}
     choice = _choice(made, formats, (plan.kv.k, plan.kv.v))
     pair_loss = given.losses.kv(plan.kv.k, plan.kv.v) if len(given.pairs) > 1 else 0.0

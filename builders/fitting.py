@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from builders.allocation import SLACK
 from builders.budgets import parse_bytes
 from builders.companions import ALONE, Companions
 from builders.planner import AUTO, KEEP, Plans, Request, candidates, choose, fits, usable
@@ -19,6 +20,7 @@ from edge_runtime.errors import BudgetNotMet, DoesNotFit, EdgeError
 
 KV_ORDER = ("f16", "int8", "int4c", "int4")  # best quality first, see bench/kv_quality.py
 SHORTEST_CONTEXT = 128
+_EXACT = 1.0 + 2 * SLACK  # budgets are kept to this factor
 Options = dict[str, str | int | float]
 
 
@@ -80,15 +82,15 @@ def unmet(program: Program, request: Request, plans: Plans) -> list[tuple[str, s
     predicted = plans[LANGUAGE].predicted
     missed: list[tuple[str, str]] = []
     rate, first, bits = request.min_tokens_per_second, request.max_first_token_ms, request.bits
-    if bits is not None and bits_per_weight(program, plans) > bits:
+    if bits is not None and bits_per_weight(program, plans) > bits * _EXACT:
         missed.append(
             (f"--bits {bits:g} is asked for", f"{bits_per_weight(program, plans):.3f} bits a weight")
         )
-    if rate is not None and predicted.decode_tokens_per_s < rate:
-        missed.append((f"{rate:g} tokens/s are asked for", f"{predicted.decode_tokens_per_s:.2f} tokens/s"))
-    if first is not None and predicted.first_token_ms > first:
-        asked = f"a first token after {first:g} ms is asked for"
-        missed.append((asked, f"it after {predicted.first_token_ms:.1f} ms"))
+    if rate is not None and predicted.decode_tokens_per_s * _EXACT < rate:
+        missed.append((f"{rate:.5g} tokens/s are asked for", f"{predicted.decode_tokens_per_s:.5g} tokens/s"))
+    if first is not None and predicted.first_token_ms > first * _EXACT:
+        asked = f"a first token after {first:.4g} ms is asked for"
+        missed.append((asked, f"it after {predicted.first_token_ms:.4g} ms"))
     return missed
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from builders.calibration import Calibration
 from builders.corpus import Corpus
 from builders.journal import Journal
 from builders.lanes import Lane, LaneRunner, lane_bytes
 from builders.quantize import AlgorithmOptions, get_algorithm
-from builders.rounding_error import Rounder, occurrences, sampled_rows, weighted_square
+from builders.rounding_error import SAMPLED_TOKENS, Rounder, occurrences, sampled, weighted_square
 from builders.segments import cut
 from builders.sensitivity import Sensitivity
 from builders.serial_weights import Model, SerialWeights
@@ -162,6 +163,8 @@ class _Search:
     def _errors(self, names: Sequence[str], watcher: Watcher) -> dict[str, dict[str, float]]:
         """tr(E H E^T) / tr(W H W^T) of each tensor and format; a format that cannot hold it is left out."""
         ids, counts = np.unique(self.corpus.windows, return_counts=True)
+        some = sampled(len(ids), SAMPLED_TOKENS)
+        ids, counts = ids[some], counts[some]
         embeddings = {op.weight for op in self.weights.program.ops if isinstance(op, Embed)}
         found: dict[str, dict[str, float]] = {}
         for name in names:
@@ -186,19 +189,22 @@ class _Search:
         if inputs is None and ids is None:
             raise Unsupported(f"tensor {name!r} has no statistics; calibrate this program again")
         rounder, found = self._rounder(), {}
-        rows = sampled_rows(self.weights.program.tensors[name].rows)
-        w = None if inputs is None else self.weights.rows(name, rows)
+        rows = sampled(self.weights.program.tensors[name].rows)
+        w = hessian = None
+        if inputs is not None:
+            w = self.weights.rows(name, rows)
+            hessian = torch.from_numpy(inputs.hessian).to(self.device, copy=True)
         table = None if ids is None else self.weights.rows(name, ids)
         whole = [
-            1.0 if w is None or inputs is None else weighted_square(w, inputs.hessian),
+            1.0 if w is None or hessian is None else weighted_square(w, hessian),
             1.0 if table is None else occurrences(table, counts),
         ]
         for fmt in formats:
             share = 0.0
             try:
-                if w is not None and inputs is not None:
+                if w is not None and hessian is not None:
                     e = rounder.rounded(name, get_format(fmt), inputs, rows) - w
-                    share += weighted_square(e, inputs.hessian) / (whole[0] or 1.0)
+                    share += weighted_square(e, hessian) / (whole[0] or 1.0)
                 if table is not None:
                     e = rounder.rounded(name, get_format(fmt), inputs, ids) - table
                     share += occurrences(e, counts) / (whole[1] or 1.0)

@@ -144,11 +144,11 @@ def prices(problem: Problem) -> list[float]:
 
 def undominated(unit: Sequence[Option]) -> list[int]:
     """Indices of options that no other equals or beats in loss and every cost; of equals the first."""
+    costs = np.array([o.costs for o in unit], float).reshape(len(unit), -1)
     order = sorted(range(len(unit)), key=lambda i: (unit[i].loss, unit[i].costs, i))
     kept: list[int] = []
     for i in order:  # a later one never beats an earlier one
-        costs = unit[i].costs
-        if not any(all(a <= b for a, b in zip(unit[k].costs, costs, strict=True)) for k in kept):
+        if not bool((costs[kept] <= costs[i]).all(axis=1).any()):
             kept.append(i)
     return sorted(kept)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import torch
+from torch import Tensor
 
 from builders.encoding import encode
 from builders.parts import Part
@@ -23,6 +24,7 @@ from edge_runtime.engine.formats import Array, Format
 from edge_runtime.engine.program import TensorSpec
 
 SAMPLED_ROWS = 512  # of a matrix: the ratio of two traces over them is near that over all
+SAMPLED_TOKENS = 4096  # of an embedding, of those that occur
 
 
 class Rounder:
@@ -64,15 +66,15 @@ class _Held:
         return self.planes
 
 
-def sampled_rows(rows: int) -> Array:
-    """At most SAMPLED_ROWS row numbers, evenly spaced."""
-    return np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).astype(np.int64))
+def sampled(count: int, most: int = SAMPLED_ROWS) -> Array:
+    """At most so many of the numbers below `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-def weighted_square(values: Array, hessian: Array) -> float:
+def weighted_square(values: Array, hessian: Tensor) -> float:
     """tr(V H V^T) of f32 values (rows, n): the product in f32, the sum in f64."""
-    v = torch.from_numpy(np.ascontiguousarray(values)).clone()
-    return max(float(((v @ torch.from_numpy(hessian).clone()).double() * v.double()).sum()), 0.0)
+    v = torch.from_numpy(np.ascontiguousarray(values)).to(hessian.device, copy=True)
+    return max(float(((v @ hessian).double() * v.double()).sum()), 0.0)
 
 
 def occurrences(values: Array, counts: Array) -> float:

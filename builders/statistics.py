@@ -20,8 +20,8 @@ class InputStatistics:
     """Of the inputs x (n,) that a linear saw, over `count` tokens.
 
     hessian: f32 (n, n), the mean of x x^T. absmax, mean_abs: f32 (n,), of every channel. rows: f16 or f32
-    (at most SAMPLE_ROWS, n), some of the inputs. cross: where x are inputs of a model that is quantized up to
-    here, f32 (n, n), the mean of f x^T with f the same token's input in the f32 model; else None.
+    (at most SAMPLE_ROWS, n), some of the inputs. drift: where x are inputs of a model that is quantized up to
+    here, f32 (n, n), the mean of (f - x) x^T with f the same token's input in the f32 model; else None.
     """
 
     count: int
@@ -29,7 +29,7 @@ class InputStatistics:
     absmax: Array
     mean_abs: Array
     rows: Array
-    cross: Array | None = None
+    drift: Array | None = None
 
     @property
     def importance(self) -> Array:
@@ -46,7 +46,7 @@ class InputStatistics:
             self.absmax * inverse,
             self.mean_abs * inverse,
             self.rows * inverse,
-            None if self.cross is None else self.cross * inverse[:, None] * inverse,
+            None if self.drift is None else self.drift * inverse[:, None] * inverse,
         )
 
 

@@ -89,8 +89,8 @@ def _load(name: str) -> Algorithm:
         if error.name != "torch":
             raise
         raise Unsupported(
-            f"algorithm {name!r} needs torch, which is not installed; pip install 'edge-runtime[build]', or "
-            "use 'rtn' or 'hqq'"
+            f"algorithm {name!r} needs torch, which is not installed; pip install 'edge-runtime[calibrate]', "
+            "or use 'rtn' or 'hqq'"
         ) from None
 
 

@@ -10,7 +10,7 @@ Grids are fixed before any column is rounded ("static groups"), so columns may g
 greatest mean square go first ("act-order"), and every Format with scales can be used. Damping adds 1% of
 the mean diagonal to H. The paper stops here; builders/descent.py then improves codes and scales together.
 Where the inputs were those of a model already quantized up to here, the weights are first moved so that the
-outputs meet those of the f32 model (see `InputStatistics.cross`).
+outputs meet those of the f32 model (see `InputStatistics.drift`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from builders.observers import get_observer
 from builders.quantize import AlgorithmOptions, int8_outlier
 from builders.rounding import ColumnGrid, column_grid
 from builders.statistics import InputStatistics
+from builders.torch_device import Workers, repeatable
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.errors import NumericError
 
@@ -34,7 +35,7 @@ ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunk
 CALIBRATED = True
 DAMPING = 0.01  # of the mean diagonal, the paper's
 BLOCK = 128  # columns whose feedback to later ones is applied together, the paper's
-_CHUNK = 1 << 21  # values of the rows that are worked on together
+_CHUNK = 1 << 20  # values of the rows that one worker works on together
 _EXACT = 1024  # columns up to which all is done in f64, which then costs little
 
 
@@ -50,38 +51,45 @@ def quantize(
     observe = get_observer(options.observer or "mse")
     if inputs is None:
         return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
-    hessian = Hessian.of(inputs, options.device)
-    weights = hessian.target(weights, inputs)
-    grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
-    values, grid = round_rows(weights, fmt, grid, hessian)
+    with repeatable(options.device) as workers:
+        hessian = Hessian.of(inputs, options.device)
+        weights = hessian.target(weights, inputs)
+        grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
+        values, grid = round_rows(weights, fmt, grid, hessian, workers)
     return fmt.encode_on_grid(values, grid)
 
 
 def round_rows(
-    weights: Array, fmt: Format, grid: dict[str, Array], hessian: Hessian, *, refine: bool = True
+    weights: Array,
+    fmt: Format,
+    grid: dict[str, Array],
+    hessian: Hessian,
+    workers: Workers,
+    *,
+    refine: bool = True,
 ) -> tuple[Array, dict[str, Array]]:
     """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's."""
     rows, cols = weights.shape
     values = np.empty_like(weights)
-    grid = dict(grid)
     scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in affine(fmt, grid))
-    whole = any(
-        p.whole and not p.derived for p in fmt.planes
-    )  # rows share a scale, so it cannot follow one of them
+    # Rows that share a scale cannot each have a better one
+    whole = any(p.whole and not p.derived for p in fmt.planes)
     step = max(1, _CHUNK // cols)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def work(part: slice) -> dict[str, Array]:
         w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
         chosen = column_grid(scale[part], shift[part], levels_of(fmt), fmt.span(cols), w.shape[1], w)
         q = feedback(w, hessian.mixing, chosen, hessian.order)
+        refit = None if whole or not refine else _Refit(fmt)
         if refine:
-            refit = None if whole else _Refit(fmt)
             q, chosen = improve(w, q, hessian.matrix, chosen, hessian.order, refit)
-            if refit is not None:
-                for name, plane in refit.planes(chosen).items():
-                    grid[name] = grid[name].copy() if start == 0 else grid[name]
-                    grid[name][part] = plane
         values[part] = q.T.cpu().numpy()
+        return grid if refit is None else refit.planes(chosen)
+
+    made = list(workers.map(work, parts))
+    if refine and not whole:
+        grid = {name: np.concatenate([planes[name] for planes in made]) for name in made[0]}
     return values, grid
 
 
@@ -123,19 +131,18 @@ class Hessian:
             order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
         else:
             order = torch.arange(len(matrix), device=device)
-        return Hessian(matrix, order, _mixing(matrix[order][:, order]))
+        return Hessian(matrix, order, _mixing(matrix, order))
 
     def target(self, weights: Array, inputs: InputStatistics) -> Array:
         """The weights W' for which W' x is nearest to what the f32 model's linear gave, W x of its own x.
 
-        W' = W + W (C - H) (H + damping)^-1 with C = E[x_f32 x^T]: GPTAQ's (Li et al. 2025) asymmetric error,
-        solved at once. Without a cross moment: W.
+        W' = W + W D (H + damping)^-1 with D = E[(x_f32 - x) x^T]: GPTAQ's (Li et al. 2025) asymmetric error,
+        solved at once. Where inputs did not drift: W.
         """
-        if inputs.cross is None:
+        if inputs.drift is None:
             return weights
-        missing = torch.from_numpy(inputs.cross - inputs.hessian).to(self.matrix)
-        root = torch.linalg.cholesky(self.matrix)
-        move = torch.cholesky_solve(missing.T, root)  # (H + d)^-1 (C - H)^T
+        drift = torch.from_numpy(np.asarray(inputs.drift)).to(self.matrix)
+        move = torch.cholesky_solve(drift.T, torch.linalg.cholesky(self.matrix))  # (H + damping)^-1 D^T
         moved = torch.from_numpy(weights).to(self.matrix) @ move.T
         result: Array = (weights + moved.float().cpu().numpy()).astype(np.float32)
         return result
@@ -154,18 +161,23 @@ def _damped(hessian: Array, dtype: torch.dtype, device: str) -> Tensor:
     return h
 
 
-def _mixing(h: Tensor) -> Tensor:
-    """M with h = M D M^T, unit upper triangular: the Cholesky factor of h read from its end."""
-    root, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+def _mixing(h: Tensor, order: Tensor) -> Tensor:
+    """M with H = M D M^T in that order, unit upper triangular: the Cholesky factor of H read from its end.
+
+    At most three matrices of H's size exist at once, H being one.
+    """
+    backward = order.flip(0)
+    root, failed = torch.linalg.cholesky_ex(h[backward][:, backward])
     if failed:
-        root, failed = torch.linalg.cholesky_ex(h.double().flip(0, 1))
+        root, failed = torch.linalg.cholesky_ex(h.double()[backward][:, backward])
         if failed:
             raise NumericError(
                 "the second moment of a linear's inputs is not positive definite even when damped; the "
                 "calibration is damaged: delete its folder and calibrate again"
             )
-    root = root.to(h.dtype).flip(0, 1)
-    return root / root.diagonal().clone()
+    mixing = root.to(h.dtype).flip(0, 1)
+    del root
+    return mixing.div_(mixing.diagonal().clone())
 
 
 class _Refit:

@@ -129,7 +129,7 @@ def calibrate(
         watch(f"products {i}/{len(names)}: {name}")
         speeds[name] = _products(timing, name, stage, value, output, cache)
     watch("attention")
-    query, chunk_query, row, keys = _attention(timing, stage)
+    attending = _attention(timing, stage)
     measured = Measured(
         threads=threads,
         request_us=0.0,
@@ -139,10 +139,11 @@ def calibrate(
         value_ns=1e9 * value,
         output_ns=1e9 * output,
         logit_ns=0.0,
-        query=query,
-        chunk_query=chunk_query,
-        row_ns=row,
-        kv_ns=keys,
+        query=attending.alone,
+        chunk_query=attending.chunk,
+        row_ns=attending.row,
+        odd_kv_ns=attending.odd,
+        kv_ns=attending.keys,
         cache_bytes=cache // 2,
         formats=speeds,
     )
@@ -242,9 +243,20 @@ def _products(clock: Timer, fmt: str, stage: float, value: float, output: float,
     return FormatSpeed(gbps=rates[0], cached_gbps=rates[1], gops=gops)
 
 
-def _attention(clock: Timer, stage: float) -> tuple[QueryTime, QueryTime, float, dict[str, float]]:
-    """Times of a query alone and in a chunk, ns of a row of the cache, and cache format -> ns of its values;
-    as all threads together take them."""
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """Times of a query alone and in a chunk; ns of a row of the cache, of its values by cache format, and of
+    one where heads are not whole vectors. All as all threads together take them."""
+
+    alone: QueryTime
+    chunk: QueryTime
+    row: float
+    keys: dict[str, float]
+    odd: float
+
+
+def _attention(clock: Timer, stage: float) -> Attending:
+    """See `Attending`."""
     layers, context = 4, 512
     before = context - CHUNK
 
@@ -273,7 +285,9 @@ def _attention(clock: Timer, stage: float) -> tuple[QueryTime, QueryTime, float,
     wide, narrow = row(64, "int8"), row(16, "int8")
     fixed = max(0.0, narrow - (wide - narrow) / 3)  # what is left at no width at all
     keys = {name: max(0.0, (row(64, name) - fixed) / 64) for name in K_FORMATS}
-    return alone, chunk, fixed, keys
+    scores = 16 * (16 * alone.value_ns + alone.score_ns)  # 8 values are padded to 16
+    odd = max(0.0, ((cost(16, 8, 1, "int8") - scores) / 4 - fixed) / 8)
+    return Attending(alone, chunk, fixed, keys, odd)
 
 
 def _fill(executor: Executor, kv: KvPlan, at: int) -> None:

@@ -103,9 +103,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
     beyond the backend's work; token_us: each of its tokens beyond that. stage_us: beginning and end of a
     stage of the thread pool, or a kernel launch. value_ns: a value of an op between products, output_ns: one
-    that a product gives, both on one thread. logit_ns: a logit in sampling. query: a token alone, chunk_query:
-    one of a prompt's. kv_ns: reading a value of a key and one of a value in that cache format, row_ns: the row
-    of both, once for a block of tokens. cache_bytes: weights of this size or less stay in the last cache.
+    that a product gives, both on one thread. logit_ns: a logit in sampling. query: a token alone,
+    chunk_query: one of a prompt's. kv_ns: reading a value of a key and one of a value in that cache format,
+    row_ns: the row of both, once for a block of tokens; odd_kv_ns: in place of kv_ns where heads are not
+    whole vectors of 16 values. cache_bytes: weights of this size or less stay in the last cache.
     """
 
     threads: Count
@@ -119,6 +120,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     query: QueryTime
     chunk_query: QueryTime
     row_ns: Rest
+    odd_kv_ns: Rest
     kv_ns: dict[str, Rest]
     cache_bytes: Bytes
     formats: dict[str, FormatSpeed]

@@ -158,7 +158,9 @@ class Roofline:
         width = -(-op.head_dim // TILE) * TILE
         query = measured.query if tokens == 1 else measured.chunk_query
         products = tokens * op.heads * (width * query.value_ns + query.score_ns)
-        row = measured.row_ns + width * measured.key_ns(kv.k, kv.v)
+        whole = op.head_dim % TILE == 0
+        each = measured.key_ns(kv.k, kv.v) if whole else measured.odd_kv_ns
+        row = measured.row_ns + op.head_dim * each
         return 1e-9 * (products + -(-tokens // ATTENTION_TOKENS) * op.kv_heads * row)
 
     def _values(self, s: Step) -> float:

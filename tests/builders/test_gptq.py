@@ -10,12 +10,13 @@ from builders.grids import affine, grid_for, has_grid
 from builders.observers import minmax, mse
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics, output_error
+from builders.torch_device import Workers
 from edge_runtime.engine.formats import FORMATS, Array, Format, get_format
 from edge_runtime.errors import NumericError
 
 pytest.importorskip("torch")
 gptq = get_algorithm("gptq")
-PLAIN = AlgorithmOptions()
+PLAIN, ALONE = AlgorithmOptions(), Workers(None, 1)
 WITH_GRID = [name for name, fmt in FORMATS.items() if has_grid(fmt)]
 
 
@@ -69,7 +70,7 @@ def test_codes_are_those_of_the_papers_dense_formula(name: str, act_order: bool)
     fmt, w, inputs = get_format(name), matrix(12, 200), made_statistics(200)
     grid = grid_for(fmt, *minmax(w, fmt))
     hessian = gptq.Hessian.of(inputs, "cpu", act_order=act_order)
-    got, same = gptq.round_rows(w, fmt, grid, hessian, refine=False)
+    got, same = gptq.round_rows(w, fmt, grid, hessian, ALONE, refine=False)
     diagonal = np.diag(inputs.hessian)
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(200)
     want = paper(w, fmt, grid, inputs.hessian, order)
@@ -98,7 +99,7 @@ def test_refining_never_adds_error_to_a_row(name: str) -> None:
     grid = grid_for(fmt, *mse(w, fmt, inputs.importance))
     error = {}
     for refine in (False, True):
-        values, kept = gptq.round_rows(w, fmt, grid, hessian, refine=refine)
+        values, kept = gptq.round_rows(w, fmt, grid, hessian, ALONE, refine=refine)
         e = (fmt.decode(fmt.encode_on_grid(values, kept), *w.shape) - w).astype(np.float64)
         error[refine] = np.einsum("rc,rc->r", e @ h, e)
     assert (error[True] <= error[False] * (1 + 1e-5)).all()
@@ -158,7 +159,7 @@ def test_a_damaged_moment_is_named() -> None:
         gptq.Hessian.of(inputs, "cpu")
 
 
-def test_a_cross_moment_moves_weights_to_the_f32_models_outputs() -> None:
+def test_drifted_inputs_move_weights_to_the_f32_models_outputs() -> None:
     """Against least squares on the inputs themselves: W' minimises |W f - W' x|^2 + damping |W' - W|^2."""
     rng = np.random.default_rng(5)
     cols, tokens = 24, 300
@@ -171,7 +172,7 @@ def test_a_cross_moment_moves_weights_to_the_f32_models_outputs() -> None:
         np.abs(x).max(0).astype(np.float32),
         np.abs(x).mean(0).astype(np.float32),
         x[:16].astype(np.float32),
-        (f.T @ x / tokens).astype(np.float32),
+        ((f - x).T @ x / tokens).astype(np.float32),
     )
     damping = 0.01 * np.mean(np.square(x))
     rows = np.concatenate([x / np.sqrt(tokens), np.sqrt(damping) * np.eye(cols)])

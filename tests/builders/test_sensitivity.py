@@ -288,3 +288,19 @@ def test_what_is_written_is_read_again(toy: Checkpoint, tmp_path: Path) -> None:
     assert found.unit == "kl"
     found.save(tmp_path / "s.json")
     assert read_sensitivity(tmp_path / "s.json") == found
+
+
+def test_an_algorithm_that_knows_the_inputs_loses_less(real_model: Path, tmp_path: Path) -> None:
+    with open_contents(real_model, Extras(), None) as contents:
+        target = contents.target
+        corpus = make_corpus(target, SELF, CorpusOptions(samples=8, length=128))
+        with calibrated(target, corpus, tmp_path / "c") as calibration:
+            sums = {}
+            for unit in ("kl", "hessian"):
+                for algorithm in ("rtn", "gptq"):
+                    options = SensitivityOptions(unit=unit, algorithm=algorithm, tokens=512)
+                    found = measure_sensitivity(target.weights, calibration, corpus, ["int3_g64"], options)
+                    assert found.algorithm == algorithm
+                    sums[unit, algorithm] = sum(losses["int3_g64"] for losses in found.losses.values())
+    assert sums["kl", "gptq"] < 0.9 * sums["kl", "rtn"]
+    assert sums["hessian", "gptq"] < 0.9 * sums["hessian", "rtn"]
