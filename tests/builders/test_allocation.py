@@ -330,7 +330,14 @@ def test_easing_a_budget_as_told_is_enough(program: Program) -> None:
 def test_every_format_has_a_modelled_loss_that_falls_with_its_bits() -> None:
     errors = {f: gaussian_error(f) for f in FORMATS}
     assert errors["f32"] == 0.0 and all(0.0 < e < 0.6 for f, e in errors.items() if f != "f32")
-    assert 0.0 < errors["f16"] < errors["int8_row"] < errors["int4_g32"] < errors["int4_g64"] < errors["int4_g128"]
+    assert (
+        0.0
+        < errors["f16"]
+        < errors["int8_row"]
+        < errors["int4_g32"]
+        < errors["int4_g64"]
+        < errors["int4_g128"]
+    )
 
 
 def test_the_same_request_gives_the_same_plan(program: Program) -> None:
