@@ -30,7 +30,7 @@ from builders.limits import Limits, broken_limits
 from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
-from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
 from builders.quantizing import quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
@@ -94,14 +94,12 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with _timed(seconds, "read"):
-            contents, request = read(stack, options)
+            contents, request = read(stack, options, algorithm)
             text, task = read_measures(contents, request.context, options)
-        if isinstance(algorithm, ChannelScaler):
-            check_adapters(contents, f"--algorithm {options.algorithm}")
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
-            if algorithm.CALIBRATED or options.calibrates:
+            if (algorithm.CALIBRATED and request.weights != planner.KEEP) or options.calibrates:
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
@@ -149,7 +147,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
 
 
-def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]:
+def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Contents, planner.Request]:
     """Phase 1. The parts, the language part rotated where asked; and the request, weights settled.
 
     What is already quantized is kept as it is unless other weights are asked for.
@@ -163,10 +161,17 @@ def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]
     if request.weights == planner.KEEP:
         request = replace(request, kept=kept if quantized else {})
         contents.notices.extend(notices)
+    changes = [f"--algorithm {options.algorithm}"] if isinstance(algorithm, ChannelScaler) else []
     if options.rotate is not None:
-        if request.weights == planner.KEEP:
-            raise BadConfig("--rotate changes every value; it cannot keep quantized weights as they are")
-        check_adapters(contents, "--rotate")
+        changes.append("--rotate")
+    if changes and request.weights == planner.KEEP:
+        raise BadConfig(
+            f"{' and '.join(changes)} would change every value, and quantized weights are kept as they are; "
+            "name another --weights, or leave it away"
+        )
+    for change in changes:
+        check_adapters(contents, change)
+    if options.rotate is not None:
         turned = rotate(contents.target.weights, options.rotate)
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     return contents, request
