@@ -22,7 +22,7 @@ import msgspec
 from builders import pack, planner
 from builders.calibrating import CalibrationRequest, Calibrations
 from builders.corpus import BUILTIN, SELF
-from builders.evaluate import read_text
+from builders.evaluate import EvaluationText, read_text
 from builders.explain import explain
 from builders.fitting import require_fit
 from builders.known_answer import known_answer
@@ -41,7 +41,6 @@ from builders.watcher import Watcher
 from builders.weights import StoredPlanes
 from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
-from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
 from edge_runtime.errors import BadConfig, Unsupported
@@ -96,6 +95,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     with ExitStack() as stack:
         with _timed(seconds, "read"):
             contents, request = read(stack, options)
+            text, task = read_measures(contents, request.context, options)
         if isinstance(algorithm, ChannelScaler):
             check_adapters(contents, f"--algorithm {options.algorithm}")
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
@@ -109,7 +109,6 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "plan"):
             plans = plan(contents, profile, request, sensitivity, options)
         pack.check_disk(options.output, plans, contents)
-        task = read_target_task(contents, plans[LANGUAGE], options)
         writer = stack.enter_context(
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
@@ -119,7 +118,14 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
-            quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
+            subject = Subject(
+                contents.target,
+                contents.language,
+                profile,
+                plans[LANGUAGE],
+                StoredPlanes(LANGUAGE, contents.language.program, plans[LANGUAGE], writer),
+            )
+            quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
         notices = list(contents.notices)
         if quality is not None and quality.broken:
@@ -238,39 +244,40 @@ def digests(contents: Contents, options: Options) -> dict[str, str]:
     return found
 
 
-def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:
-    """The task file in the target's tokens, before any long work. Raises BadConfig."""
+def read_measures(
+    contents: Contents, asked: int | None, options: Options
+) -> tuple[EvaluationText, Task | None]:
+    """The evaluation text and the task in the target's tokens, before any long work. `asked`: the request's
+    context. Raises BadConfig.
+    """
+    target = contents.target
+    context = planner.default_context(target.program.max_context, asked)
+    limit, window = options.text_tokens, min(context, options.text_tokens)
+    text = read_text(target.source, target.vocabulary, options.text, limit=limit, window=window)
     if options.task is None:
-        return None
+        return text, None
     if not options.measure:
         raise BadConfig("--task is part of the quality report; leave --no-eval away")
-    target = contents.target
-    return Task(read_task(options.task), target.source, target.vocabulary, plan.step.context)
+    return text, Task(read_task(options.task), target.source, target.vocabulary, context)
 
 
 def verify(
-    contents: Contents,
-    plans: Plans,
-    profile: Profile,
+    subject: Subject,
     options: Options,
+    text: EvaluationText,
     task: Task | None,
-    writer: EngineWriter,
     sqnr: dict[str, float],
     watcher: Watcher,
 ) -> tuple[Quality | None, KnownAnswer | None]:
     """Phase 5. Measure the language part's planes as they lie in the file against the checkpoint; record a
     known answer. Companions change no answer, so they are not measured here."""
     watcher.phase("verify", 2)
-    target, part, plan = contents.target, contents.language, plans[LANGUAGE]
-    window = min(plan.step.context, options.text_tokens)
-    text = read_text(target.source, target.vocabulary, options.text, limit=options.text_tokens, window=window)
-    stored = StoredPlanes(LANGUAGE, part.program, plan, writer)
     quality = None
     if options.measure:
-        subject = Subject(target, part, profile, plan, stored)
         quality = measure_quality(subject, text, options.eval_backend, sqnr)
     watcher.step("quality")
-    answer = known_answer(profile, part.program, plan, stored.of, text.windows[0])
+    program, stored = subject.part.program, subject.stored.of
+    answer = known_answer(subject.profile, program, subject.plan, stored, text.windows[0])
     watcher.step("known answer")
     if quality is not None and task is not None:
         figures = measure_task(subject, task, options.task_f32, watcher)
