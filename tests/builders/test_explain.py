@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hf_folders import llama_config
+from hf_folders import llama_config, write_model
 
 from builders.archs import read_program
 from builders.budgets import parse_bytes, parse_formats
@@ -17,6 +17,7 @@ from builders.explanation_text import explanation_text, layer_bits, layer_rows
 from builders.losses import losses_of
 from builders.planner import KV_CHOICES, Request, candidates, choose
 from builders.sensitivity import Sensitivity, read_sensitivity
+from edge_runtime.engine.file import read_engine
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig
@@ -162,6 +163,21 @@ def test_a_sensitivity_file_is_what_the_plan_follows(
     formats = {t["name"]: t["format"] for t in why["tensors"]}
     assert why["unit"] == "kl" and formats["layers.3.v"] == "int8_row"
     assert "int4_g64" in formats.values()
+
+
+def test_a_build_takes_the_budgets_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine's tensors have the plan's formats, and the phase's JSON says why."""
+    model = write_model(tmp_path / "toy")
+    engine, phases = tmp_path / "toy.edge", tmp_path / "phases"
+    options = ["--profile", "cpu", "--bits", "7", "--formats", "int4_g32,int8_row,f16", "--no-eval", "--json"]
+    assert main([*options, "--keep-json", str(phases), "-o", str(engine), str(model)]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_weight"] > 0
+    plan = read_engine(engine).part("language").plan
+    kept = json.loads((phases / "plan.json").read_text())
+    why = {t["name"]: t["format"] for t in kept["explanation"]["tensors"]}
+    assert why == {n: t.format for n, t in plan.tensors.items() if n in why} and len(set(why.values())) > 1
+    bits = next(b for b in kept["explanation"]["budgets"] if b["name"] == "bits")
+    assert bits["used"] <= bits["limit"]
 
 
 @pytest.mark.parametrize(

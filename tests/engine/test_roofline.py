@@ -107,6 +107,7 @@ def test_breaks_cost_stages_where_codes_differ() -> None:
     once = [Step(1, 0, True)]
     assert roofline.breaks(("int8_row", "int8_row", "int8_row"), once) == 0.0
     assert roofline.breaks(("f16", "nf4_g64"), once) == 0.0  # neither quantizes its input
+    assert roofline.breaks(("int8_row_o128", "int8_row_o128"), once) == pytest.approx(6e-6)
     assert roofline.breaks(("int8_row", "f16"), once) == pytest.approx(3e-6)
     assert roofline.breaks(("f16", "int8_row"), once) == pytest.approx(6e-6)  # and another quantization
     assert roofline.breaks(("int8_row", "int4_g32", "int8_row"), once * 4) == pytest.approx(4 * 12e-6)
