@@ -40,8 +40,15 @@ SPECIAL = (
     (4, "gptq mxfp4_g32", "mxfp4_g32", "gptq", ()),
     (4, "gptq nvfp4_g16", "nvfp4_g16", "gptq", ()),
     (3, "gptq q3_k", "q3_k", "gptq", ()),
+    *(
+        (bits, f"gptq, feedback {UNIFORM[bits]}", UNIFORM[bits], "gptq", ("--feedback",))
+        for bits in (4, 3, 2)
+    ),
     *((bits, f"rotated gptq {UNIFORM[bits]}", UNIFORM[bits], "gptq", ("--rotate",)) for bits in (4, 3, 2)),
-    *((bits, "gptq, mixed plan", "auto", "gptq", ("--bits", f"{bits}.0")) for bits in (6, 5, 4, 3)),
+    *(
+        (bits, "gptq, feedback, mixed plan", "auto", "gptq", ("--bits", f"{bits}.0", "--feedback"))
+        for bits in (6, 5, 4, 3)
+    ),
 )
 KEYS = ("bytes", "bits_per_weight", "perplexity", "perplexity_f32", "kl_mean", "kl_p99", "top1_agreement")
 

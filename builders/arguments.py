@@ -151,6 +151,11 @@ def make_parser() -> Parser:
     )
     add("--observer", metavar="NAME", help=f"how ranges are chosen: {', '.join(OBSERVERS)} [the algorithm's]")
     add(
+        "--feedback",
+        action="store_true",
+        help="calibrate every tensor on what those before it have become: slower, and errors add up less",
+    )
+    add(
         "--rotate",
         type=int,
         nargs="?",

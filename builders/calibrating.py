@@ -6,7 +6,7 @@ goes on where it stopped; with a folder of the user's it stays, for other builds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from builders.corpus import Corpus, CorpusOptions, make_corpus
 from builders.kept_corpus import OWN_TEXT
-from builders.parts import Contents
+from builders.parts import Contents, Part
 from builders.sensitivity import Sensitivity
 from builders.statistics import InputStatistics
 from builders.watcher import Watcher
+from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE, CalibrationRecord
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -51,6 +52,7 @@ class Calibrations:
         self._stack = ExitStack()
         self._corpus: Corpus | None = None
         self._own: Path | None = None
+        self._request = CalibrationRequest()
         self.device = "cpu"
 
     def statistics(self, part: str, tensor: str) -> InputStatistics | None:
@@ -61,6 +63,21 @@ class Calibrations:
     @property
     def made(self) -> bool:
         return LANGUAGE in self._parts
+
+    def covers(self, part: str) -> bool:
+        return part in self._parts
+
+    def in_order(
+        self, part: Part, choose: Callable[[str, InputStatistics | None], Array], watcher: Watcher
+    ) -> None:
+        """Call `choose` for the tensors of a calibrated part in its order, see builders/feedback.py."""
+        from builders.feedback import FeedbackOptions, quantize_in_order
+
+        assert self._corpus is not None  # run() made it
+        windows = self._corpus.windows[:, : part.program.max_context]
+        request = self._request
+        options = FeedbackOptions(request.corpus.seed, self.device, request.memory // 2)
+        quantize_in_order(part.weights, windows, choose, self._parts[part.name].folder, options, watcher)
 
     def record(self) -> CalibrationRecord | None:
         """What the engine says of it."""
@@ -73,6 +90,7 @@ class Calibrations:
         """Calibrate the language part and the draft. `beside`: the folder where the user gave none; `made`
         says what was done to the language part's weights. Raises as calibrate() and make_corpus()."""
         self.device = _device(request.device)
+        self._request = request
         watcher.phase("text", 1)
         folder = request.folder or beside
         self._own = None if request.folder else beside

@@ -108,6 +108,7 @@ def build_options(args: argparse.Namespace) -> Options:
         extras=_extras(args),
         algorithm=args.algorithm,
         observer=args.observer,
+        feedback=args.feedback,
         rotate=args.rotate,
         calibration=_calibration(args),
         calibrates=any(x is not None for x in (args.calibration, args.calibration_folder, args.sensitivity)),

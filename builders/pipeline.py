@@ -57,6 +57,7 @@ class Options:
     extras: Extras = field(default_factory=Extras)
     algorithm: str = "rtn"
     observer: str | None = None
+    feedback: bool = False  # every tensor knows what those before it have become
     rotate: int | None = None  # seed of the rotation, None for none
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     calibrates: bool = False  # even where the algorithm needs no statistics
@@ -91,6 +92,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
     algorithm = get_algorithm(options.algorithm)
+    if options.feedback and not algorithm.CALIBRATED:
+        raise BadConfig(f"--feedback is for calibrated algorithms such as gptq, not {options.algorithm}")
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with _timed(seconds, "read"):
@@ -113,7 +116,9 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "quantize"):
             how = AlgorithmOptions(options.observer, calibrations.device)
             scaled = scale_channels(contents, plans, algorithm, how, calibrations, watcher)
-            sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
+            sqnr = quantize(
+                scaled, plans, algorithm, how, calibrations, writer, watcher, feedback=options.feedback
+            )
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
             subject = Subject(

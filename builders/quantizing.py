@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from builders.calibrating import Calibrations
 from builders.encoding import encode
@@ -10,8 +10,9 @@ from builders.equalize import ScaledWeights, equalize
 from builders.parts import Contents, Part
 from builders.planner import Plans
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler
+from builders.statistics import InputStatistics
 from builders.watcher import Watcher
-from edge_runtime.engine.formats import get_format
+from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.packing import pack
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.proof import plane_name
@@ -49,6 +50,38 @@ def _scaled(
     return replace(part, weights=weights, origins=origins)
 
 
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """One part on its way into the file. `sqnr`: tensor -> dB, of those that are not exact; `written`: which
+    tensors are in the file."""
+
+    part: Part
+    plan: Plan
+    algorithm: Algorithm
+    options: AlgorithmOptions
+    writer: EngineWriter
+    sqnr: dict[str, float] = field(default_factory=dict)
+    written: set[str] = field(default_factory=set)
+
+    def write(self, name: str, inputs: InputStatistics | None) -> dict[str, Array]:
+        """Quantize, pack and write a tensor; its codec planes."""
+        spec, chosen = self.part.program.tensors[name], self.plan.tensors[name]
+        made = encode(self.part, name, get_format(chosen.format), self.algorithm, inputs, self.options)
+        packed = pack(chosen.format, chosen.packing, made.planes, spec.rows, spec.cols)
+        for plane, data in packed.items():
+            self.writer.add(plane_name(self.part.name, name, plane), data)
+        if made.sqnr_db is not None:
+            self.sqnr[name] = made.sqnr_db
+        self.written.add(name)
+        return made.planes
+
+    def write_decoded(self, name: str, inputs: InputStatistics | None) -> Array:
+        """The same; its values f32 (rows, cols) as they will be read."""
+        spec = self.part.program.tensors[name]
+        fmt = get_format(self.plan.tensors[name].format)
+        return fmt.decode(self.write(name, inputs), spec.rows, spec.cols)
+
+
 def quantize(
     contents: Contents,
     plans: Plans,
@@ -57,25 +90,25 @@ def quantize(
     calibrations: Calibrations,
     writer: EngineWriter,
     watcher: Watcher,
+    *,
+    feedback: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Quantize, pack and write every tensor of every part.
+    """Quantize, pack and write every tensor of every part; with `feedback` each knowing what those before it
+    have become, in the parts that were calibrated.
 
     Returns part -> tensor -> SQNR in dB, of those that are not exact.
     """
-    sqnr: dict[str, dict[str, float]] = {}
-    watcher.phase("quantize", sum(len(plan.tensors) for plan in plans.values()))
-    for part in contents.parts:
-        found = sqnr[part.name] = {}
-        for name, tensor in plans[part.name].tensors.items():
-            spec = part.program.tensors[name]
+    parts = [_Writing(part, plans[part.name], algorithm, options, writer) for part in contents.parts]
+    for writing in parts:
+        if feedback and calibrations.covers(writing.part.name):
+            calibrations.in_order(writing.part, writing.write_decoded, watcher)
+    watcher.phase("quantize", sum(len(w.plan.tensors) - len(w.written) for w in parts))
+    for writing in parts:
+        part = writing.part
+        for name in [name for name in writing.plan.tensors if name not in writing.written]:
             inputs = calibrations.statistics(part.name, name) if algorithm.CALIBRATED else None
             if isinstance(part.weights, ScaledWeights):
                 inputs = part.weights.inputs(name, inputs)
-            made = encode(part, name, get_format(tensor.format), algorithm, inputs, options)
-            packed = pack(tensor.format, tensor.packing, made.planes, spec.rows, spec.cols)
-            for plane, data in packed.items():
-                writer.add(plane_name(part.name, name, plane), data)
-            if made.sqnr_db is not None:
-                found[name] = made.sqnr_db
+            writing.write(name, inputs)
             watcher.step(f"{part.name} {name}")
-    return sqnr
+    return {writing.part.name: writing.sqnr for writing in parts}
