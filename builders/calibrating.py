@@ -19,6 +19,7 @@ from builders.parts import Contents
 from builders.sensitivity import Sensitivity
 from builders.statistics import InputStatistics
 from builders.watcher import Watcher
+from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE, CalibrationRecord
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -57,6 +58,11 @@ class Calibrations:
         """Of the inputs of a tensor of a part; None where nothing is known of them."""
         found = self._parts.get(part)
         return None if found is None else found.statistics(tensor)
+
+    @property
+    def windows(self) -> Array | None:
+        """Token ids (samples, length) that the language part was calibrated on; None without calibration."""
+        return None if self._corpus is None else self._corpus.windows
 
     @property
     def made(self) -> bool:

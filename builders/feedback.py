@@ -124,7 +124,7 @@ class _Run:
     def _statistics(
         self, i: int, runner: SegmentRunner, replaced: dict[str, Tensor], linear: str | None
     ) -> InputStatistics:
-        """Of what a linear of segment i reads in the quantized model, or (None) of what the segment leaves."""
+        """Of what a linear of segment i reads in the quantized model; for None of what the segment leaves."""
         program = self._weights.program
         width = runner.width if linear is None else program.tensors[linear].cols
         sample = sample_tokens(self._windows.size, self._options.seed)
