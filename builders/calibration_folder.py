@@ -194,7 +194,7 @@ def write_safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for array in arrays.values():
-        file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        file.write(memoryview(np.ascontiguousarray(array).data).cast("B"))
 
 
 def forget(path: Path) -> None:

@@ -18,7 +18,7 @@ from builders.explanation_text import explanation_text
 from builders.fleet_file import read_fleet
 from builders.limits import Limits
 from builders.pack import engine_name
-from builders.parts import Extras, read_architecture, read_companions
+from builders.parts import Extras, read_companions, read_planned
 from builders.pipeline import Options, build
 from builders.plan_picture import check_picture, draw_plan
 from builders.prefix import read_prefix, write_prefix
@@ -65,11 +65,13 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     """The plan of a config.json; weights are neither needed nor read."""
     if args.plot is not None:
         check_picture(args.plot)
-    if request.weights == planner.DEFAULT:
-        request = replace(request, weights=planner.DEFAULT_WEIGHTS)
     profile = load_profile(args.profile)
-    config, name = read_config(args.model)
-    architecture = read_architecture(config, request.context)
+    architecture, kept = read_planned(Path(args.model), request.context)
+    name = read_config(args.model)[1]
+    if request.weights == planner.DEFAULT:
+        request = replace(request, weights=planner.KEEP if kept else planner.DEFAULT_WEIGHTS)
+    if request.weights == planner.KEEP:
+        request = replace(request, kept=kept)
     beside = read_companions(_extras(args), architecture, request.context)
     program = architecture.program
     losses = None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file)
@@ -96,8 +98,8 @@ def build_options(args: argparse.Namespace) -> Options:
     request = _request(args)
     model = Path(args.model)
     name = engine_name(f"{model_name(model)}-{args.profile.removesuffix('.yaml').rsplit('/', 1)[-1]}")
-    given = planner.DEFAULT_WEIGHTS if args.weights == planner.DEFAULT else args.weights
-    output = args.output or Path(f"{name}-{given}.edge")
+    given = "" if args.weights == planner.DEFAULT else f"-{args.weights}"
+    output = args.output or Path(f"{name}{given}.edge")
     return Options(
         model=model,
         output=output,

@@ -164,19 +164,20 @@ def _pack(documents: list[tuple[int, ...]], vocabulary: Vocabulary, length: int,
     mark = vocabulary.bos
     stream: list[int] = []
     for ids in documents:
-        own_start = mark is None or (ids[0] == mark)
-        stream += ids if own_start else (mark, *ids)
+        if mark is not None and ids[0] != mark:
+            stream.append(mark)
+        stream += ids
     length = min(length, len(stream))
     if length < LEAST:
         raise BadConfig(f"{name} gives {len(stream)} tokens to calibrate on, at least {LEAST} are needed")
     rows: dict[tuple[int, ...], None] = {}
     at = 0
     while True:
-        start = () if mark is None or stream[at] == mark else (mark,)
+        start = [] if mark is None or stream[at] == mark else [mark]
         stop = at + length - len(start)
         if stop > len(stream):
             return np.array(list(rows), np.int32)
-        rows[(*start, *stream[at:stop])] = None
+        rows[tuple(start + stream[at:stop])] = None
         at = stop
         if at == len(stream):
             return np.array(list(rows), np.int32)

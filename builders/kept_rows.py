@@ -28,7 +28,7 @@ class RowsWriter:
         """f32 (windows, length, width)."""
         if self.held is not None:
             self.held[self._at : self._at + len(rows)] = rows
-        self._file.write(memoryview(np.ascontiguousarray(rows)).cast("B"))
+        self._file.write(memoryview(np.ascontiguousarray(rows).data).cast("B"))
         self._at += len(rows)
 
 
@@ -51,7 +51,7 @@ class RowsReader:
         if self._held is not None:
             return self._held[start:stop]
         found = np.empty((stop - start, *self._shape[1:]), np.float32)
-        view = memoryview(found).cast("B")
+        view = memoryview(found.data).cast("B")
         at, offset = 0, start * (found.nbytes // max(stop - start, 1))
         while at < found.nbytes:
             got = os.preadv(self._fd, [view[at:]], offset + at)

@@ -44,7 +44,7 @@ class LaneRunner:
         self._weights, self._program = weights, weights.program
         self._windows, self._device, self._workers, self._room = windows, device, workers, max(1, room)
         self._segments = cut(weights.program)
-        self._spans = batches(weights.program, *windows.shape, device)
+        self._spans = batches(weights.program, len(windows), windows.shape[1], device)
         head = weights.program.ops[-1]
         assert isinstance(head, Logits)  # Program.check proved it
         self._head = head

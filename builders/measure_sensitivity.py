@@ -138,8 +138,9 @@ class _Search:
         unit = self.options.unit or ("kl" if flops * LEAST_TOKENS <= KL_FLOPS else "hessian")
         watcher.phase("sensitivity", len(names) * (1 if unit == "hessian" else 2))
         errors = self._errors(names, watcher)
+        measured: tuple[str, ...] = ()
         if unit == "hessian":
-            tokens, measured, losses = self.calibration.tokens, (), errors
+            tokens, losses = self.calibration.tokens, errors
         else:
             windows = self._windows(flops)
             tokens = int(windows.size)

@@ -23,10 +23,12 @@ class Moments:
 
     def __init__(self, width: int, sample: Array, device: str) -> None:
         self.width, self.count = width, 0
-        f64 = {"dtype": torch.float64, "device": device}
-        self._bands = [torch.zeros(min(BAND, width - a), width - a, **f64) for a in range(0, width, BAND)]  # type: ignore[arg-type]
+        self._bands = [
+            torch.zeros(min(BAND, width - a), width - a, dtype=torch.float64, device=device)
+            for a in range(0, width, BAND)
+        ]
         self._absmax = torch.zeros(width, device=device)
-        self._magnitude = torch.zeros(width, **f64)  # type: ignore[arg-type]
+        self._magnitude = torch.zeros(width, dtype=torch.float64, device=device)
         self._sample = sample
         self._rows = np.empty((len(sample), width), np.float32)
 

@@ -179,7 +179,7 @@ def read_planned(model: Path, context: int | None) -> tuple[Architecture, dict[s
     already quantized and there with its weights ({} for any other). Raises as `open_contents`.
     """
     architecture = read_architecture(read_config(model)[0], context)
-    if model.name == "config.json":
+    if model.name == "config.json" or (model.is_dir() and not any(model.glob("*.safetensors"))):
         return architecture, {}
     with open_source(model) as source:
         if not source.quantized:

@@ -22,7 +22,7 @@ import msgspec
 from builders import pack, planner
 from builders.calibrating import CalibrationRequest, Calibrations
 from builders.corpus import BUILTIN, SELF
-from builders.evaluate import read_text
+from builders.evaluate import EvaluationText, read_text
 from builders.explain import explain
 from builders.fitting import require_fit
 from builders.known_answer import known_answer
@@ -30,7 +30,7 @@ from builders.limits import Limits, broken_limits
 from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
-from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
 from builders.quantizing import quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
@@ -41,7 +41,6 @@ from builders.watcher import Watcher
 from builders.weights import StoredPlanes
 from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
-from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
 from edge_runtime.errors import BadConfig, Unsupported
@@ -95,13 +94,12 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with _timed(seconds, "read"):
-            contents, request = read(stack, options)
-        if isinstance(algorithm, ChannelScaler):
-            check_adapters(contents, f"--algorithm {options.algorithm}")
+            contents, request = read(stack, options, algorithm)
+            text, task = read_measures(contents, request.context, options)
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
-            if algorithm.CALIBRATED or options.calibrates:
+            if (algorithm.CALIBRATED and request.weights != planner.KEEP) or options.calibrates:
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
@@ -109,7 +107,6 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "plan"):
             plans = plan(contents, profile, request, sensitivity, options)
         pack.check_disk(options.output, plans, contents)
-        task = read_target_task(contents, plans[LANGUAGE], options)
         writer = stack.enter_context(
             EngineWriter(options.output, pack.header_reserve(contents, plans), calls)
         )
@@ -119,7 +116,14 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             sqnr = quantize(scaled, plans, algorithm, how, calibrations, writer, watcher)
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
-            quality, answer = verify(contents, plans, profile, options, task, writer, sqnr[LANGUAGE], watcher)
+            subject = Subject(
+                contents.target,
+                contents.language,
+                profile,
+                plans[LANGUAGE],
+                StoredPlanes(LANGUAGE, contents.language.program, plans[LANGUAGE], writer),
+            )
+            quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
         notices = list(contents.notices)
         if quality is not None and quality.broken:
@@ -143,7 +147,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
 
 
-def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]:
+def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Contents, planner.Request]:
     """Phase 1. The parts, the language part rotated where asked; and the request, weights settled.
 
     What is already quantized is kept as it is unless other weights are asked for.
@@ -157,10 +161,17 @@ def read(stack: ExitStack, options: Options) -> tuple[Contents, planner.Request]
     if request.weights == planner.KEEP:
         request = replace(request, kept=kept if quantized else {})
         contents.notices.extend(notices)
+    changes = [f"--algorithm {options.algorithm}"] if isinstance(algorithm, ChannelScaler) else []
     if options.rotate is not None:
-        if request.weights == planner.KEEP:
-            raise BadConfig("--rotate changes every value; it cannot keep quantized weights as they are")
-        check_adapters(contents, "--rotate")
+        changes.append("--rotate")
+    if changes and request.weights == planner.KEEP:
+        raise BadConfig(
+            f"{' and '.join(changes)} would change every value, and quantized weights are kept as they are; "
+            "name another --weights, or leave it away"
+        )
+    for change in changes:
+        check_adapters(contents, change)
+    if options.rotate is not None:
         turned = rotate(contents.target.weights, options.rotate)
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     return contents, request
@@ -238,39 +249,40 @@ def digests(contents: Contents, options: Options) -> dict[str, str]:
     return found
 
 
-def read_target_task(contents: Contents, plan: Plan, options: Options) -> Task | None:
-    """The task file in the target's tokens, before any long work. Raises BadConfig."""
+def read_measures(
+    contents: Contents, asked: int | None, options: Options
+) -> tuple[EvaluationText, Task | None]:
+    """The evaluation text and the task in the target's tokens, before any long work. `asked`: the request's
+    context. Raises BadConfig.
+    """
+    target = contents.target
+    context = planner.default_context(target.program.max_context, asked)
+    limit, window = options.text_tokens, min(context, options.text_tokens)
+    text = read_text(target.source, target.vocabulary, options.text, limit=limit, window=window)
     if options.task is None:
-        return None
+        return text, None
     if not options.measure:
         raise BadConfig("--task is part of the quality report; leave --no-eval away")
-    target = contents.target
-    return Task(read_task(options.task), target.source, target.vocabulary, plan.step.context)
+    return text, Task(read_task(options.task), target.source, target.vocabulary, context)
 
 
 def verify(
-    contents: Contents,
-    plans: Plans,
-    profile: Profile,
+    subject: Subject,
     options: Options,
+    text: EvaluationText,
     task: Task | None,
-    writer: EngineWriter,
     sqnr: dict[str, float],
     watcher: Watcher,
 ) -> tuple[Quality | None, KnownAnswer | None]:
     """Phase 5. Measure the language part's planes as they lie in the file against the checkpoint; record a
     known answer. Companions change no answer, so they are not measured here."""
     watcher.phase("verify", 2)
-    target, part, plan = contents.target, contents.language, plans[LANGUAGE]
-    window = min(plan.step.context, options.text_tokens)
-    text = read_text(target.source, target.vocabulary, options.text, limit=options.text_tokens, window=window)
-    stored = StoredPlanes(LANGUAGE, part.program, plan, writer)
     quality = None
     if options.measure:
-        subject = Subject(target, part, profile, plan, stored)
         quality = measure_quality(subject, text, options.eval_backend, sqnr)
     watcher.step("quality")
-    answer = known_answer(profile, part.program, plan, stored.of, text.windows[0])
+    program, stored = subject.part.program, subject.stored.of
+    answer = known_answer(subject.profile, program, subject.plan, stored, text.windows[0])
     watcher.step("known answer")
     if quality is not None and task is not None:
         figures = measure_task(subject, task, options.task_f32, watcher)

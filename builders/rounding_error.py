@@ -43,7 +43,7 @@ class Rounder:
         if ids is not None and stored is None and not any(p.per == "tensor" for p in fmt.planes):
             alone = self.algorithm.ROW_WISE  # rows do not know of each other: others need no rounding
         values = self._weights.rows(name, ids) if alone and ids is not None else self._weights(name)
-        spec = TensorSpec(*values.shape, program.tensors[name].role)
+        spec = TensorSpec(len(values), values.shape[1], program.tensors[name].role)
         small = msgspec.structs.replace(program, tensors={**program.tensors, name: spec})
         made = encode(
             Part("the model", small, _Held(values, stored)), name, fmt, self.algorithm, inputs, self._options

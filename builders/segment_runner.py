@@ -87,7 +87,7 @@ class SegmentRunner:
         if rows is not None:
             widths = [self.program.buffers[name] for name in self._reads]
             whole = torch.from_numpy(rows).to(self._device, copy=True)  # aligned as torch has it
-            buffers = dict(zip(self._reads, whole.split(widths, dim=-1), strict=True))
+            buffers = dict(zip(self._reads, torch.split(whole, widths, dim=-1), strict=True))
         with torch.no_grad():
             TorchProgram(self.program, held.__getitem__, checked=True).run(self._ops, buffers, ids, hook)
         kept = [buffers[name] for name in self._keeps]

@@ -17,7 +17,8 @@ from typing import TypeVar
 from edge_runtime.errors import BadConfig, Unsupported
 
 MAX_WORKERS = 8  # each holds a batch of its own
-_In, _Out = TypeVar("_In"), TypeVar("_Out")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def resolve_device(name: str) -> str:

@@ -28,7 +28,7 @@ EXAMPLES = (
     "edge-bench model.edge --prompts 64,512 --depths 0,1024 --decode 128 --repeat 9 --json",
     "edge-bench planner.edge --only requests,speculation --text commands.jsonl --concurrency 1,2,4",
     "edge-bench planner.edge --text commands.jsonl --draft-lengths 1,2,4,8 --plot planner.svg",
-    "edge-bench --calibrate --output here.yaml planner.edge    # then: edge-build --profile ./here.yaml MODEL",
+    "edge-bench --calibrate --output here.yaml model.edge  # then: edge-build --profile ./here.yaml MODEL",
 )
 SECTIONS = ("speed", "requests", "speculation", "prefix")
 _LONGEST_PREFIX = 2048  # tokens, unless another is asked for

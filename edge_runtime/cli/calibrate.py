@@ -354,7 +354,7 @@ def _beyond(program: Program, profile: Profile, clock: Timer) -> tuple[float, fl
 
 
 def session_seconds(session: Session, clock: Timer, prompt: int, depth: int) -> tuple[float, float]:
-    """A request for one token after `prompt` tokens that no cache knows; a step of decoding behind `depth`."""
+    """A request for one token after `prompt` tokens that no cache knows; a decoding step behind `depth`."""
     draw = RandomTokens(session)
     run(session, draw(min(8, depth)), 2)  # warm
     first = clock.fastest(lambda: run(session, draw(prompt), 1))

@@ -109,7 +109,7 @@ class Roofline:
             return 0.0
         extra = 0
         for before, after in pairwise(formats):
-            if family(before) != family(after):
+            if family(before) != family(after) or _own_columns(after):
                 extra += 2 if _quantizes(after) else 1
         return extra * len(steps) * self._measured.stage_us * 1e-6
 
@@ -295,6 +295,11 @@ def values_per_token(program: Program) -> int:
 def program_input(run: Sequence[str], program: Program) -> str:
     """The buffer that a run of linears reads."""
     return next(op.x for op in program.ops if isinstance(op, Linear) and op.weight == run[0])
+
+
+def _own_columns(fmt: str) -> bool:
+    """Whether each tensor leaves columns of its own out of the codes (LLM.int8()'s outliers)."""
+    return get_format(fmt).plane("index") is not None
 
 
 def _quantizes(fmt: str) -> bool:

@@ -54,7 +54,7 @@ def brute_force(problem: Problem) -> float | None:
 
 
 def greedy(problem: Problem) -> float | None:
-    """From the cheapest options, always the upgrade that gains most a unit of the first cost, while it fits."""
+    """From the cheapest options, always the upgrade that gains most a unit of the first cost and fits."""
     choice = [min(range(len(u)), key=lambda i, u=u: (u[i].costs[0], u[i].loss)) for u in problem.units]
     limits = [b.limit for b in problem.budgets]
     if any(c > m for c, m in zip(problem.costs(choice), limits, strict=True)):

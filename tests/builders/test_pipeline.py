@@ -313,3 +313,14 @@ def test_a_build_runs_no_code_and_opens_only_what_it_names(
     assert seen and not [e for e in seen if e[0] not in quiet or (e[0] != "open" and "hostile" in e[1])]
     opened = {Path(path).name for event, path in seen if event == "open" and path.startswith(str(folder))}
     assert opened == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+
+
+def test_a_text_that_cannot_be_measured_on_is_found_before_any_work(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"txt": "x"}\n')
+
+    class Silent(Watcher):
+        def phase(self, name: str, steps: int) -> None:
+            raise AssertionError(f"{name} began")
+
+    with pytest.raises(BadConfig, match=r't\.jsonl, line 1: expected {"text"}'):
+        build(options(model, tmp_path / "m.edge", text=tmp_path / "t.jsonl"), Silent())

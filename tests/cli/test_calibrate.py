@@ -1,0 +1,153 @@
+"""edge-bench --calibrate: a profile that loads, of figures that are times; no figure is judged here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_runtime.cli import bench, synthetic
+from edge_runtime.cli.calibrate import Timer, calibrate, last_cache, profile_yaml, runnable, session_seconds
+from edge_runtime.cli.calibration_answer import compare
+from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.kv import K_FORMATS
+from edge_runtime.engine.plan import StepShape
+from edge_runtime.engine.profile import Profile, load_profile
+from edge_runtime.errors import BadConfig, Unsupported
+from edge_runtime.serving.device import get_backend
+from edge_runtime.serving.open import open_engine
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Profile:
+    if not get_backend("cpu").available().ok:
+        pytest.skip("the native library is not built")
+    return calibrate(load_profile("cpu"), 1, lambda _: None, ("int8_row", "f16"), limit_s=0.02)
+
+
+def test_every_figure_is_there_and_is_a_time_or_a_rate(measured: Profile) -> None:
+    found = measured.efficiency.measured
+    assert found is not None and found.threads == 1
+    assert set(found.formats) == {"int8_row", "f16"} and set(found.kv_ns) == set(K_FORMATS)
+    for speed in found.formats.values():
+        assert min(speed.gbps, speed.cached_gbps, speed.gops) > 0
+    assert found.step_us > 0 and found.query.value_ns >= 0
+    assert 0 < measured.efficiency.bandwidth <= 1 and 0 < measured.efficiency.compute <= 1
+
+
+def test_the_file_reads_back_to_four_digits(measured: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(profile_yaml(measured, "a machine", "2026-11-25"))
+    back = load_profile(path)
+    assert back.efficiency.measured is not None and measured.efficiency.measured is not None
+    for name, speed in measured.efficiency.measured.formats.items():
+        assert back.efficiency.measured.formats[name].gops == pytest.approx(speed.gops, rel=1e-3)
+    assert back.efficiency.measured.step_us == pytest.approx(measured.efficiency.measured.step_us, rel=1e-3)
+    again = tmp_path / "again.yaml"
+    again.write_text(profile_yaml(back, "a machine", "2026-11-25"))
+    assert again.read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("step_us: ", "step_ms: "),
+        ("int8_row:", "int8_raw:"),
+        ("threads: 1", "threads: 0"),
+        ("row_ns: ", "row_ns: -"),
+    ],
+)
+def test_a_damaged_file_is_refused(measured: Profile, tmp_path: Path, change: str, words: str) -> None:
+    text = profile_yaml(measured, "a machine", "2026-11-25")
+    assert change in text
+    path = tmp_path / "bad.yaml"
+    path.write_text(text.replace(change, words, 1).replace("row_ns: -0.0", "row_ns: -1.0"))
+    with pytest.raises(BadConfig, match=r"efficiency\.measured"):
+        load_profile(path)
+
+
+def test_shipped_profiles_have_nothing_measured_and_other_devices_are_refused() -> None:
+    assert load_profile("cpu").efficiency.measured is None
+    with pytest.raises(Unsupported, match="--profile cpu or auto"):
+        calibrate(load_profile("orin"), 1, lambda _: None)
+
+
+def test_every_format_with_kernels_is_timed_by_default() -> None:
+    names = runnable()
+    assert {"int4_g64", "int8_row", "f16", "f32"} <= set(names) <= set(FORMATS)
+
+
+def test_the_cache_s_size_is_read_as_the_system_writes_it(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "32M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert last_cache(tmp_path) == 32 << 20
+    assert last_cache(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        synthetic.products(64, 3),
+        synthetic.values(64, 2),
+        synthetic.attending(4, 2, 16, 2, 64),
+        synthetic.decoder(100, layers=2),
+    ],
+    ids=["products", "values", "attending", "decoder"],
+)
+def test_programs_are_sound_and_their_weights_lie_apart(program: synthetic.Program) -> None:
+    program.check()
+    weights = synthetic.weights_of(program, synthetic.plans_of(program, "int4_g64"))
+    places = [p.ctypes.data for w in weights.values() for p in w.planes.values()]
+    assert len(set(places)) == len(places) and all(place % 64 == 0 for place in places)
+    step = StepShape(context=program.max_context, sequences=1, tokens=128, logits=1)
+    assert bool(synthetic.cache_of(program, "int8", "int8", step).pages) == bool(program.cache)
+
+
+def test_an_engine_of_known_work_answers_and_is_compared(measured: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "known.edge"
+    synthetic.write_engine(path, synthetic.decoder(256, layers=2), "int8_row")
+    with open_engine(str(path), backend="cpu", threads=1) as session:
+        clock = Timer(1, 0.02)
+        first, step = session_seconds(session, clock, 32, 64)
+        rows = compare(session, measured, clock)
+    assert first > 0 and np.isfinite(step)
+    assert [r["what"] for r in rows] == ["tokens/s at 128", "first token of 255, ms"]
+    for row in rows:
+        assert row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
+
+
+def test_the_command_writes_the_profile(
+    measured: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """The measurement itself is in the tests above."""
+    monkeypatch.setattr("edge_runtime.cli.calibration_answer.calibrate", lambda *_: measured)
+    output = tmp_path / "mine.yaml"
+    options = ["--profile", "cpu", "--formats", "int8_row", "--output", str(output)]
+    assert bench.main(["--calibrate", "--json", *options]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["output"] == str(output) and data["check"] is None
+    assert load_profile(output).efficiency.measured is not None
+    assert (
+        msgspec.to_builtins(measured.efficiency.measured.query)
+        == data["profile"]["efficiency"]["measured"]["query"]
+    )  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calibrate", "--output", "mine.txt"], "ends in .yaml"),
+        (["--calibrate", "--formats", "int9"], "unknown format 'int9'"),
+        (["--calibrate", "--profile", "orin"], "--profile cpu or auto"),
+        (["--output", "mine.yaml"], "--output is for --calibrate"),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], words: str, capsys: Captured) -> None:
+    assert bench.main(options) == 1
+    assert words in capsys.readouterr().err

@@ -1,0 +1,165 @@
+"""Predicted seconds of a measured profile, by hand from round numbers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from toy_engine import toy_program
+
+from edge_runtime.engine.formats import FORMATS, get_format
+from edge_runtime.engine.ops import Attention, Linear
+from edge_runtime.engine.packing import cpu_packing, packed_nbytes
+from edge_runtime.engine.plan import KvPlan, StepShape, TensorPlan
+from edge_runtime.engine.profile import load_profile
+from edge_runtime.engine.program import Program
+from edge_runtime.engine.roofline import (
+    Roofline,
+    Step,
+    family,
+    linear_runs,
+    predict,
+    prompt_steps,
+    timer,
+    unbroken_stages,
+    values_per_token,
+    weights_read,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "builders"))
+
+from measured import calibrated
+
+KV = KvPlan(k="int8", v="int8", page_tokens=16, pages=8)
+PROGRAM = toy_program(layers=2, width=64, vocab=128, context=128)  # heads of 16, hidden 128
+
+
+def tensors(fmt: str, program: Program = PROGRAM) -> dict[str, TensorPlan]:
+    return {
+        n: TensorPlan("f32", "rows") if s.role == "vector" else TensorPlan(fmt, cpu_packing(fmt))
+        for n, s in program.tensors.items()
+    }
+
+
+def test_a_decode_step_is_the_sum_done_by_hand() -> None:
+    """10 GB/s of int8 weights, outputs, values, stages, two attentions, a step and its logits."""
+    profile = calibrated()
+    step = Step(1, 40, True)
+    found = timer(PROGRAM, tensors("int8_row"), KV, profile, profile.mode())([step])
+    rows = {n: s.rows for n, s in PROGRAM.tensors.items() if s.role in ("matrix", "head")}
+    expected = weights_read(PROGRAM, tensors("int8_row")) / 10e9
+    expected += get_format("int8_row").nbytes(1, 64) / 10e9  # the embedding's row
+    expected += sum(rows.values()) * 0.25e-9 / 2  # outputs, on two threads
+    expected += values_per_token(PROGRAM) * 0.5e-9
+    query = 4 * (16 * 0.125 + 1.0)  # heads
+    row = 2 * (4.0 + 16 * 0.25)  # KV heads
+    expected += 2 * 41 * (query + row) * 1e-9  # two layers; it sees itself too
+    expected += (50.0 + 1.0) * 1e-6 + unbroken_stages(PROGRAM) * 3e-6 + 128 * 2e-9
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_chunk_is_bound_by_its_operations() -> None:
+    profile = calibrated()
+    mode = profile.mode()
+    roofline = Roofline(PROGRAM, profile, mode)
+    chosen = TensorPlan("int8_row", "n16k4")
+    name = "layers.0.gate"  # 128 x 64
+    outputs = 128 * 0.25e-9 / 2
+    one = packed_nbytes("int8_row", "n16k4", 128, 64) / 10e9
+    assert roofline.tensor(name, chosen, [Step(1, 0, False)]) == pytest.approx(one + outputs)
+    many = 2 * 128 * 64 * 100 / 100e9
+    assert many > one
+    assert roofline.tensor(name, chosen, [Step(100, 0, False)]) == pytest.approx(many + 100 * outputs)
+    two = roofline.tensor(name, chosen, [Step(100, 0, False), Step(1, 100, True)])
+    assert two == pytest.approx(many + one + 101 * outputs)
+
+
+def test_heads_that_are_not_whole_vectors_are_slower() -> None:
+    """Heads of 8 are padded to 16 in products, and their rows are read value by value."""
+    odd = toy_program(layers=1, width=32, vocab=128, context=128)
+    profile = calibrated()
+    op = next(op for op in odd.ops if isinstance(op, Attention))
+    assert op.head_dim == 8
+    roofline = Roofline(odd, profile, profile.mode())
+    near, far = (roofline.rest(KV, [Step(1, n, False)]) for n in (10, 20))
+    assert far - near == pytest.approx(10e-9 * (4 * (16 * 0.125 + 1.0) + 2 * (4.0 + 8 * 2.0)))
+
+
+def test_small_models_are_read_from_the_cache() -> None:
+    plans = tensors("int8_row")
+    nbytes = weights_read(PROGRAM, plans)
+    step = [Step(1, 0, False)]
+    times = {
+        limit: timer(PROGRAM, plans, KV, p, p.mode())(step)
+        for limit in (nbytes - 1, nbytes)
+        for p in [calibrated(cache_bytes=limit)]
+    }
+    head = packed_nbytes("int8_row", "n16k4", 128, 64)  # a step without logits does not read it
+    row = get_format("int8_row").nbytes(1, 64)
+    saved = (nbytes - head + row) / 10e9 * 0.75
+    assert times[nbytes - 1] - times[nbytes] == pytest.approx(saved, rel=1e-9)
+
+
+def test_breaks_cost_stages_where_codes_differ() -> None:
+    profile = calibrated()
+    roofline = Roofline(PROGRAM, profile, profile.mode())
+    once = [Step(1, 0, True)]
+    assert roofline.breaks(("int8_row", "int8_row", "int8_row"), once) == 0.0
+    assert roofline.breaks(("f16", "nf4_g64"), once) == 0.0  # neither quantizes its input
+    assert roofline.breaks(("int8_row_o128", "int8_row_o128"), once) == pytest.approx(6e-6)
+    assert roofline.breaks(("int8_row", "f16"), once) == pytest.approx(3e-6)
+    assert roofline.breaks(("f16", "int8_row"), once) == pytest.approx(6e-6)  # and another quantization
+    assert roofline.breaks(("int8_row", "int4_g32", "int8_row"), once * 4) == pytest.approx(4 * 12e-6)
+    assert (
+        Roofline(PROGRAM, load_profile("cpu"), load_profile("cpu").mode()).breaks(("f16", "int8_row"), once)
+        == 0
+    )
+
+
+def test_runs_are_the_linears_that_read_one_buffer() -> None:
+    runs = list(linear_runs(PROGRAM))
+    assert runs[:4] == [
+        ("layers.0.q", "layers.0.k", "layers.0.v"),
+        ("layers.0.o",),
+        ("layers.0.gate", "layers.0.up"),
+        ("layers.0.down",),
+    ]
+    assert sum(len(run) for run in runs) == sum(isinstance(op, Linear) for op in PROGRAM.ops)
+    # q k v, attention, o, gate up, down of each layer, and the head; and what comes before each
+    assert unbroken_stages(PROGRAM) == 2 * (2 * 5 + 1)
+
+
+def test_every_format_has_a_family() -> None:
+    assert family("f16") == family("nf4_g64") == ("float", None)
+    assert len({family("int4_g32"), family("int4_g64"), family("int8_row"), family("f16")}) == 4
+    for fmt in FORMATS:
+        assert (family(fmt) == ("float", None)) == (get_format(fmt).kind != "int")
+
+
+def test_the_first_token_counts_chunks_and_the_request() -> None:
+    profile = calibrated()
+    shape = StepShape(context=128, sequences=1, tokens=32, logits=1)
+    plans = tensors("f16")
+    seconds = timer(PROGRAM, plans, KV, profile, profile.mode())
+    found = predict(PROGRAM, plans, KV, shape, profile, profile.mode())
+    assert found.prompt_tokens == 128
+    steps = prompt_steps(shape, 128)
+    assert [(s.tokens, s.before, s.head) for s in steps] == [
+        (32, 0, False),
+        (32, 32, False),
+        (32, 64, False),
+        (32, 96, True),
+    ]
+    assert found.first_token_ms == pytest.approx(1e3 * (100e-6 + sum(seconds([s]) for s in steps)))
+    assert found.decode_tokens_per_s == pytest.approx(1 / seconds([Step(1, 64, True)]))
+
+
+def test_a_format_that_was_not_measured_has_the_peak_s_share() -> None:
+    profile = calibrated(formats={})
+    roofline = Roofline(PROGRAM, profile, profile.mode())
+    rate = profile.mode().bandwidth_gbps * 1e9 * profile.efficiency.bandwidth
+    outputs = 64 * 0.25e-9 / 2
+    nbytes = packed_nbytes("f16", "n16", 64, 64)
+    found = roofline.tensor("layers.0.q", TensorPlan("f16", "n16"), [Step(1, 0, True)])
+    assert found == pytest.approx(nbytes / rate + outputs)
