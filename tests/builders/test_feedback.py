@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from arch_cases import SMALL, VOCAB
+from hf_folders import write_model
+from killed_build import options_of
 from made_weights import MadeWeights, made_weights
 
+from builders import pipeline, quantizing
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, get_format
@@ -160,3 +165,19 @@ def test_a_program_of_rows_is_refused(tmp_path: Path) -> None:
     rows = MadeWeights(msgspec.structs.replace(weights.program, ops=ops), weights.tensors)
     with pytest.raises(Unsupported, match="rows"):
         feedback.quantize_in_order(rows, WINDOWS, lambda n, i: weights(n), tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq+gptq"])
+def test_an_engine_built_in_order_is_the_same_every_time_and_another_one(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engines = write_model(tmp_path / "toy"), {}
+    for name in ("plain", "first", "second"):
+        folder = None if name == "plain" else tmp_path / "rows"
+        monkeypatch.setattr(pipeline, "quantize", partial(quantizing.quantize, in_order=folder))
+        options = replace(options_of(model, tmp_path / f"{name}.edge", auto=False), algorithm=algorithm)
+        done = pipeline.build(options)
+        assert done.manifest.quality is not None
+        engines[name] = (tmp_path / f"{name}.edge").read_bytes()
+    assert engines["first"] == engines["second"] != engines["plain"]
+    assert len(engines["first"]) == len(engines["plain"])
