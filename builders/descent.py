@@ -18,15 +18,15 @@ from builders.rounding import ColumnGrid
 
 BLOCK = 128  # columns whose changes reach the other columns' gradients together
 ROUNDS = 2  # of refitted scales and a sweep
+_WIDE = 2048  # columns beyond which one round must do: the second gains less than 2%
 _FURTHEST = 2.0  # a scale changes at most by this factor: a group of few codes says little
 
 Refit = Callable[[ColumnGrid, Tensor], ColumnGrid]  # grid and factors (groups, rows) -> what the format holds
 
 
-def sweep(w: Tensor, q: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor) -> None:
-    """One pass over all codes, in place on q (cols, rows); w (cols, rows), h (cols, cols), order (cols,)."""
+def sweep(q: Tensor, gradient: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor) -> None:
+    """One pass over all codes, in place on q and gradient = H (w - q), both (cols, rows); order (cols,)."""
     diagonal = h.diagonal()
-    gradient = h @ (w - q)
     for start in range(0, len(order), BLOCK):
         at = order[start : start + BLOCK]
         near = h[at][:, at]
@@ -40,23 +40,22 @@ def sweep(w: Tensor, q: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor) -> N
         gradient.addmm_(h[:, at], change)
 
 
-def factors(w: Tensor, q: Tensor, h: Tensor, span: int) -> Tensor:
-    """(groups, rows) by which the values of each group should be multiplied."""
-    cols, rows = w.shape
+def factors(q: Tensor, gradient: Tensor, h: Tensor, span: int) -> Tensor:
+    """(groups, rows) by which the values of each group should be multiplied; gradient is H (w - q)."""
+    cols, rows = q.shape
     groups = -(-cols // span)
-    normal = w.new_empty(groups, groups, rows)
-    right = _by_group(q * (h @ w), span)
+    normal = q.new_empty(groups, groups, rows)
     for k in range(groups):
         part = slice(k * span, min((k + 1) * span, cols))
         normal[k] = _by_group((h[:, part] @ q[part]).mul_(q), span)
+    # t = 1 leaves q as it is: (V H V^T)(t - 1) = V H (w - q)
+    right = _by_group(q * gradient, span)
     a, b = normal.permute(2, 0, 1).contiguous(), right.T.contiguous()
-    # a group of zeros has no factor; a little ridge towards 1 keeps nearly dependent groups where they are
+    # a group of zeros has no factor; a little ridge keeps nearly dependent groups where they are
     diagonal = a.diagonal(dim1=1, dim2=2)
-    ridge = 1e-6 * diagonal + 1e-30 + (diagonal == 0).to(a)
-    b += ridge
-    diagonal += ridge
+    diagonal += 1e-6 * diagonal + 1e-30 + (diagonal == 0).to(a)
     found, _ = torch.linalg.solve_ex(a, b)
-    found = torch.where(torch.isfinite(found), found, 1.0).clamp_(1 / _FURTHEST, _FURTHEST)
+    found = torch.where(torch.isfinite(found), found + 1, 1.0).clamp_(1 / _FURTHEST, _FURTHEST)
     return found.T.contiguous()
 
 
@@ -64,26 +63,22 @@ def improve(
     w: Tensor, q: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor, refit: Refit | None
 ) -> tuple[Tensor, ColumnGrid]:
     """Better values than q (cols, rows), and their grid; `refit` is None where scales must stay."""
-    sweep(w, q, h, grid, order)
-    for _ in range(ROUNDS):
+    gradient = h @ (w - q)
+    sweep(q, gradient, h, grid, order)
+    for _ in range(ROUNDS if len(w) <= _WIDE else 1):
         if refit is not None:
-            q, grid = _with_better_scales(w, q, h, grid, refit)
-        sweep(w, q, h, grid, order)
+            q, gradient, grid = _with_better_scales(w, q, gradient, h, grid, refit)
+        sweep(q, gradient, h, grid, order)
     return q, grid
 
 
-def errors(w: Tensor, q: Tensor, h: Tensor) -> Tensor:
-    """e H e^T of every row, (rows,)."""
-    e = w - q
-    return (e * (h @ e)).sum(0)
-
-
 def _with_better_scales(
-    w: Tensor, q: Tensor, h: Tensor, grid: ColumnGrid, refit: Refit
-) -> tuple[Tensor, ColumnGrid]:
-    new = refit(grid, factors(w, q, h, grid.span))
+    w: Tensor, q: Tensor, gradient: Tensor, h: Tensor, grid: ColumnGrid, refit: Refit
+) -> tuple[Tensor, Tensor, ColumnGrid]:
+    new = refit(grid, factors(q, gradient, h, grid.span))
     moved = _codes_on(q, grid, new)
-    better = errors(w, moved, h) < errors(w, q, h)
+    pull = h @ (w - moved)
+    better = ((w - moved) * pull).sum(0) < ((w - q) * gradient).sum(0)  # e H e^T of every row
     kept = ColumnGrid(
         torch.where(better, new.scale, grid.scale),
         torch.where(better, new.shift, grid.shift),
@@ -91,7 +86,7 @@ def _with_better_scales(
         grid.middle,
         grid.span,
     )
-    return torch.where(better, moved, q), kept
+    return torch.where(better, moved, q), torch.where(better, pull, gradient), kept
 
 
 def _codes_on(q: Tensor, old: ColumnGrid, new: ColumnGrid) -> Tensor:

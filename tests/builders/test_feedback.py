@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from arch_cases import SMALL, VOCAB
+from hf_folders import write_model
+from killed_build import options_of
 from made_weights import MadeWeights, made_weights
 
+from builders import pipeline
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.ops import Embed, Input, Linear, Logits
-from edge_runtime.errors import Unsupported, ValueOutOfRange
+from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
 
 torch = pytest.importorskip("torch")
 feedback = pytest.importorskip("builders.feedback")
@@ -160,3 +164,22 @@ def test_a_program_of_rows_is_refused(tmp_path: Path) -> None:
     rows = MadeWeights(msgspec.structs.replace(weights.program, ops=ops), weights.tensors)
     with pytest.raises(Unsupported, match="rows"):
         feedback.quantize_in_order(rows, WINDOWS, lambda n, i: weights(n), tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq+gptq"])
+def test_an_engine_built_with_feedback_is_the_same_every_time_and_another_one(
+    algorithm: str, tmp_path: Path
+) -> None:
+    model, engines = write_model(tmp_path / "toy"), {}
+    for name in ("plain", "first", "second"):
+        options = options_of(model, tmp_path / f"{name}.edge", auto=False)
+        pipeline.build(replace(options, algorithm=algorithm, feedback=name != "plain"))
+        engines[name] = (tmp_path / f"{name}.edge").read_bytes()
+    assert engines["first"] == engines["second"] != engines["plain"]
+    assert len(engines["first"]) == len(engines["plain"])
+
+
+def test_feedback_without_calibration_is_refused(tmp_path: Path) -> None:
+    options = options_of(write_model(tmp_path / "toy"), tmp_path / "m.edge", auto=False)
+    with pytest.raises(BadConfig, match="--feedback"):
+        pipeline.build(replace(options, algorithm="rtn", feedback=True))
