@@ -81,7 +81,7 @@ class Timer:
         return self.fastest(lambda: executor.forward(batch), patient=patient)
 
     def fastest(self, work: Callable[[], object], *, patient: bool = False) -> float:
-        """The least seconds of something that is done again and again; `patient`: until the limit in any case,
+        """The least seconds of something done again and again; `patient`: until the limit in any case,
         for what other programs slow down evenly."""
         taken: list[float] = []
         start = perf_counter()
