@@ -4,9 +4,9 @@
 
 Engines of the planner, of stories260K (where the shared data is) and of a random Llama of 0.13 B parameters,
 in one integer format of 4 bits, one of 8 and mixed by the integer program. Calibration and measurements take
-turns, `--rounds` times, so that both meet the same machine; of each the fastest counts. On a machine that
-others use, `--clock cpu` with one thread counts the processor's time alone: a thread that waits for a core is
-not slower for it. Writes bench/results/<machine>-<date>-prediction.json and .md.
+turns, `--rounds` times, so that both meet the same machine; of the measurements the fastest counts. On a
+machine that others use, `--clock cpu` with one thread counts the processor's time alone: a thread that waits
+for a core is not slower for it. Writes bench/results/<machine>-<date>-prediction.json and .md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -63,17 +64,20 @@ def context_of(folder: Path) -> int:
 
 
 def best(profiles: list[Profile]) -> Profile:
-    """The fastest of several calibrations of one machine, figure by figure."""
+    """Several calibrations of one machine as one: of rates the fastest, for what others take of memory's
+    bandwidth only lowers them; of times the median, for each is what another left unexplained."""
     measured = [p.efficiency.measured for p in profiles if p.efficiency.measured is not None]
     first = measured[0]
-    times = {f: min(getattr(m, f) for m in measured) for f in TIMES}
+    times = {f: statistics.median(getattr(m, f) for m in measured) for f in TIMES}
     for f in ("query", "chunk_query"):
-        times[f] = min((getattr(m, f) for m in measured), key=lambda q: 64 * q.value_ns + q.score_ns)
+        times[f] = sorted((getattr(m, f) for m in measured), key=lambda q: 64 * q.value_ns + q.score_ns)[
+            len(measured) // 2
+        ]
     formats = {
         name: FormatSpeed(**{f: max(getattr(m.formats[name], f) for m in measured) for f in RATES})
         for name in first.formats
     }
-    keys = {name: min(m.kv_ns[name] for m in measured) for name in first.kv_ns}
+    keys = {name: statistics.median(m.kv_ns[name] for m in measured) for name in first.kv_ns}
     joined: Measured = msgspec.structs.replace(first, **times, formats=formats, kv_ns=keys)
     efficiency = msgspec.structs.replace(profiles[0].efficiency, measured=joined)
     return msgspec.structs.replace(profiles[0], efficiency=efficiency)
