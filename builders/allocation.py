@@ -142,7 +142,12 @@ def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocat
     singles = {name: tuple(option(name, f) for f in formats) for name, formats in choices.items()}
     runs = [tuple(n for n in run if n in choices) for run in linear_runs(program)]
     names = _units(choices, runs if tied else [])
-    units = [_together([singles[n] for n in of]) for of in names]
+
+    def broken(run: tuple[str, ...]) -> tuple[float, ...]:
+        """Of a run in one format: none, but for formats that leave out columns of each tensor's own."""
+        return tuple(roofline.breaks(run, steps[row]) if row in (DECODE, FIRST) else 0.0 for row in rows)
+
+    units = [_together([singles[n] for n in of], broken) for of in names]
     shares = {r: 0.0 if tied else _breaks(roofline, runs, steps[r]) for r in (DECODE, FIRST)}
     names.append(())
     caches = []
@@ -186,7 +191,9 @@ def _units(choices: Choices, runs: Sequence[tuple[str, ...]]) -> list[tuple[str,
     return list(dict.fromkeys(of.get(name, (name,)) for name in choices))
 
 
-def _together(tensors: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
+def _together(
+    tensors: Sequence[Sequence[Option]], broken: Callable[[tuple[str, ...]], tuple[float, ...]]
+) -> tuple[Option, ...]:
     """Options of tensors that have the same format: those that all of them may have."""
     if len(tensors) == 1:
         return tuple(tensors[0])
@@ -195,8 +202,9 @@ def _together(tensors: Sequence[Sequence[Option]]) -> tuple[Option, ...]:
     found = []
     for fmt in common:
         same = [options[fmt] for options in by_format]
-        costs = tuple(map(sum, zip(*(o.costs for o in same), strict=True)))
-        found.append(Option((fmt,) * len(same), sum(o.loss for o in same), costs))
+        label = (fmt,) * len(same)
+        costs = tuple(map(sum, zip(broken(label), *(o.costs for o in same), strict=True)))
+        found.append(Option(label, sum(o.loss for o in same), costs))
     return tuple(found)
 
 
