@@ -156,6 +156,17 @@ def make_parser() -> Parser:
         help="calibrate every tensor on what those before it have become: slower, and errors add up less",
     )
     add(
+        "--activations",
+        choices=("int8", "fp8_e4m3"),
+        help="round what linears read, as a device with 8-bit products does [as the backend does]",
+    )
+    add(
+        "--activation-scales",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="dynamic: one a token; static: one for all, from the calibration [dynamic]",
+    )
+    add(
         "--rotate",
         type=int,
         nargs="?",

@@ -109,6 +109,8 @@ def build_options(args: argparse.Namespace) -> Options:
         algorithm=args.algorithm,
         observer=args.observer,
         feedback=args.feedback,
+        activations=args.activations,
+        static_scales=args.activation_scales == "static",
         rotate=args.rotate,
         calibration=_calibration(args),
         calibrates=any(x is not None for x in (args.calibration, args.calibration_folder, args.sensitivity)),

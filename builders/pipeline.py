@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from builders import pack, planner
+from builders.activations import Kind, round_activations
 from builders.calibrating import CalibrationRequest, Calibrations
 from builders.corpus import BUILTIN, SELF
 from builders.evaluate import EvaluationText, read_text
@@ -31,7 +32,7 @@ from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
-from builders.quantizing import quantize, scale_channels
+from builders.quantizing import fix_scales, quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
 from builders.task import Task
@@ -58,6 +59,8 @@ class Options:
     algorithm: str = "rtn"
     observer: str | None = None
     feedback: bool = False  # every tensor knows what those before it have become
+    activations: Kind | None = None  # what linears read is rounded to; static: scales from the calibration
+    static_scales: bool = False
     rotate: int | None = None  # seed of the rotation, None for none
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     calibrates: bool = False  # even where the algorithm needs no statistics
@@ -92,6 +95,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
     algorithm = get_algorithm(options.algorithm)
+    if options.static_scales and options.activations is None:
+        raise BadConfig("static activation scales need --activations int8 or fp8_e4m3")
     if options.feedback and not algorithm.CALIBRATED:
         raise BadConfig(f"--feedback is for calibrated algorithms such as gptq, not {options.algorithm}")
     seconds: dict[str, float] = {}
@@ -102,7 +107,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
-            if (algorithm.CALIBRATED and request.weights != planner.KEEP) or options.calibrates:
+            needed = algorithm.CALIBRATED and request.weights != planner.KEEP
+            if needed or options.calibrates or options.static_scales:
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
@@ -116,18 +122,18 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "quantize"):
             how = AlgorithmOptions(options.observer, calibrations.device)
             scaled = scale_channels(contents, plans, algorithm, how, calibrations, watcher)
+            if options.activations is not None and options.static_scales:
+                observer = options.observer or "minmax"
+                scaled = fix_scales(scaled, calibrations, options.activations, observer)
             sqnr = quantize(
                 scaled, plans, algorithm, how, calibrations, writer, watcher, feedback=options.feedback
             )
         _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
         with _timed(seconds, "verify"):
-            subject = Subject(
-                contents.target,
-                contents.language,
-                profile,
-                plans[LANGUAGE],
-                StoredPlanes(LANGUAGE, contents.language.program, plans[LANGUAGE], writer),
-            )
+            # As it was before its channels were scaled: the same function, in the checkpoint's own basis
+            part = replace(contents.language, program=scaled.language.program)
+            stored = StoredPlanes(LANGUAGE, part.program, plans[LANGUAGE], writer)
+            subject = Subject(contents.target, part, profile, plans[LANGUAGE], stored)
             quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
         notices = list(contents.notices)
@@ -179,6 +185,10 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     if options.rotate is not None:
         turned = rotate(contents.target.weights, options.rotate)
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
+    if options.activations is not None:
+        part = contents.language
+        rounded = round_activations(part.program, options.activations)
+        contents = contents.with_language(replace(part, program=rounded))
     return contents, request
 
 

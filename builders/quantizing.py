@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from builders.activations import Kind, round_activations
 from builders.calibrating import Calibrations
 from builders.encoding import encode
 from builders.equalize import ScaledWeights, equalize
@@ -48,6 +49,20 @@ def _scaled(
     )
     origins = {name: origin for name, origin in part.origins.items() if name not in weights.changed}
     return replace(part, weights=weights, origins=origins)
+
+
+def fix_scales(contents: Contents, calibrations: Calibrations, kind: Kind, observer: str) -> Contents:
+    """The language part's activations rounded with scales from its calibration, in place of one a token.
+    Raises BadConfig where a linear has no statistics."""
+    part = contents.language
+    weights = part.weights
+
+    def statistics(name: str) -> InputStatistics | None:
+        found = calibrations.statistics(part.name, name)
+        return weights.inputs(name, found) if isinstance(weights, ScaledWeights) else found
+
+    program = round_activations(weights.program, kind, statistics, observer)  # type: ignore[attr-defined]
+    return contents.with_language(replace(part, program=program))
 
 
 @dataclass(frozen=True, slots=True)

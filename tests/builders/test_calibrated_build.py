@@ -17,6 +17,7 @@ from builders.cli import main as edge_build
 from builders.pipeline import build
 from builders.planner import Request
 from edge_runtime.engine.file import read_engine
+from edge_runtime.engine.ops import Round
 from edge_runtime.errors import BadConfig, Unsupported
 
 pytest.importorskip("torch")
@@ -114,9 +115,38 @@ def test_a_rotated_model_answers_the_same(model: Path, tmp_path: Path, algorithm
         assert all(np.all(weights[n].planes["w"].view(np.float32) == 1.0) for n in norms)
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "smoothquant"])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+def test_activations_are_rounded_with_scales_of_the_token_or_of_the_calibration(
+    model: Path, tmp_path: Path, algorithm: str, kind: str
+) -> None:
+    plain = replace(options_of(model, tmp_path / "m.edge", auto=False), algorithm=algorithm)
+    plain = replace(plain, request=Request(weights="int8_row"))
+    kl = {}
+    for name, changes in {
+        "none": {},
+        "dynamic": {"activations": kind},
+        "static": {"activations": kind, "static_scales": True},
+    }.items():
+        done = build(replace(plain, output=tmp_path / f"{name}.edge", **changes))
+        assert done.manifest.quality is not None and done.manifest.known_answer is not None
+        kl[name] = done.manifest.quality.kl_mean
+        ops = done.manifest.parts["language"].program.ops
+        scales = [op.scale for op in ops if isinstance(op, Round)]
+        assert len(scales) == (0 if name == "none" else 8)  # four groups of linears in each of two layers
+        assert all((scale is not None) == (name == "static") for scale in scales)
+    assert kl["none"] < kl["dynamic"] < 0.05 and kl["none"] < kl["static"] < 0.1
+
+
+def test_static_scales_need_something_to_scale(model: Path, tmp_path: Path) -> None:
+    options = replace(options_of(model, tmp_path / "m.edge", auto=False), static_scales=True)
+    with pytest.raises(BadConfig, match="--activations"):
+        build(options)
+
+
 def test_what_cannot_be_combined_is_refused(model: Path, tmp_path: Path) -> None:
     options = replace(options_of(model, tmp_path / "m.edge", auto=False), rotate=3)
-    with pytest.raises(BadConfig, match="keep"):
+    with pytest.raises(BadConfig, match="kept as they are"):
         build(replace(options, request=Request(weights="keep")))
     with pytest.raises(Unsupported, match="cuda"):
         build(replace(options, calibration=replace(options.calibration, device="cuda")))
