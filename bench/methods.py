@@ -79,7 +79,7 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     common = ["--profile", "cpu", "--kv", "f16", "--eval-tokens", str(args.tokens), "--context", "256"]
-    common += ["--calibration-folder", str(work / "calibration"), "--sample-tokens", "256"]
+    common += ["--sample-tokens", "256"]
     if name == "planner":
         held = chats(args.work, 60, held_out=True)
         common += ["--eval", str(held), "--task", str(task(args.work, args.commands))]
@@ -89,7 +89,9 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
     for bits, method, weights, algorithm, more in cells():
         kept = work / f"{method.replace(' ', '-').replace(',', '')}-{bits}.json"
         if not kept.is_file():
+            folder = work / ("rotated" if "--rotate" in more else "calibration")
             words = [*common, "--weights", weights, "--algorithm", algorithm, *more]
+            words += ["--calibration-folder", str(folder)]
             row = build(model, words, work / "engine.edge")
             kept.write_text(json.dumps({"bits": bits, "method": method} | row))
         rows.append(json.loads(kept.read_text()))
