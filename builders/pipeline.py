@@ -10,6 +10,7 @@ phases holds a model.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_al
 from builders.quantizing import fix_scales, quantize, scale_channels
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
+from builders.sensitivity_plot import draw
 from builders.task import Task
 from builders.task_file import read_task
 from builders.texts import text_files
@@ -224,6 +226,8 @@ def measured_sensitivity(
         watcher,
     )
     _keep(options, "sensitivity", found)
+    if options.keep_json is not None and importlib.util.find_spec("matplotlib") is not None:
+        draw(found, options.keep_json / "sensitivity.png")
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from killed_build import options_of
 from builders.cli import main as edge_build
 from builders.pipeline import build
 from builders.planner import Request
+from builders.sensitivity import read_sensitivity
 from edge_runtime.engine.file import read_engine
 from edge_runtime.engine.ops import Round
 from edge_runtime.errors import BadConfig, Unsupported
@@ -150,6 +153,23 @@ def test_what_cannot_be_combined_is_refused(model: Path, tmp_path: Path) -> None
         build(replace(options, request=Request(weights="keep")))
     with pytest.raises(Unsupported, match="cuda"):
         build(replace(options, calibration=replace(options.calibration, device="cuda")))
+
+
+def test_a_mixed_plan_leaves_what_it_was_made_by(model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "json"
+    build(replace(options_of(model, tmp_path / "m.edge", auto=True), keep_json=kept))
+    found = read_sensitivity(kept / "sensitivity.json")
+    plan = json.loads((kept / "plan.json").read_text())
+    chosen = {n: t["format"] for n, t in plan["language"]["tensors"].items()}
+    assert {f for losses in found.losses.values() for f in losses} == {"int8_g64", "int4_g32", "int3_g32"}
+    assert {chosen[n] for n in found.losses} <= {"int8_g64", "int4_g32", "int3_g32"}
+    assert "explanation" in plan
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert (kept / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    # The file alone gives another build the same plan
+    again = replace(options_of(model, tmp_path / "again.edge", auto=True), algorithm="rtn", sensitivity=found)
+    done = build(again)
+    assert {n: t.format for n, t in done.manifest.parts["language"].plan.tensors.items()} == chosen
 
 
 def test_the_command_line_calibrates(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
