@@ -79,7 +79,7 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     common = ["--profile", "cpu", "--kv", "f16", "--eval-tokens", str(args.tokens), "--context", "256"]
-    common += ["--sample-tokens", "256"]
+    common += ["--sample-tokens", "256", "--samples", str(args.samples)]
     if name == "planner":
         held = chats(args.work, 60, held_out=True)
         common += ["--eval", str(held), "--task", str(task(args.work, args.commands))]
@@ -159,6 +159,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--commands", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench" / "methods")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -167,7 +168,13 @@ def main() -> int:
     text = table(results)
     print(text)
     target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-methods.json"
-    record = {"machine": machine(), "commands": args.commands, "tokens": args.tokens, "models": results}
+    record = {
+        "machine": machine(),
+        "commands": args.commands,
+        "tokens": args.tokens,
+        "samples": args.samples,
+        "models": results,
+    }
     target.write_text(json.dumps(record, indent=1) + "\n")
     target.with_suffix(".md").write_text(text)
     draw(results, target.with_suffix(".png"))
