@@ -7,7 +7,7 @@ read back by the gguf package. A folder that GPTQModel wrote is imported value-e
 built to the same bytes or fewer: `--weights auto --bits B` with GPTQ and feedback against llama.cpp's files,
 and the same format with the same embedding (f16) against GPTQModel's. KL is the mean over all tokens of
 held-out chats, with f32 activations and cache on all sides, so that the weights alone differ. CHATS are what
-ours is calibrated on; give GPTQModel the same. Writes bench/results/cpu-<date>-peers-quality.json.
+ours is calibrated on; give GPTQModel the same. Writes bench/results/cpu-<date>-peers-<names>.json.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def ours(work: Path, words: list[str], most: float, parameters: int) -> dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--chats", type=Path, required=True)
+    parser.add_argument("--kinds", nargs="*", default=KINDS, help="of llama.cpp's quantizations")
     parser.add_argument("--gptqmodel", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench" / "peers")
     args = parser.parse_args()
@@ -81,7 +82,7 @@ def main() -> int:
         text = read_text(source, vocabulary, held, limit=4096, window=256)
         parameters = sum(s.size for s in exact.program.tensors.values() if s.role != "vector")
         full = gguf_peer.write_f32(MODEL, args.work / "planner-f32.gguf")
-        for kind in KINDS:
+        for kind in args.kinds:
             path = gguf_peer.quantize(full, args.work / f"planner-{kind}.gguf", kind)
             heads = (config["num_attention_heads"], config["num_key_value_heads"])
             theirs = gguf_peer.read_quantized(path, exact, *heads)
@@ -108,7 +109,8 @@ def main() -> int:
                 }
             )
             print(_line(rows[-1]), flush=True)
-    target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-peers-quality.json"
+    peers = "-".join([*(["llama.cpp"] if args.kinds else []), *(["gptqmodel"] if args.gptqmodel else [])])
+    target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-peers-{peers}.json"
     target.write_text(
         json.dumps({"machine": machine(), "tokens": text.predicted, "rows": rows}, indent=1) + "\n"
     )

@@ -1,0 +1,79 @@
+"""Whether a mixed plan beats uniform 4-bit formats: all tensors alike, embedding and head included.
+
+    python bench/mixed_plan.py [--models planner] [--samples 32] [--work build/bench/mixed]
+
+Values by GPTQ with feedback on both sides, one calibration a model. The mixed plan has 4.0 bits a weight on
+average, scales included, and again the bytes of each uniform format. KL is to the f32 model, with f32
+activations and an f16 cache. Writes bench/results/cpu-<date>-mixed-plan.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+from methods import build
+from quality_texts import ROOT, STORY, chats, present
+
+UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32")
+
+
+def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    work = args.work / name
+    work.mkdir(parents=True, exist_ok=True)
+    common = [
+        "--profile",
+        "cpu",
+        "--kv",
+        "f16",
+        "--eval-tokens",
+        "2048",
+        "--context",
+        "256",
+        "--algorithm",
+        "gptq",
+    ]
+    common += ["--feedback", "--samples", str(args.samples), "--sample-tokens", "256"]
+    common += ["--calibration-folder", str(work / "calibration")]
+    common += ["--eval", str(chats(args.work, 60, held_out=True) if name == "planner" else STORY)]
+    rows = []
+    for fmt in UNIFORM:
+        words = ["--weights", fmt, "--head-weights", fmt]
+        rows.append({"plan": fmt} | build(model, [*common, *words], work / "engine.edge"))
+        print(name, fmt, rows[-1]["bits_per_weight"], rows[-1]["bytes"], rows[-1]["kl_mean"], flush=True)
+    for bits in (4.0, *(row["bits_per_weight"] for row in list(rows))):
+        words = ["--weights", "auto", "--bits", f"{bits:.4f}"]
+        rows.append({"plan": f"mixed {bits:.2f}"} | build(model, [*common, *words], work / "engine.edge"))
+        print(
+            name,
+            rows[-1]["plan"],
+            rows[-1]["bits_per_weight"],
+            rows[-1]["bytes"],
+            rows[-1]["kl_mean"],
+            flush=True,
+        )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", nargs="*")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench" / "mixed")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    models = {n: f for n, f in present().items() if not args.models or n in args.models}
+    results = {name: measure(name, folder, args) for name, folder in models.items()}
+    target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-mixed-plan.json"
+    target.write_text(json.dumps({"machine": machine(), "models": results}, indent=1) + "\n")
+    print(f"written: {target.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
