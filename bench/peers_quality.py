@@ -28,6 +28,7 @@ from quality_texts import MODELS, ROOT, chats
 from builders.archs import read_program
 from builders.cli import main as edge_build
 from builders.evaluate import EvaluationText, compare_models, read_text
+from builders.parts import Extras, open_contents
 from builders.sources import open_source, read_vocabulary
 from builders.weights import CheckpointWeights, Weights
 from edge_runtime.engine.plan import KvPlan
@@ -45,8 +46,8 @@ def engine(work: Path, model: Path, words: list[str]) -> dict[str, Any]:
         code = edge_build([*common, *words, "-o", str(work / "engine.edge"), str(model)])
     if code != 0:
         raise SystemExit(f"edge-build {' '.join(words)} failed")
-    data: dict[str, Any] = json.loads(out.getvalue())["quality"]
-    return data
+    data: dict[str, Any] = json.loads(out.getvalue())
+    return data["quality"] or {"bytes": data["plan"]["memory"]["weights"]}
 
 
 def of_peer(exact: Weights, theirs: Weights, text: EvaluationText) -> float:
@@ -91,24 +92,17 @@ def main() -> int:
             mine = ours(args.work, common, theirs.nbytes, parameters)
             rows.append(row | {"ours": mine["kl_mean"], "ours_bytes": mine["bytes"]})
             print(_line(rows[-1]), flush=True)
-    for name, _, folder in (word.partition("=") for word in args.gptqmodel):
-        kept = engine(
-            args.work, Path(folder), ["--weights", "keep", "--head-weights", "f16", "--eval", str(held)]
-        )
-        bits = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["bits"]
-        for fmt in (f"int{bits}_g64", f"int{bits}_g64_zp"):
-            mine = engine(args.work, MODEL, [*common, "--weights", fmt, "--head-weights", "f16"])
-            rows.append(
-                {
-                    "peer": f"GPTQModel {name}",
-                    "bytes": kept["bytes"],
-                    "kl": kept["kl_mean"],
-                    "format": fmt,
-                    "ours": mine["kl_mean"],
-                    "ours_bytes": mine["bytes"],
-                }
-            )
-            print(_line(rows[-1]), flush=True)
+        for name, _, folder in (word.partition("=") for word in args.gptqmodel):
+            with open_contents(Path(folder), Extras(), 256) as contents:
+                theirs_kl = of_peer(exact, contents.target.weights, text)
+            words = ["--weights", "keep", "--head-weights", "f16", "--no-eval"]
+            nbytes = engine(args.work, Path(folder), words)["bytes"]
+            bits = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["bits"]
+            for fmt in (f"int{bits}_g64", f"int{bits}_g64_zp"):
+                mine = engine(args.work, MODEL, [*common, "--weights", fmt, "--head-weights", "f16"])
+                row = {"peer": f"GPTQModel {name}", "bytes": nbytes, "kl": theirs_kl, "format": fmt}
+                rows.append(row | {"ours": mine["kl_mean"], "ours_bytes": mine["bytes"]})
+                print(_line(rows[-1]), flush=True)
     peers = "-".join([*(["llama.cpp"] if args.kinds else []), *(["gptqmodel"] if args.gptqmodel else [])])
     target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-peers-{peers}.json"
     target.write_text(

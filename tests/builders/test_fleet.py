@@ -194,7 +194,9 @@ def test_a_cell_that_is_killed_stops_no_other(tmp_path: Path, monkeypatch: pytes
 def test_an_interrupt_ends_every_process_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     write_model(tmp_path / "ant", config)
-    options = {"weights": "int4_g32", "eval-tokens": 4096, "context": 128}
+    # Enough to measure that the interrupt comes before the end, however busy the machine is
+    (tmp_path / "long.txt").write_text("the robot goes to the door and back again. " * 4000)
+    options = {"weights": "int4_g32", "eval": "long.txt", "eval-tokens": 150_000, "context": 128}
     path = write_fleet(tmp_path, models=["ant"], profiles=["cpu"], options=options)
     log = tmp_path / "out" / "logs" / "ant-cpu.log"
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")

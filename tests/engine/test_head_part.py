@@ -75,6 +75,6 @@ def test_memory_of_a_head() -> None:
     assert (memory.kv, memory.weights) == (0, plan.memory.weights)
     tokens, logits = plan.step.tokens, plan.step.logits
     buffers = 2 * tokens * 32 * 4  # h and u
-    scratch = tokens * (128 + 2 * (128 // 32) * 4)  # int8 codes; scales and sums of groups of 32
+    scratch = tokens * (128 + 2 * (128 // 16) * 4)  # int8 codes; scales and sums of groups of 16
     scratch += logits * (32 + 64) * 4  # rows and logits
     assert memory.buffers == buffers + scratch
