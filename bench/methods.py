@@ -88,6 +88,8 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
     rows = []
     for bits, method, weights, algorithm, more in cells():
         kept = work / f"{method.replace(' ', '-').replace(',', '')}-{bits}.json"
+        if not kept.is_file() and args.bits and bits not in args.bits:
+            continue
         if not kept.is_file():
             folder = work / ("rotated" if "--rotate" in more else "calibration")
             words = [*common, "--weights", weights, "--algorithm", algorithm, *more]
@@ -157,6 +159,7 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*")
+    parser.add_argument("--bits", nargs="*", type=int, help="widths to measure now; others as they are kept")
     parser.add_argument("--commands", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
