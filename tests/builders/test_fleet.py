@@ -201,7 +201,15 @@ def test_an_interrupt_ends_every_process_and_leaves_no_temporary_file(tmp_path: 
     log = tmp_path / "out" / "logs" / "ant-cpu.log"
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "builders.cli", "--matrix", str(path), "--jobs", "1"]
-    parent = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        command,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test run in the background has it ignored, and a child inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         until = time.monotonic() + 120
         while not (log.is_file() and "quantize" in log.read_text()) and time.monotonic() < until:
