@@ -223,6 +223,7 @@ def measured_sensitivity(
         contents.language.weights,
         planner.candidates(profile, resolved),
         options.calibration.sensitivity,
+        options.algorithm,
         watcher,
     )
     _keep(options, "sensitivity", found)
