@@ -39,7 +39,10 @@ def write_structured(folder: Path, seed: int, **changes: Any) -> Path:
     for key, shape in llama_shapes(config).items():
         if len(shape) == 1:
             values = np.exp(rng.normal(0.0, 0.3, shape))
-            values[loud] *= TIMES if "layernorm" in key else 1.0
+            if "layernorm" in key:
+                values[loud] *= TIMES
+            else:  # before the tied head: logits of a standard deviation of about 2, as trained models have
+                values *= 2.0 / np.sqrt(config["hidden_size"] + OUTLIERS * TIMES**2)
         elif "embed" in key:
             values = _spectrum(rng, shape, 0.5)
             values[:, loud] *= TIMES
