@@ -6,11 +6,11 @@ with planes `q` and `high` has a code's lower bits in `q` and the others in `hig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from edge_runtime.engine.formats import nibbles
+from edge_runtime.engine.formats import nibbles, scaled
 from edge_runtime.engine.formats.record import ENCODINGS, Array, Plane, Planes
 
 
@@ -66,3 +66,37 @@ def split(planes: Sequence[Plane], stored: Planes, cols: int) -> Array:
         codes = codes | (unpack_bits(stored[plane.name], bits, cols) << np.uint8(shift))
         shift += bits
     return codes
+
+
+def in_chunks(planes: Sequence[Plane], stored: Planes, rows: int, cols: int) -> Iterator[tuple[slice, Array]]:
+    """Row chunks of the codes as f32: (slice, (r, cols))."""
+    for r in scaled.row_chunks(rows, cols):
+        part = {p.name: stored[p.name][r] for p in planes}
+        yield r, split(planes, part, cols).astype(np.float32)
+
+
+def decode_centred(
+    planes: Sequence[Plane], stored: Planes, scale: Array, group: int, shape: tuple[int, int], offset: int
+) -> Array:
+    """f32 (code - offset) * scale, scale f32 (rows, groups)."""
+    out = np.empty(shape, np.float32)
+    for r, code in in_chunks(planes, stored, *shape):
+        code -= np.float32(offset)
+        np.multiply(code, scaled.spread(scale[r], group, shape), out=out[r])
+    return out
+
+
+def decode_shifted(
+    planes: Sequence[Plane],
+    stored: Planes,
+    scale: Array,
+    shift: Array,
+    group: int,
+    shape: tuple[int, int],
+) -> Array:
+    """f32 code * scale + shift, both f32 (rows, groups)."""
+    out = np.empty(shape, np.float32)
+    for r, code in in_chunks(planes, stored, *shape):
+        code *= scaled.spread(scale[r], group, shape)
+        np.add(code, scaled.spread(shift[r], group, shape), out=out[r])
+    return out

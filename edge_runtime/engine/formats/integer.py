@@ -37,30 +37,13 @@ def _symmetric(name: str, bits: int, group: int) -> Format:
         return {"scale": scaled.f16_scale(name, scaled.absmax(x, group) / np.float32(top))}
 
     def on_grid(x: Array, grid: Planes) -> dict[str, Array]:
-        rows, cols = x.shape
         scaled.check_scales(name, grid)
-        u = np.empty((rows, cols), np.uint8)
-        for r, y in scaled.quotients(x, grid["scale"], group):
-            np.rint(y, out=y)
-            np.clip(y, -top - 1, top, out=y)
-            y += np.float32(top + 1)
-            u[r] = y[:, :cols]
+        u = scaled.centred_codes(x, grid["scale"], group, top)
         return {**codes.join(stored, u), "scale": grid["scale"]}
 
     def decode(planes: Planes, rows: int, cols: int) -> Array:
-        out = np.empty((rows, cols), np.float32)
         scale = planes["scale"].astype(np.float32)
-        for r in scaled.row_chunks(rows, cols):
-            code = codes.split(stored, _rows(stored, planes, r), cols).astype(np.float32) - np.float32(
-                top + 1
-            )
-            np.multiply(code, scaled.spread(scale[r], group, (rows, cols)), out=out[r])
-        return out
-
-    def bound(values: Array, planes: Planes) -> Array:
-        step = scaled.spread(planes["scale"].astype(np.float64), group, values.shape)
-        ends = ((-top - 1) * step, top * step)
-        return scaled.error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
+        return codes.decode_centred(stored, planes, scale, group, (rows, cols), top + 1)
 
     def grid_for(low: Array, high: Array) -> dict[str, Array]:
         return {"scale": scaled.signed_f16_scale(name, scaled.nearest_scale(low, high, -top - 1, top))}
@@ -70,7 +53,7 @@ def _symmetric(name: str, bits: int, group: int) -> Format:
         (*stored, Plane("scale", "f16", group)),
         lambda x: on_grid(x, fit(x)),
         decode,
-        bound,
+        lambda values, planes: scaled.centred_bound(values, planes["scale"], group, top),
         "int",
         on_grid,
         grid_for,
@@ -108,8 +91,7 @@ def _zero_point(name: str, bits: int, group: int) -> Format:
     def decode(planes: Planes, rows: int, cols: int) -> Array:
         out = np.empty((rows, cols), np.float32)
         scale, zero = planes["scale"].astype(np.float32), planes["zero"].astype(np.float32)
-        for r in scaled.row_chunks(rows, cols):
-            code = codes.split(stored, _rows(stored, planes, r), cols).astype(np.float32)
+        for r, code in codes.in_chunks(stored, planes, rows, cols):
             code -= scaled.spread(zero[r], group, (rows, cols))
             np.multiply(code, scaled.spread(scale[r], group, (rows, cols)), out=out[r])
         return out
@@ -157,13 +139,7 @@ def _minimum(name: str, bits: int, group: int) -> Format:
         return {**codes.join(stored, u), "scale": grid["scale"], "min": grid["min"]}
 
     def decode(planes: Planes, rows: int, cols: int) -> Array:
-        out = np.empty((rows, cols), np.float32)
-        scale, shift = affine(planes)
-        for r in scaled.row_chunks(rows, cols):
-            code = codes.split(stored, _rows(stored, planes, r), cols).astype(np.float32)
-            code *= scaled.spread(scale[r], group, (rows, cols))
-            np.add(code, scaled.spread(shift[r], group, (rows, cols)), out=out[r])
-        return out
+        return codes.decode_shifted(stored, planes, *affine(planes), group, (rows, cols))
 
     return Format(
         name,
@@ -177,11 +153,6 @@ def _minimum(name: str, bits: int, group: int) -> Format:
         affine,
         np.arange(top + 1, dtype=np.float32),
     )
-
-
-def _rows(stored: tuple[Plane, ...], planes: Planes, rows: slice) -> dict[str, Array]:
-    """Some rows of the planes of codes."""
-    return {p.name: planes[p.name][rows] for p in stored}
 
 
 for _bits in (2, 3, 4, 5, 6):

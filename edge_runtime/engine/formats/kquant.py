@@ -80,36 +80,19 @@ def _signed(bits: int) -> Format:
         return {"scale": s.astype(np.int8), "super": sup}
 
     def on_grid(x: Array, grid: Planes) -> dict[str, Array]:
-        cols = x.shape[1]
         scaled.check_scales(name, grid, "super")
-        u = np.empty(x.shape, np.uint8)
-        for r, y in scaled.quotients(x, scales(grid), group):
-            np.rint(y, out=y)
-            np.clip(y, -top - 1, top, out=y)
-            y += np.float32(top + 1)
-            u[r] = y[:, :cols]
+        u = scaled.centred_codes(x, scales(grid), group, top)
         return {**codes.join(stored, u), "scale": grid["scale"], "super": grid["super"]}
 
     def decode(planes: Planes, rows: int, cols: int) -> Array:
-        out = np.empty((rows, cols), np.float32)
-        scale = scales(planes)
-        for r in scaled.row_chunks(rows, cols):
-            part = {p.name: planes[p.name][r] for p in stored}
-            code = codes.split(stored, part, cols).astype(np.float32) - np.float32(top + 1)
-            np.multiply(code, scaled.spread(scale[r], group, (rows, cols)), out=out[r])
-        return out
-
-    def bound(values: Array, planes: Planes) -> Array:
-        step = scaled.spread(scales(planes).astype(np.float64), group, values.shape)
-        ends = ((-top - 1) * step, top * step)
-        return scaled.error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
+        return codes.decode_centred(stored, planes, scales(planes), group, (rows, cols), top + 1)
 
     return Format(
         name,
         (*stored, Plane("scale", "i8", group), Plane("super", "f16", SUPER)),
         lambda x: on_grid(x, grid_for(*scaled.extent(x, group))),
         decode,
-        bound,
+        lambda values, planes: scaled.centred_bound(values, scales(planes), group, top),
         "int",
         on_grid,
         grid_for,
@@ -150,14 +133,7 @@ def _with_minima(bits: int, group: int, most: int) -> Format:
         return {**codes.join(stored, u), **{p.name: grid[p.name] for p in own}}
 
     def decode(planes: Planes, rows: int, cols: int) -> Array:
-        out = np.empty((rows, cols), np.float32)
-        scale, shift = affine(planes)
-        for r in scaled.row_chunks(rows, cols):
-            part = {p.name: planes[p.name][r] for p in stored}
-            code = codes.split(stored, part, cols).astype(np.float32)
-            code *= scaled.spread(scale[r], group, (rows, cols))
-            np.add(code, scaled.spread(shift[r], group, (rows, cols)), out=out[r])
-        return out
+        return codes.decode_shifted(stored, planes, *affine(planes), group, (rows, cols))
 
     own = (*shared, Plane("super", "f16", SUPER), Plane("super_min", "f16", SUPER))
     return Format(

@@ -133,6 +133,24 @@ def f16_below(name: str, wanted: Array) -> Array:
     return least
 
 
+def centred_codes(x: Array, scale: Array, group: int, top: int) -> Array:
+    """Codes u8 of round(x / scale) + top + 1, clipped to -top - 1..top before the shift."""
+    u = np.empty(x.shape, np.uint8)
+    for r, y in quotients(x, scale, group):
+        np.rint(y, out=y)
+        np.clip(y, -top - 1, top, out=y)
+        y += np.float32(top + 1)
+        u[r] = y[:, : x.shape[1]]
+    return u
+
+
+def centred_bound(values: Array, scale: Array, group: int, top: int) -> Array:
+    """`error_bound` of values = (code - top - 1) * scale."""
+    step = spread(scale.astype(np.float64), group, values.shape)
+    ends = ((-top - 1) * step, top * step)
+    return error_bound(values, np.abs(step) / 2, np.minimum(*ends), np.maximum(*ends))
+
+
 def shifted_codes(x: Array, scale: Array, shift: Array, group: int, top: int) -> Array:
     """u8 codes round_half_even((x - shift) / scale) in 0..top, (rows, cols); a zero scale gives 0.
 
