@@ -167,12 +167,12 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     """
     request = options.request
     contents = stack.enter_context(open_contents(options.model, options.extras, request.context))
-    kept, notices = contents.target.weights.kept()
     quantized = bool(contents.target.source.matrices)
     if request.weights == planner.DEFAULT:
         request = replace(request, weights=planner.KEEP if quantized else planner.DEFAULT_WEIGHTS)
-    if request.weights == planner.KEEP:
-        request = replace(request, kept=kept if quantized else {})
+    if request.weights == planner.KEEP and quantized:
+        kept, notices = contents.target.weights.kept()
+        request = replace(request, kept=kept)
         contents.notices.extend(notices)
     changes = [f"--algorithm {options.algorithm}"] if isinstance(algorithm, ChannelScaler) else []
     if options.rotate is not None:

@@ -55,14 +55,19 @@ def fix_scales(contents: Contents, calibrations: Calibrations, kind: Kind, obser
     """The language part's activations rounded with scales from its calibration, in place of one a token.
     Raises BadConfig where a linear has no statistics."""
     part = contents.language
-    weights = part.weights
-
-    def statistics(name: str) -> InputStatistics | None:
-        found = calibrations.statistics(part.name, name)
-        return weights.inputs(name, found) if isinstance(weights, ScaledWeights) else found
-
-    program = round_activations(weights.program, kind, statistics, observer)  # type: ignore[attr-defined]
+    program = round_activations(
+        part.weights.program,  # type: ignore[attr-defined]
+        kind,
+        lambda name: inputs_of(part, name, calibrations),
+        observer,
+    )
     return contents.with_language(replace(part, program=program))
+
+
+def inputs_of(part: Part, name: str, calibrations: Calibrations) -> InputStatistics | None:
+    """Statistics of what a tensor of a part reads, as scaled channels have them, or None."""
+    found = calibrations.statistics(part.name, name)
+    return part.weights.inputs(name, found) if isinstance(part.weights, ScaledWeights) else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +126,6 @@ def quantize(
     for writing in parts:
         part = writing.part
         for name in [name for name in writing.plan.tensors if name not in writing.written]:
-            inputs = calibrations.statistics(part.name, name) if algorithm.CALIBRATED else None
-            if isinstance(part.weights, ScaledWeights):
-                inputs = part.weights.inputs(name, inputs)
-            writing.write(name, inputs)
+            writing.write(name, inputs_of(part, name, calibrations) if algorithm.CALIBRATED else None)
             watcher.step(f"{part.name} {name}")
     return {writing.part.name: writing.sqnr for writing in parts}
