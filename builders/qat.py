@@ -13,23 +13,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders.lessons import Lesson, batches, digest, read_lessons
+from builders.lessons import Lesson, batches, digest
 from builders.role_formats import Formats
 from builders.sources import read_vocabulary
 from builders.texts import ModelText
 from builders.trained_folder import write_trained
-from builders.training import (
-    STATE,
-    Run,
-    check_limits,
-    need_torch,
-    restore_state,
-    save_state,
-    take_step,
-    watch,
+from builders.training import STATE, Run, carry_out, need_torch, take_step
+from builders.training_options import (
+    HEAD_WEIGHTS,
+    add_data_options,
+    add_run_options,
+    check_run,
+    read_data,
+    run_data,
+    run_rows,
 )
 from edge_runtime.cli.output import Answer, Parser, run_command, table
-from edge_runtime.errors import BadConfig
 
 if TYPE_CHECKING:
     import torch
@@ -49,44 +48,20 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="model folder; it is only read")
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the trained model goes")
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".jsonl of chats, prompts with completions, or texts; any other file is plain text",
-    )
-    add("--heldout", type=Path, metavar="FILE", help="the same, to measure on before and after")
+    add_data_options(parser)
     add("--weights", required=True, metavar="FORMAT", help="of the matrices, as of edge-build")
-    add("--head-weights", metavar="FORMAT", help="of embedding and head [as edge-build plans them]")
+    add("--head-weights", metavar="FORMAT", help=HEAD_WEIGHTS)
     add("--fit", default="mse", metavar="HOW", help="how grids are fitted to the weights: minmax, mse [mse]")
     add("--refit", type=int, default=20, metavar="N", help="fit the grids anew every N steps, 0: never [20]")
     add("--learn-scales", action="store_true", help="let scales of symmetric whole numbers learn (LSQ)")
     add("--distill", action="store_true", help="learn the unquantized model's answers instead of the data's")
-    add("--steps", type=int, default=300, metavar="N", help="steps of training [300]")
-    add("--rate", type=float, default=3e-4, metavar="X", help="peak learning rate [0.0003]")
-    add("--length", type=int, default=512, metavar="N", help="longest sequence, tokens [512]")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of one step [2048]")
-    add("--seed", type=int, default=1, metavar="N", help="order of the data [1]")
-    add("--threads", type=int, default=0, metavar="N", help="cores [all]")
-    add("--fresh", action="store_true", help="do not go on from an interrupted run")
+    add_run_options(parser, rate=3e-4, seed="order of the data")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises BadConfig for what cannot be meant."""
-    check_limits(
-        {
-            "--steps": (args.steps, 1, 1e9),
-            "--rate": (args.rate, 1e-8, 1.0),
-            "--refit": (args.refit, 0, 1e9),
-            "--length": (args.length, 3, 1 << 20),
-            "--batch-tokens": (args.batch_tokens, 3, 1 << 24),
-            "--threads": (args.threads, 0, 1024),
-        }
-    )
-    if args.output.resolve() == args.model.resolve():
-        raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
+    check_run(args, {"--refit": (args.refit, 0, 1e9)})
 
 
 def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.Namespace) -> Iterator[float]:
@@ -126,31 +101,27 @@ def run(args: argparse.Namespace) -> Answer:
     with open_model(args.model) as source:
         formats = Formats(args.weights, args.head_weights)
         model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
-        length = min(args.length, model.context)
         with ModelText(source, read_vocabulary(source, model.program.program.vocab_size)) as text:
-            lessons = read_lessons(args.data, text, length)
-            heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
+            lessons, heldout = read_data(args, text, model.context)
         found: dict[str, Measured] = {}
         if heldout:
             found["f32"] = measure(teacher_of(model.weights), heldout, args.batch_tokens)
             model.requantize()
             found["before"] = measure(model.program, heldout, args.batch_tokens)
         training = Run(model.tensors, model.optimizer(args.rate), _identity(args, source.sha256(), lessons))
-        args.output.mkdir(parents=True, exist_ok=True)
         state = args.output / STATE
-        if state.exists() and not args.fresh:
-            restore_state(training, state)
-            model.use_grids(training.kept)
 
-        def save() -> None:
+        def keep_grids() -> None:
             training.kept = model.grids()
-            save_state(training, state)
 
-        try:
-            watch(training, train(training, model, lessons, args), save)
-        except KeyboardInterrupt:
-            save()
-            raise
+        carry_out(
+            training,
+            train(training, model, lessons, args),
+            state,
+            fresh=args.fresh,
+            restored=lambda: model.use_grids(training.kept),
+            saving=keep_grids,
+        )
         write_trained(args.output, source, model.encode(), model.plain())
         state.unlink(missing_ok=True)
         if heldout:
@@ -167,19 +138,8 @@ def _identity(args: argparse.Namespace, digests: dict[str, str], lessons: Sequen
 
 
 def _answer(args: argparse.Namespace, training: Run, found: dict[str, Measured]) -> Answer:
-    data: dict[str, Any] = {
-        "path": str(args.output),
-        "steps": training.step,
-        "seconds": round(training.seconds, 3),
-        "loss": training.recent if training.losses else None,
-        "heldout": {
-            k: {"loss": m.loss, "accuracy": m.accuracy, "tokens": m.tokens} for k, m in found.items()
-        },
-    }
-    rows = [("model", str(args.output)), ("steps", f"{training.step}, {training.seconds:.0f} s")]
-    for name, m in found.items():
-        rows.append((f"heldout {name}", f"loss {m.loss:.4f}, {100 * m.accuracy:.2f}% of {m.tokens} tokens"))
-    return Answer(data, table(rows))
+    rows = [("model", str(args.output)), *run_rows(training, found)]
+    return Answer(run_data(args, training, found), table(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builders.lessons import Lesson, batches, digest, read_lessons
+from builders.lessons import Lesson, batches, digest
 from builders.packed_base import PackedBase, engine_base, read_base
 from builders.role_formats import Formats
 from builders.texts import ModelText
-from builders.training import (
-    STATE,
-    Run,
-    check_limits,
-    need_torch,
-    restore_state,
-    save_state,
-    take_step,
-    watch,
+from builders.training import STATE, Run, carry_out, need_torch, take_step
+from builders.training_options import (
+    HEAD_WEIGHTS,
+    add_data_options,
+    add_run_options,
+    check_run,
+    read_data,
+    run_data,
+    run_rows,
 )
 from edge_runtime.cli.output import Answer, Parser, run_command, size, table
 from edge_runtime.engine.adapter import MAX_RANK
@@ -50,46 +50,21 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="model folder, or an .edge engine; it is only read")
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the adapter goes")
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".jsonl of chats, prompts with completions, or texts; any other file is plain text",
-    )
-    add("--heldout", type=Path, metavar="FILE", help="the same, to measure on before and after")
+    add_data_options(parser)
     add("--weights", metavar="FORMAT", help=f"of a folder's matrices, as of edge-build [{DEFAULT_WEIGHTS}]")
-    add("--head-weights", metavar="FORMAT", help="of embedding and head [as edge-build plans them]")
+    add("--head-weights", metavar="FORMAT", help=HEAD_WEIGHTS)
     add("--rank", type=int, default=8, metavar="N", help="of the updates [8]")
     add("--alpha", type=float, default=16.0, metavar="X", help="updates count alpha / rank times [16]")
     add("--targets", default="all", metavar="NAMES", help="layers to adapt, such as q,v or down_proj [all]")
-    add("--steps", type=int, default=300, metavar="N", help="steps of training [300]")
-    add("--rate", type=float, default=1e-3, metavar="X", help="peak learning rate [0.001]")
-    add("--length", type=int, default=512, metavar="N", help="longest sequence, tokens [512]")
-    add("--batch-tokens", type=int, default=2048, metavar="N", help="tokens of one step [2048]")
-    add("--seed", type=int, default=1, metavar="N", help="order of the data, first values of A [1]")
-    add("--threads", type=int, default=0, metavar="N", help="cores [all]")
-    add("--fresh", action="store_true", help="do not go on from an interrupted run")
+    add_run_options(parser, rate=1e-3, seed="order of the data, first values of A")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises BadConfig for what cannot be meant."""
-    check_limits(
-        {
-            "--rank": (args.rank, 1, MAX_RANK),
-            "--alpha": (args.alpha, 1e-6, MAX_ALPHA),
-            "--steps": (args.steps, 1, 1e9),
-            "--rate": (args.rate, 1e-8, 1.0),
-            "--length": (args.length, 3, 1 << 20),
-            "--batch-tokens": (args.batch_tokens, 3, 1 << 24),
-            "--threads": (args.threads, 0, 1024),
-        }
-    )
+    check_run(args, {"--rank": (args.rank, 1, MAX_RANK), "--alpha": (args.alpha, 1e-6, MAX_ALPHA)})
     if args.model.is_file() and (args.weights or args.head_weights):
         raise BadConfig(f"{args.model} is an engine, whose formats are fixed; leave out --weights")
-    if args.output.resolve() == args.model.resolve():
-        raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
 
 
 def open_base(args: argparse.Namespace) -> PackedBase:
@@ -131,10 +106,8 @@ def run(args: argparse.Namespace) -> Answer:
         torch.set_num_threads(args.threads)
     targets = [name.strip() for name in args.targets.split(",") if name.strip()]
     model = LowRankProgram(base, targets, args.rank, args.alpha, args.seed)
-    length = min(args.length, model.context)
     with ModelText(base.words, base.words.vocabulary) as text:
-        lessons = read_lessons(args.data, text, length)
-        heldout = [] if args.heldout is None else read_lessons(args.heldout, text, length)
+        lessons, heldout = read_data(args, text, model.context)
     found: dict[str, Measured] = {}
     if heldout:
         found["before"] = measure(model, heldout, args.batch_tokens)
@@ -142,15 +115,8 @@ def run(args: argparse.Namespace) -> Answer:
         list(model.tensors.values()), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     training = Run(model.tensors, optimizer, _identity(args, base, lessons))
-    args.output.mkdir(parents=True, exist_ok=True)
     state = args.output / STATE
-    if state.exists() and not args.fresh:
-        restore_state(training, state)
-    try:
-        watch(training, train(training, model, lessons, args), lambda: save_state(training, state))
-    except KeyboardInterrupt:
-        save_state(training, state)
-        raise
+    carry_out(training, train(training, model, lessons, args), state, fresh=args.fresh)
     write_peft(args.output, model, base.name)
     state.unlink(missing_ok=True)
     if heldout:
@@ -173,25 +139,16 @@ def _identity(args: argparse.Namespace, base: PackedBase, lessons: Sequence[Less
 
 def _answer(args: argparse.Namespace, training: Run, base: PackedBase, found: dict[str, Measured]) -> Answer:
     trained = sum(tensor.numel() for tensor in training.tensors.values())
-    data: dict[str, Any] = {
-        "path": str(args.output),
-        "steps": training.step,
-        "seconds": round(training.seconds, 3),
-        "loss": training.recent if training.losses else None,
+    data = run_data(args, training, found) | {
         "trained": trained,
         "base_bytes": base.nbytes,
         "base_parameters": base.parameters,
-        "heldout": {
-            name: {"loss": m.loss, "accuracy": m.accuracy, "tokens": m.tokens} for name, m in found.items()
-        },
     }
     rows = [
         ("adapter", f"{args.output}, {trained:,} trained values"),
         ("base", f"{size(base.nbytes)} in memory, {size(2 * base.parameters)} as f16"),
-        ("steps", f"{training.step}, {training.seconds:.0f} s"),
+        *run_rows(training, found),
     ]
-    for name, m in found.items():
-        rows.append((f"heldout {name}", f"loss {m.loss:.4f}, {100 * m.accuracy:.2f}% of {m.tokens} tokens"))
     return Answer(data, table(rows))
 
 

@@ -144,6 +144,35 @@ def watch(run: Run, steps: Iterator[float], save: Callable[[], None]) -> None:
                 saved = now
 
 
+def carry_out(
+    run: Run,
+    steps: Iterator[float],
+    state: Path,
+    *,
+    fresh: bool,
+    restored: Callable[[], None] = lambda: None,
+    saving: Callable[[], None] = lambda: None,
+) -> None:
+    """Take all steps, from the state on where there is one and not `fresh`; an interruption leaves a new one.
+
+    `steps` must not have begun. restored: called when a state was read; saving: before one is written.
+    """
+    state.parent.mkdir(parents=True, exist_ok=True)
+    if state.exists() and not fresh:
+        restore_state(run, state)
+        restored()
+
+    def save() -> None:
+        saving()
+        save_state(run, state)
+
+    try:
+        watch(run, steps, save)
+    except KeyboardInterrupt:
+        save()
+        raise
+
+
 def need_torch() -> None:
     """Raises Unsupported where torch is not installed."""
     if importlib.util.find_spec("torch") is None:
