@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from edge_runtime.engine.strict_yaml import read_yaml
     from edge_runtime.errors import (
         BackendUnavailable,
         BadCheckpoint,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         QueueFull,
         Unsupported,
         ValueOutOfRange,
+        nearest,
     )
     from edge_runtime.serving.grammar import Grammar
     from edge_runtime.serving.open import open_engine
@@ -69,6 +71,8 @@ _HOMES = {
     "QueueFull": _ERRORS,
     "Unsupported": _ERRORS,
     "ValueOutOfRange": _ERRORS,
+    "nearest": _ERRORS,
+    "read_yaml": "edge_runtime.engine.strict_yaml",
 }
 
 __all__ = [
@@ -97,7 +101,9 @@ __all__ = [
     "Usage",
     "ValueOutOfRange",
     "__version__",
+    "nearest",
     "open_engine",
+    "read_yaml",
 ]
 
 

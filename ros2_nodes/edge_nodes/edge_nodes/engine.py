@@ -1,4 +1,4 @@
-"""The seam between nodes and engines: what a node may ask, whether the engine runs in this process or its own.
+"""The seam between nodes and engines: what a node may ask, in whichever process the engine runs.
 
 Nothing here knows ROS. `Engine` has two implementations: `engine_host.EngineHost` in this process, and
 `supervisor.SupervisedEngine` in a child that is watched and replaced.
@@ -80,15 +80,16 @@ class Engine(Protocol):
         """Open the engine and reserve its memory; blocks."""
 
     def prove(self) -> None:
-        """Repeat the known answer, where the engine has one, and run every shape of step once; blocks. A worker
-        that is replaced later is proved again before it serves."""
+        """Repeat the known answer, where the engine has one, and run every shape of step once; blocks. A
+        worker that is replaced later is proved again before it serves."""
 
     def submit(self, number: int, job: Job, listener: Listener) -> None:
-        """Never raises and never waits. The listener gets the job's events on a thread of the engine, in order,
-        and `Ended` exactly once, whatever happens; it must not block. number: the caller's, never used twice."""
+        """Never raises and never waits. The listener gets the job's events on a thread of the engine, in
+        order, and `Ended` exactly once, whatever happens; it must not block. number: the caller's, never used
+        twice."""
 
     def cancel(self, number: int) -> None:
-        """End a job at the end of the running step. Never raises, never waits; its Ended comes to the listener."""
+        """End a job at the end of the running step; its listener gets Ended. Never raises, never waits."""
 
     def facts(self) -> Facts: ...
 
@@ -106,4 +107,5 @@ class Engine(Protocol):
         """The newest `Session.snapshot()`, {} before the first. Never raises, never waits."""
 
     def close(self) -> None:
-        """End all jobs as cancelled, free all. A second close does nothing; `open` may follow. Never raises."""
+        """End all jobs as cancelled, free all. A second close does nothing; `open` may follow. Never
+        raises."""

@@ -1,4 +1,4 @@
-"""What a node asks of an engine and what comes back: plain records, which also travel to the worker process."""
+"""What a node asks of an engine and what comes back: plain records, which also travel to the worker."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Progress(_Record, frozen=True, tag="progress"):
 class Ended(_Record, frozen=True, tag="ended"):
     """A job's last event. reason: as of edge_runtime; error: why, when that is "error".
 
-    code: "" or what a client may act on: "bad_request", "queue_full", "engine_lost" (the worker died or hung).
+    code: "" or what a client may act on: "bad_request", "queue_full", "engine_lost" (the worker died).
     """
 
     number: int

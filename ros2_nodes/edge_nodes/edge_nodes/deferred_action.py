@@ -1,0 +1,39 @@
+"""An action server whose goals run elsewhere: no callback, so no thread of the executor, waits for one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rclpy.action import ActionServer
+from rclpy.action.server import ServerGoalHandle
+
+_CANCEL_WAIT = 1.0  # seconds until a cancel that was accepted must have become the goal's state
+
+
+class DeferredActionServer(ActionServer):
+    """`handle.execute()` says that a goal runs; `finish` gives its result, from any thread."""
+
+    def notify_execute(self, goal_handle: ServerGoalHandle, execute_callback: Any) -> None:
+        """Called by `execute()` after the state became EXECUTING. Nothing is run here."""
+
+    def finish(self, handle: ServerGoalHandle, *, succeeded: bool, cancelled: bool, result: Any) -> None:
+        """End a goal that runs. cancelled: because its client asked; any other failure is an abort."""
+
+        def end(handle: ServerGoalHandle) -> Any:
+            # The state becomes CANCELING after the cancel callback only, on which the engine acted at once
+            due = time.monotonic() + _CANCEL_WAIT
+            while cancelled and handle.is_active and not handle.is_cancel_requested:
+                if time.monotonic() > due:
+                    break
+                time.sleep(0.001)
+            if handle.is_active:
+                if succeeded:
+                    handle.succeed()
+                elif cancelled and handle.is_cancel_requested:
+                    handle.canceled()
+                else:
+                    handle.abort()
+            return result
+
+        super().notify_execute(handle, end)

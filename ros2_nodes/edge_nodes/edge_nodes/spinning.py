@@ -1,0 +1,43 @@
+"""The main of a node: spin until a signal, whatever a callback raises."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import rclpy
+from rclpy.exceptions import ParameterException
+from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+
+from edge_nodes.edge_node import EdgeNode
+from edge_runtime import EdgeError
+
+THREADS = 4  # a transition, a service that asks the engine, and two for goals, parameters and timers
+
+
+def spin_node(make: Callable[[], EdgeNode], args: list[str] | None = None) -> int:
+    """Make the node and serve it; returns the exit code."""
+    rclpy.init(args=args)
+    node: EdgeNode | None = None
+    try:
+        node = make()
+        executor = MultiThreadedExecutor(num_threads=THREADS)
+        executor.add_node(node)
+        while rclpy.ok():
+            try:
+                executor.spin()
+            except (KeyboardInterrupt, ExternalShutdownException):
+                break
+            except Exception as error:  # of rclpy itself or a callback without a guard
+                node.unexpected("the executor", error)
+        executor.shutdown()
+        return 0
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return 0
+    except (EdgeError, ParameterException) as error:  # a value of the launch file, for one
+        print(f"edge_nodes: the node cannot start: {error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if node is not None:
+            node.destroy_node()
+        rclpy.try_shutdown()
