@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from builders.rounding import ColumnGrid
+from builders.rounding import BlockRounding, ColumnGrid
 
 BLOCK = 128  # columns whose changes reach the other columns' gradients together
 ROUNDS = 2  # of refitted scales and a sweep
@@ -24,69 +24,92 @@ _FURTHEST = 2.0  # a scale changes at most by this factor: a group of few codes 
 Refit = Callable[[ColumnGrid, Tensor], ColumnGrid]  # grid and factors (groups, rows) -> what the format holds
 
 
-def sweep(q: Tensor, gradient: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor) -> None:
-    """One pass over all codes, in place on q and gradient = H (w - q), both (cols, rows); order (cols,)."""
+def sweep(
+    q: Tensor, gradient: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor, *, last: bool = False
+) -> None:
+    """One pass over all codes, in place on q and gradient = H (w - q), both (cols, rows); order (cols,).
+
+    After the `last` one the gradient is of no use: it is brought up to date for columns yet to come alone.
+    """
     diagonal = h.diagonal()
-    for start in range(0, len(order), BLOCK):
-        at = order[start : start + BLOCK]
-        near = h[at][:, at]
-        g = gradient[at]
-        change = torch.zeros_like(g)
-        for k, column in enumerate(at.tolist()):
-            new = grid.nearest(column, q[column] + g[k] / diagonal[column])
-            torch.sub(q[column], new, out=change[k])
-            q[column] = new
-            g.addr_(near[:, k], change[k])
-        gradient.addmm_(h[:, at], change)
+    rounded, columns = BlockRounding(grid), order.tolist()
+    done = torch.empty_like(q) if last else None  # changes, in order
+    for start in range(0, len(columns), BLOCK):
+        at, stop = order[start : start + BLOCK], min(start + BLOCK, len(columns))
+        rows = h[at]  # H is symmetric
+        pull = gradient[at]
+        if done is not None:
+            pull.addmm_(rows[:, order[:start]], done[:start])
+        mine, own = q[at], diagonal[at]
+        target = torch.addcdiv(mine, pull, own[:, None])
+        q[at], change = rounded(columns[start:stop], target, mine, rows[:, at] / own)
+        if done is None:
+            gradient.addmm_(rows.T, change)
+        else:
+            done[start:stop] = change
 
 
 def factors(q: Tensor, gradient: Tensor, h: Tensor, span: int) -> Tensor:
     """(groups, rows) by which the values of each group should be multiplied; gradient is H (w - q)."""
     cols, rows = q.shape
     groups = -(-cols // span)
-    normal = q.new_empty(groups, groups, rows)
+    normal = q.new_empty(rows, groups, groups)
     for k in range(groups):
-        part = slice(k * span, min((k + 1) * span, cols))
-        normal[k] = _by_group((h[:, part] @ q[part]).mul_(q), span)
+        part = slice(k * span, (k + 1) * span)
+        rest = _by_group((h[k * span :, part] @ q[part]).mul_(q[k * span :]), span).T
+        normal[:, k, k:] = rest
+        normal[:, k:, k] = rest
     # t = 1 leaves q as it is: (V H V^T)(t - 1) = V H (w - q)
-    right = _by_group(q * gradient, span)
-    a, b = normal.permute(2, 0, 1).contiguous(), right.T.contiguous()
+    right = _by_group(q * gradient, span).T.contiguous()
     # a group of zeros has no factor; a little ridge keeps nearly dependent groups where they are
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-6 * diagonal + 1e-30 + (diagonal == 0).to(a)
-    found, _ = torch.linalg.solve_ex(a, b)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal + 1e-30 + (diagonal == 0).to(normal)
+    found, _ = torch.linalg.solve_ex(normal, right)
     found = torch.where(torch.isfinite(found), found + 1, 1.0).clamp_(1 / _FURTHEST, _FURTHEST)
     return found.T.contiguous()
 
 
 def improve(
-    w: Tensor, q: Tensor, h: Tensor, grid: ColumnGrid, order: Tensor, refit: Refit | None
+    w: Tensor,
+    q: Tensor,
+    gradient: Tensor,
+    h: Tensor,
+    grid: ColumnGrid,
+    order: Tensor,
+    refit: Refit | None,
 ) -> tuple[Tensor, ColumnGrid]:
-    """Better values than q (cols, rows), and their grid; `refit` is None where scales must stay."""
-    gradient = h @ (w - q)
+    """Better values than q (cols, rows), and their grid; `refit` is None where scales must stay.
+
+    Overwrites q and gradient = H (w - q).
+    """
     sweep(q, gradient, h, grid, order)
-    for _ in range(ROUNDS if len(w) <= _WIDE else 1):
+    rounds = ROUNDS if len(w) <= _WIDE else 1
+    for k in range(rounds):
         if refit is not None:
-            q, gradient, grid = _with_better_scales(w, q, gradient, h, grid, refit)
-        sweep(q, gradient, h, grid, order)
+            grid = _with_better_scales(w, q, gradient, h, grid, refit)
+        sweep(q, gradient, h, grid, order, last=k == rounds - 1)
     return q, grid
 
 
 def _with_better_scales(
     w: Tensor, q: Tensor, gradient: Tensor, h: Tensor, grid: ColumnGrid, refit: Refit
-) -> tuple[Tensor, Tensor, ColumnGrid]:
+) -> ColumnGrid:
+    """The new grid; q and gradient are changed in place."""
     new = refit(grid, factors(q, gradient, h, grid.span))
+    before = (w - q).mul_(gradient).sum(0)  # e H e^T of every row
     moved = _codes_on(q, grid, new)
-    pull = h @ (w - moved)
-    better = ((w - moved) * pull).sum(0) < ((w - q) * gradient).sum(0)  # e H e^T of every row
-    kept = ColumnGrid(
+    error = w - moved
+    pull = h @ error
+    better = error.mul_(pull).sum(0) < before
+    torch.where(better, moved, q, out=q)
+    torch.where(better, pull, gradient, out=gradient)
+    return ColumnGrid(
         torch.where(better, new.scale, grid.scale),
         torch.where(better, new.shift, grid.shift),
         grid.levels,
         grid.middle,
         grid.span,
     )
-    return torch.where(better, moved, q), torch.where(better, pull, gradient), kept
 
 
 def _codes_on(q: Tensor, old: ColumnGrid, new: ColumnGrid) -> Tensor:

@@ -5,6 +5,7 @@ Everything is transposed, (cols, rows), because columns are worked on one by one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from builders.grids import is_uniform
 from edge_runtime.engine.formats import Array
+
+_NEAR = 16  # columns whose changes reach one another one by one; further ones are reached by a product
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,16 +30,6 @@ class ColumnGrid:
     levels: Tensor
     middle: Tensor | None  # between neighbouring levels; None where levels are consecutive whole numbers
     span: int
-
-    def nearest(self, column: int, target: Tensor) -> Tensor:
-        """The values of the grid nearest to target (rows,), for a column of the matrix."""
-        scale, shift = self.scale[column // self.span], self.shift[column // self.span]
-        y = (target - shift) / torch.where(scale == 0, torch.inf, scale)
-        if self.middle is None:
-            z = y.round_().clamp_(self.levels[0], self.levels[-1])
-        else:
-            z = self.levels[torch.bucketize(y, self.middle)]
-        return z * scale + shift
 
     def scaled(self, factor: Tensor) -> ColumnGrid:
         """The grid with all its values multiplied by factor (groups, rows)."""
@@ -54,3 +47,50 @@ def column_grid(scale: Array, shift: Array, levels: Array, span: int, rows: int,
 
     middle = None if is_uniform(levels) else moved((levels[1:].astype(np.float64) + levels[:-1]) / 2)
     return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, span)
+
+
+class BlockRounding:
+    """Rounds blocks of columns one column after another, each made to know of the changes before it.
+
+    A column costs few operations of torch: their own cost, not their work, is what most rows wait for.
+    """
+
+    def __init__(self, grid: ColumnGrid) -> None:
+        self._span, self._middle, self._levels = grid.span, grid.middle, grid.levels
+        self._low, self._high = (float(end) for end in (grid.levels[0], grid.levels[-1]))
+        self._scale = grid.scale.unbind(0)
+        self._divisor = torch.where(grid.scale == 0, torch.inf, grid.scale).unbind(0)
+        self._shift = grid.shift.unbind(0) if bool(grid.shift.any()) else None
+
+    def __call__(
+        self, columns: Sequence[int], base: Tensor, origin: Tensor, mixing: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(values, changes) of some columns: values_k the nearest to base_k + sum_{i<k} mixing_ik changes_i,
+        changes = origin - values; all (columns, rows) but mixing (columns, columns). Overwrites base.
+        """
+        values, changes = torch.empty_like(base), torch.zeros_like(base)
+        for start in range(0, len(columns), _NEAR):
+            near = slice(start, start + _NEAR)
+            if start:
+                base[near].addmm_(mixing[:start, near].T, changes[:start])
+            known = changes[near].T  # zero from this column on, so that mixing needs not be cut
+            weights = mixing[near, near].T.contiguous()
+            each = (columns[near], base[near], weights, origin[near], values[near], changes[near])
+            for column, wanted, weight, old, value, change in zip(*each, strict=True):
+                wanted.addmv_(known, weight)
+                self._nearest(column // self._span, wanted, value)
+                torch.sub(old, value, out=change)
+        return values, changes
+
+    def _nearest(self, group: int, wanted: Tensor, value: Tensor) -> None:
+        """The values (rows,) of the grid nearest to `wanted`, which is overwritten."""
+        if self._shift is not None:
+            wanted.sub_(self._shift[group])
+        wanted.div_(self._divisor[group])
+        if self._middle is None:
+            level = wanted.round_().clamp_(self._low, self._high)
+        else:
+            level = self._levels[torch.bucketize(wanted, self._middle)]
+        torch.mul(level, self._scale[group], out=value)
+        if self._shift is not None:
+            value.add_(self._shift[group])

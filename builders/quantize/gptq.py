@@ -25,7 +25,7 @@ from builders.descent import improve
 from builders.grids import affine, grid_for, has_grid, levels_of, range_of
 from builders.observers import get_observer
 from builders.quantize import AlgorithmOptions, int8_outlier
-from builders.rounding import ColumnGrid, column_grid
+from builders.rounding import BlockRounding, ColumnGrid, column_grid
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable
 from edge_runtime.engine.formats import Array, Format
@@ -35,7 +35,7 @@ ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunk
 CALIBRATED = True
 DAMPING = 0.01  # of the mean diagonal, the paper's
 BLOCK = 128  # columns whose feedback to later ones is applied together, the paper's
-_CHUNK = 1 << 20  # values of the rows that one worker works on together
+_CHUNK = 3 << 20  # values of the rows that one worker works on together
 _EXACT = 1024  # columns up to which all is done in f64, which then costs little
 
 
@@ -74,16 +74,18 @@ def round_rows(
     scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in affine(fmt, grid))
     # Rows that share a scale cannot each have a better one
     whole = any(p.whole and not p.derived for p in fmt.planes)
-    step = max(1, _CHUNK // cols)
+    step = -(-rows // -(-rows * cols // _CHUNK))  # pieces of one size, so that no worker waits for long
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def work(part: slice) -> dict[str, Array]:
         w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
         chosen = column_grid(scale[part], shift[part], levels_of(fmt), fmt.span(cols), w.shape[1], w)
-        q = feedback(w, hessian.mixing, chosen, hessian.order)
+        q, surprise = feedback(w, hessian.mixing, chosen, hessian.order)
         refit = None if whole or not refine else _Refit(fmt)
         if refine:
-            q, chosen = improve(w, q, hessian.matrix, chosen, hessian.order, refit)
+            gradient = hessian.gradient(surprise)
+            del surprise
+            q, chosen = improve(w, q, gradient, hessian.matrix, chosen, hessian.order, refit)
         values[part] = q.T.cpu().numpy()
         return grid if refit is None else refit.planes(chosen)
 
@@ -93,34 +95,34 @@ def round_rows(
     return values, grid
 
 
-def feedback(w: Tensor, mixing: Tensor, grid: ColumnGrid, order: Tensor) -> Tensor:
-    """Values on the grid for w (cols, rows), rounded in `order`; mixing is M, in that order."""
-    q = torch.empty_like(w)
-    error = torch.empty_like(w)  # in order
-    for start in range(0, len(order), BLOCK):
-        at = order[start : start + BLOCK]
-        stop = start + len(at)
-        target = w[at] + mixing[:start, start:stop].T @ error[:start]
-        mine = error[start:stop]
-        for k, column in enumerate(at.tolist()):
-            wanted = target[k]
-            if k:
-                wanted = wanted + mixing[start : start + k, start + k] @ mine[:k]
-            q[column] = grid.nearest(column, wanted)
-            mine[k] = w[column] - q[column]
-    return q
+def feedback(w: Tensor, mixing: Tensor, grid: ColumnGrid, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Values q on the grid for w (cols, rows), rounded in `order`, and M^T (w - q), columns in that order.
+
+    mixing is M, in that order. The second result is by how much each target was missed: target - q.
+    """
+    q, error, surprise = (torch.empty_like(w) for _ in range(3))  # the last two in order
+    rounded, columns = BlockRounding(grid), order.tolist()
+    for start in range(0, len(columns), BLOCK):
+        at, block = order[start : start + BLOCK], slice(start, start + BLOCK)
+        mine = w[at]
+        reached = mixing[:start, block].T @ error[:start]
+        near = mixing[block, block]
+        q[at], error[block] = rounded(columns[block], mine + reached, mine, near)
+        torch.addmm(reached, near.T, error[block], out=surprise[block])
+    return q, surprise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hessian:
     """The damped second moment of a linear's inputs, and what rounding with feedback needs of it.
 
-    matrix H (n, n); order (n,): columns as they are rounded; mixing M (n, n), in that order.
+    matrix H (n, n); order (n,): columns as they are rounded; in that order: mixing M (n, n), pivots D (n,).
     """
 
     matrix: Tensor
     order: Tensor
     mixing: Tensor
+    pivots: Tensor
 
     @staticmethod
     def of(inputs: InputStatistics, device: str, *, act_order: bool = True) -> Hessian:
@@ -131,7 +133,19 @@ class Hessian:
             order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
         else:
             order = torch.arange(len(matrix), device=device)
-        return Hessian(matrix, order, _mixing(matrix, order))
+        return Hessian(matrix, order, *_mixing(matrix, order))
+
+    def gradient(self, surprise: Tensor) -> Tensor:
+        """H E (n, rows), columns as in H, of M^T E as `feedback` returns it, which is overwritten.
+
+        As M D (M^T E): M is triangular, so that this costs half of the product with H.
+        """
+        surprise.mul_(self.pivots[:, None])
+        result = torch.empty_like(surprise)
+        for start in range(0, len(surprise), BLOCK):
+            block = slice(start, start + BLOCK)
+            result[self.order[block]] = self.mixing[block, start:] @ surprise[start:]
+        return result
 
     def target(self, weights: Array, inputs: InputStatistics) -> Array:
         """The weights W' for which W' x is nearest to what the f32 model's linear gave, W x of its own x.
@@ -161,8 +175,8 @@ def _damped(hessian: Array, dtype: torch.dtype, device: str) -> Tensor:
     return h
 
 
-def _mixing(h: Tensor, order: Tensor) -> Tensor:
-    """M with H = M D M^T in that order, unit upper triangular: the Cholesky factor of H read from its end.
+def _mixing(h: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """M and D with H = M D M^T in that order, M unit upper triangular: the Cholesky factor read from its end.
 
     At most three matrices of H's size exist at once, H being one.
     """
@@ -177,7 +191,8 @@ def _mixing(h: Tensor, order: Tensor) -> Tensor:
             )
     mixing = root.to(h.dtype).flip(0, 1)
     del root
-    return mixing.div_(mixing.diagonal().clone())
+    ends = mixing.diagonal().clone()
+    return mixing.div_(ends), ends.square_()
 
 
 class _Refit:
