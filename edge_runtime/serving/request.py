@@ -102,7 +102,7 @@ class Token:
     """One event of a request's answer. Texts of all events, joined, are the answer's text.
 
     token: None where the event only ends the request. logprob, top: as Sampling.logprobs asked.
-    finish_reason: set on the last event; error: why, when that is "error".
+    finish_reason: set on the last event, as are usage and timing; error: why, when that is "error".
     """
 
     request: int
@@ -112,6 +112,8 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from edge_runtime.serving.metrics import Clock, Stopwatch
 from edge_runtime.serving.ngrams import NgramIndex
 from edge_runtime.serving.pages import PageTable
 from edge_runtime.serving.prefix import Node
-from edge_runtime.serving.request import Completion, FinishReason, Request, Token, Usage
+from edge_runtime.serving.request import Completion, FinishReason, Request, Timing, Token, Usage
 from edge_runtime.serving.sampling import Choice, Sampler
 from edge_runtime.serving.stopping import StopText
 from edge_runtime.serving.tokenizer import Detokenizer, Tokenizer
@@ -126,6 +126,15 @@ class Sequence:
             text += self._stop.finish()
         return Token(self.id, text, None, finish_reason=reason, error=error)
 
+    @property
+    def usage(self) -> Usage:
+        record = self.record
+        return Usage(self.prompt_tokens, len(self.answer), self.cached, record.drafted, record.accepted)
+
+    @property
+    def timing(self) -> Timing:
+        return self.watch.timing(self.prompt_tokens - self.cached)
+
     def completion(self, seen: list[Token]) -> Completion:
         """The whole answer, from all its events."""
         last = seen[-1]
@@ -135,14 +144,8 @@ class Sequence:
             text="".join(event.text for event in seen),
             tokens=tuple(self.answer),
             finish_reason=last.finish_reason,
-            timing=self.watch.timing(self.prompt_tokens - self.cached),
-            usage=Usage(
-                self.prompt_tokens,
-                len(self.answer),
-                self.cached,
-                self.record.drafted,
-                self.record.accepted,
-            ),
+            timing=self.timing,
+            usage=self.usage,
             logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
             top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
             error=last.error,
