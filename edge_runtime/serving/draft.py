@@ -92,6 +92,9 @@ class DraftModel:
             for node in sequence.nodes[: sequence.draft_computed // self._page_tokens]:
                 node.drafted = True
 
+    def forget(self) -> None:
+        self.pace = Pace()
+
     @property
     def memory_bytes(self) -> int:
         return self._executor.memory_bytes

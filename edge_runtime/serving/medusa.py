@@ -85,6 +85,11 @@ class MedusaHeads:
             self._hoped = _FADE * self._hoped + proposal.hoped
             self._brought = _FADE * self._brought + accepted
 
+    def forget(self) -> None:
+        self.pace = Pace()
+        self._hoped = self._brought = 1.0
+        self._mass = {}
+
     @property
     def memory_bytes(self) -> int:
         return sum(executor.memory_bytes for executor in self._executors)

@@ -43,6 +43,7 @@ def open_engine(
     threads: int = 0,
     kv: str | None = None,
     context: int | None = None,
+    parallel: int | None = None,
     speculate: str = AUTO,
     draft_length: int | None = None,
     gated: bool = True,
@@ -59,12 +60,13 @@ def open_engine(
 
     backend: auto (what the engine is planned for, refused on another device), cpu, reference, ...
     threads: 0 = all cores of this process. kv: other cache formats than planned, "int8" or "K,V" such as
-    "f16,int8". context: fewer tokens than planned. speculate: off, draft, lookup, medusa, or auto (what the
-    engine has parts for); draft_length: tokens guessed at once at most; gated: False speculates even where it
-    loses. adapters: name -> PEFT folder, beside those that the engine carries. prefix: a saved prefix; None
-    takes the file ENGINE.prefix beside the engine, if there is one. verify: check the digest of every plane.
-    memory_limit: bytes it may take, rather than what the machine has free. max_waiting: requests in line
-    beyond those that run. machine: a probed machine, instead of probing this one. clock: seconds, monotonic.
+    "f16,int8". context, parallel: fewer tokens, fewer sequences at once than planned. speculate: off, draft,
+    lookup, medusa, or auto (what the engine has parts for); draft_length: tokens guessed at once at most;
+    gated: False speculates even where it loses. adapters: name -> PEFT folder, beside those that the engine
+    carries. prefix: a saved prefix; None takes the file ENGINE.prefix beside the engine, if there is one.
+    verify: check the digest of every plane. memory_limit: bytes it may take, rather than what the machine has
+    free. max_waiting: requests in line beyond those that run. machine: a probed machine, instead of probing
+    this one. clock: seconds, monotonic.
 
     Raises BadEngineFile, DeviceMismatch, BackendUnavailable, Unsupported, BadConfig, BadCheckpoint (an
     adapter's folder), BadPrefixFile (a prefix that was asked for); DoesNotFit before anything is allocated.
@@ -74,6 +76,7 @@ def open_engine(
         threads=threads,
         kv=kv,
         context=context,
+        parallel=parallel,
         speculate=speculate,
         draft_length=draft_length,
         gated=gated,
@@ -104,6 +107,7 @@ class _Options:
     threads: int
     kv: str | None
     context: int | None
+    parallel: int | None
     speculate: str
     draft_length: int | None
     gated: bool
@@ -236,13 +240,20 @@ def _sizes(part: EnginePart, options: _Options) -> _Sizes:
             f"context {context}: the engine is planned for 2 to {longest} tokens; "
             "build it with a longer --context"
         )
+    sequences = step.sequences if options.parallel is None else options.parallel
+    if not 1 <= sequences <= step.sequences:
+        raise BadConfig(
+            f"parallel {sequences}: the engine is planned for 1 to {step.sequences} sequences at once; "
+            "build it with more --sequences"
+        )
     if options.kv is not None:
         k, v = kv_pair(options.kv)
         kv = msgspec.structs.replace(kv, k=k, v=v)
-    pages = min(kv.pages, step.sequences * -(-context // kv.page_tokens))
+    pages = min(kv.pages, sequences * -(-context // kv.page_tokens))
+    logits = -(-step.logits * sequences // step.sequences)
     return _Sizes(
         kv=msgspec.structs.replace(kv, pages=pages),
-        step=msgspec.structs.replace(step, context=context),
+        step=msgspec.structs.replace(step, context=context, sequences=sequences, logits=logits),
         threads=options.threads or _cores(),
     )
 

@@ -102,7 +102,8 @@ class Token:
     """One event of a request's answer. Texts of all events, joined, are the answer's text.
 
     token: None where the event only ends the request. logprob, top: as Sampling.logprobs asked.
-    finish_reason: set on the last event, as are usage and timing; error: why, when that is "error".
+    finish_reason: set on the last event, with the answer's usage and timing; error: why, when the reason is
+    "error".
     """
 
     request: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from time import perf_counter
 
 from edge_runtime.engine.formats import Array
@@ -12,7 +13,7 @@ from edge_runtime.serving.metrics import Clock, Stopwatch
 from edge_runtime.serving.ngrams import NgramIndex
 from edge_runtime.serving.pages import PageTable
 from edge_runtime.serving.prefix import Node
-from edge_runtime.serving.request import Completion, FinishReason, Request, Timing, Token, Usage
+from edge_runtime.serving.request import Completion, FinishReason, Request, Token, Usage
 from edge_runtime.serving.sampling import Choice, Sampler
 from edge_runtime.serving.stopping import StopText
 from edge_runtime.serving.tokenizer import Detokenizer, Tokenizer
@@ -126,26 +127,25 @@ class Sequence:
             text += self._stop.finish()
         return Token(self.id, text, None, finish_reason=reason, error=error)
 
-    @property
-    def usage(self) -> Usage:
-        record = self.record
-        return Usage(self.prompt_tokens, len(self.answer), self.cached, record.drafted, record.accepted)
-
-    @property
-    def timing(self) -> Timing:
-        return self.watch.timing(self.prompt_tokens - self.cached)
+    def closed(self, event: Token) -> Token:
+        """The last event with the figures of the whole answer, once its watch has stopped."""
+        usage = Usage(
+            self.prompt_tokens, len(self.answer), self.cached, self.record.drafted, self.record.accepted
+        )
+        return replace(event, usage=usage, timing=self.watch.timing(self.prompt_tokens - self.cached))
 
     def completion(self, seen: list[Token]) -> Completion:
         """The whole answer, from all its events."""
         last = seen[-1]
         assert last.finish_reason is not None  # a stream ends with it
+        assert last.usage is not None and last.timing is not None  # which `closed` gave it
         chosen = [event for event in seen if event.token is not None]
         return Completion(
             text="".join(event.text for event in seen),
             tokens=tuple(self.answer),
             finish_reason=last.finish_reason,
-            timing=self.timing,
-            usage=self.usage,
+            timing=last.timing,
+            usage=last.usage,
             logprobs=tuple(event.logprob for event in chosen if event.logprob is not None),
             top_logprobs=tuple(event.top for event in chosen if event.logprob is not None),
             error=last.error,

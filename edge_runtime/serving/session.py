@@ -38,14 +38,16 @@ from edge_runtime.serving.speculative import Proposer, Speculation
 from edge_runtime.serving.stream import Stream
 from edge_runtime.serving.tokenizer import Tokenizer
 from edge_runtime.serving.traffic import Traffic
+from edge_runtime.serving.warm_up import warm_up
 
 
 class Session:
     """Made by `open_engine`; use it as a context manager. Every error it raises is an EdgeError.
 
-    notices: what a user should be told about how the engine was opened, whole sentences.
-    memory: the plan that was checked against this machine, in bytes. metrics, speculation: figures of what it
-    served, and the policy of guessing ahead; `snapshot` has all figures in one place.
+    notices: what a user should be told about how the engine was opened, whole sentences. digest: sha256 of
+    the engine's manifest. memory: the plan that was checked against this machine, in bytes. metrics,
+    speculation: figures of what it served, and the policy of guessing ahead; `snapshot` has all figures in
+    one place.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Session:
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.manifest = manifest
+        self.digest = engine_id(manifest)
         self.tokenizer = tokenizer
         self.step_shape = step
         self.kv = kv
@@ -122,7 +125,7 @@ class Session:
             self._pool,
             executor,
             Origin(
-                engine=engine_id(manifest),
+                engine=self.digest,
                 part=part,
                 backend=backend,
                 k=kv.k,
@@ -349,6 +352,17 @@ class Session:
                 raise BadRequest("every sequence is in use; verify while fewer requests are in flight")
             agreed = agreement(self._executor, self._pool, self.step_shape, slot, known)
         check_agreement(agreed, known, self.backend, same)
+
+    def warm_up(self) -> None:
+        """Run every shape of step once, so that the first request is as fast as the next. No page, figure or
+        cached prefix stays behind; where saved prefixes fill the cache, shapes that need more are left out.
+
+        Raises NumericError when a step's numbers are not finite, BadRequest while requests are in flight.
+        """
+        with self._traffic.between_steps(), self._traffic.gate:
+            if self.in_flight:
+                raise BadRequest(f"{self.in_flight} requests are in flight; warm up before the first")
+            warm_up(self._executor, self.speculation.proposer, self._pool, self.step_shape, self.tokenizer)
 
     def close(self) -> None:
         """End every request as cancelled and give the memory back. A second close does nothing."""

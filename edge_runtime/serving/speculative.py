@@ -55,6 +55,10 @@ class Proposer(Protocol):
         """The sequence's tokens are settled after a step: so many of the proposal's stand."""
         ...
 
+    def forget(self) -> None:
+        """Drop what it learned of its own speed and luck."""
+        ...
+
     @property
     def memory_bytes(self) -> int: ...
 

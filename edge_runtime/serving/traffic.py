@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from edge_runtime.errors import BadRequest, QueueFull
 from edge_runtime.serving.loop import Loop
@@ -95,7 +94,7 @@ class Traffic:
                 self._scheduler.remove(sequence)
                 self.live.pop(sequence.id, None)
             self._metrics.end(sequence.watch, event.finish_reason, sequence.cached)
-            event = replace(event, usage=sequence.usage, timing=sequence.timing)
+            event = sequence.closed(event)
         (self._unread if sequence.events is None else sequence.events).append(event)
 
     @contextmanager

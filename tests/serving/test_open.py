@@ -20,6 +20,7 @@ from edge_runtime import (
     BadRequest,
     DeviceMismatch,
     DoesNotFit,
+    Request,
     Sampling,
     open_engine,
 )
@@ -95,6 +96,26 @@ def test_less_context_takes_less_memory(engine: Path) -> None:
         assert session.context == 20 and session.kv.pages == 4
         assert session.memory.kv == whole.kv // 2 and session.memory.need == whole.need - whole.kv // 2
         assert len(session.complete([7] * 15, max_tokens=50).tokens) == 5
+
+
+def test_fewer_sequences_at_once_take_less_memory(tmp_path: Path) -> None:
+    write_speaking(tmp_path / "four.edge", sequences=4)
+    with open_engine(tmp_path / "four.edge", backend="reference") as session:
+        whole = session.memory
+        assert (session.step_shape.sequences, session.kv.pages) == (4, 16)
+    with open_engine(tmp_path / "four.edge", backend="reference", parallel=1) as session:
+        assert (session.step_shape.sequences, session.kv.pages) == (1, 4)
+        assert session.memory.kv == whole.kv // 4 and session.memory.buffers < whole.buffers
+        for i in range(3):
+            session.submit(Request(prompt=[7 + i] * 5, max_tokens=3))
+        most = 0
+        while session.in_flight:
+            session.step()
+            most = max(most, session.snapshot()["running"])
+        assert most <= 1 and session.metrics.finished["length"] == 3
+    for wrong in (0, 5):
+        with pytest.raises(BadConfig, match="1 to 4 sequences"):
+            open_engine(tmp_path / "four.edge", parallel=wrong)
 
 
 def test_another_device_is_refused_with_both_names(tmp_path: Path) -> None:

@@ -388,6 +388,25 @@ def test_timing_and_metrics() -> None:
         assert figures["finished"] == {"length": 1}
 
 
+def test_the_last_event_has_the_figures_that_complete_gives() -> None:
+    session, _ = make_session()
+    with session:
+        number = session.submit(Request(prompt=ids(1, 20), max_tokens=5))
+        events = []
+        while session.in_flight:
+            events += session.step()
+        *others, last = [event for event in events if event.request == number]
+        assert all(event.usage is None and event.timing is None for event in others)
+        assert last.usage is not None and last.timing is not None
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (20, 5)
+        assert 0.0 < last.timing.ttft_ms <= last.timing.total_ms
+        number = session.submit(Request(prompt=ids(2, 20), max_tokens=5))
+        session.cancel(number)
+        (cancelled,) = session.step()
+        assert cancelled.finish_reason == "cancelled" and cancelled.usage is not None
+        assert cancelled.usage.completion_tokens == 0
+
+
 def test_a_snapshot_has_the_figures_of_metrics_and_the_state_of_the_session() -> None:
     session, _ = make_session(context=64, pages=16)
     with session:
