@@ -17,16 +17,12 @@ from edge_nodes.requests import request_of
 from edge_runtime import (
     BadRequest,
     EdgeError,
-    NumericError,
     QueueFull,
-    Request,
     Session,
     Token,
     Unsupported,
     open_engine,
 )
-
-_WARM_TOKENS = 4
 
 
 class _Live:
@@ -81,6 +77,7 @@ class EngineHost:
             threads=options.threads,
             kv=kv if options.cache_k else None,
             context=options.context or None,
+            parallel=options.parallel or None,
             speculate=options.speculate,
             draft_length=options.draft_length or None,
             adapters=dict(options.adapters),
@@ -99,17 +96,7 @@ class EngineHost:
         session = self._open()
         if session.manifest.known_answer is not None:
             session.verify()
-        request = Request(
-            prompt=[0, 0], max_tokens=_WARM_TOKENS, ignore_eos=True
-        )  # less than a page: not kept
-        for sequences in range(1, session.step_shape.sequences + 1):
-            for _ in range(sequences):
-                session.submit(request)
-            while session.in_flight:
-                for event in session.step():
-                    if event.finish_reason == "error":
-                        raise NumericError(f"the engine cannot run a step: {event.error}")
-        session.metrics.reset()
+        session.warm_up()
 
     def submit(self, number: int, job: Job, listener: Listener) -> None:
         try:

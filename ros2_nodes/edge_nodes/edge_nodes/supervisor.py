@@ -162,6 +162,12 @@ class SupervisedEngine:
     def figures(self) -> dict[str, Any]:
         return self._figures
 
+    @property
+    def worker_pid(self) -> int:
+        """Of the process at hand; 0 where there is none."""
+        worker = self._worker
+        return 0 if worker is None else worker.process.pid
+
     def close(self) -> None:
         with self._lock:
             if self.state == "closed":

@@ -1,0 +1,22 @@
+"""The engine side of the nodes knows no ROS: these tests need neither ROS nor DDS."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "ros2_nodes" / "edge_nodes"))
+
+
+@pytest.fixture(scope="session")
+def planner_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The shipped planner's engine, built as a node's first start builds it."""
+    from edge_nodes.default_engine import planner_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield planner_engine(lambda words: None)
