@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import edge_runtime
+
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("errors", "engine", "backends", "serving", "cli")  # each imports only what lies before it
 RUNTIME_NEEDS = {"numpy", "safetensors", "tokenizers", "yaml", "msgspec"}
@@ -101,6 +103,41 @@ def test_builders_know_the_engine_and_no_more(path: Path) -> None:
         allowed |= module == "edge_runtime.cli"  # `from edge_runtime.cli.output import` names it on the way
         allowed |= module in RUNS.get(where, ())
         assert allowed, f"{where} imports {name}"
+
+
+NODES = files("ros2_nodes")
+# Files of edge_nodes that know ROS; the others are tested, and could be used, without it
+KNOW_ROS = {
+    "answers",
+    "deferred_action",
+    "diagnostics",
+    "edge_node",
+    "goal_server",
+    "language_node",
+    "launching",
+    "parameters",
+    "plan_answer",
+    "planner_node",
+    "qos",
+    "rejections",
+    "spinning",
+    "text_topic",
+    "translation",
+}
+ROS = {"rclpy", "launch", "launch_ros", "edge_interfaces", "std_msgs", "lifecycle_msgs", "diagnostic_msgs"}
+ROS |= {"rcl_interfaces", "action_msgs"}
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nodes_know_public_names_of_the_runtime_and_most_know_no_ros(path: Path) -> None:
+    public = {f"edge_runtime.{name}" for name in edge_runtime.__all__} | {"edge_runtime"}
+    for name in imports(path):
+        library = name.split(".")[0]
+        assert library != "edge_runtime" or name in public, f"{path.name} imports {name}"
+        assert library not in HEAVY | {"builders"}, f"{path.name} imports {name}"
+        inside = path.parent.name == "edge_nodes" and path.name not in ("setup.py",)
+        if library in ROS and inside:
+            assert path.stem in KNOW_ROS, f"{path.name} imports {name}"
 
 
 HEAVY = {"torch", "onnx", "transformers", "scipy", "gguf", "ray"}
