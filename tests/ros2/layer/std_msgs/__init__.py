@@ -1,0 +1,5 @@
+"""Interfaces of std_msgs for tests without ROS."""
+
+from layer_interfaces.packages import install
+
+install(__name__)

@@ -1,0 +1,5 @@
+"""Interfaces of unique_identifier_msgs for tests without ROS."""
+
+from layer_interfaces.packages import install
+
+install(__name__)
