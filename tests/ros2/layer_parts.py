@@ -1,4 +1,4 @@
-"""Modules of the layer that know no ROS, loaded alone: they are testable where a real rclpy holds the name."""
+"""Modules of the layer that know no ROS, loaded alone, so that a real rclpy is not in their way."""
 
 from __future__ import annotations
 
