@@ -1,0 +1,267 @@
+"""The robot's side of a test: asks a node in another process what a mission program would ask it.
+
+Only public rclpy, so it works on real rclpy and on the layer alike. Every question has a bounded wait and
+raises TimeoutError that names what did not answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import rclpy
+from action_msgs.msg import GoalStatus, GoalStatusArray
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import GetParameters, SetParameters
+from rclpy.action import ActionClient
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter, parameter_value_to_python
+from rclpy.qos import DurabilityPolicy, QoSProfile
+
+ENDED = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
+_STEP = 0.02  # s between looks at what has no event
+
+
+def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
+    """The first true value of condition(); TimeoutError after `timeout` s."""
+    end = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not within {timeout} s")
+        time.sleep(_STEP)
+    return value
+
+
+def _finished(future: Any, timeout: float, what: str) -> Any:
+    """The result of an rclpy future that the executor's thread completes."""
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    if not done.wait(timeout):
+        raise TimeoutError(f"{what}: no answer within {timeout} s")
+    return future.result()
+
+
+class Inbox:
+    """Messages of one topic, in order of arrival."""
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.messages: list[Any] = []
+        self._changed = threading.Condition()
+
+    def put(self, message: Any) -> None:
+        with self._changed:
+            self.messages.append(message)
+            self._changed.notify_all()
+
+    def wait(self, wanted: int | Callable[[Any], bool] = 1, timeout: float = 10.0) -> Any:
+        """The list once it holds `wanted` messages, or the first message for which `wanted` is true."""
+
+        def found() -> Any:
+            if callable(wanted):
+                return next(([message] for message in self.messages if wanted(message)), None)
+            return list(self.messages) if len(self.messages) >= wanted else None
+
+        with self._changed:
+            result = self._changed.wait_for(found, timeout)
+        if not result:
+            raise TimeoutError(
+                f"{self.topic}: {len(self.messages)} messages within {timeout} s, none as wanted"
+            )
+        return result[0] if callable(wanted) else result
+
+
+class SentGoal:
+    """A goal on its way. `feedback`: the feedback parts so far. `statuses`: the states seen, each once.
+
+    The status topic keeps one message, so a state that lasted very shortly may be missing.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.feedback: list[Any] = []
+        self.statuses: list[int] = []
+        self._handle: Any = None
+        self._result: Any = None
+
+    @property
+    def accepted(self) -> bool:
+        return bool(self._handle.accepted)
+
+    @property
+    def uuid(self) -> bytes:
+        return bytes(self._handle.goal_id.uuid)
+
+    def answered(self, handle: Any) -> None:
+        self._handle = handle
+        if handle.accepted:
+            self._result = handle.get_result_async()
+
+    def result(self, timeout: float = 30.0) -> tuple[int, Any]:
+        """(status of action_msgs/GoalStatus, result message) of an accepted goal."""
+        if self._result is None:
+            raise RuntimeError(f"{self.name}: the goal was rejected, it has no result")
+        response = _finished(self._result, timeout, f"result of {self.name}")
+        return response.status, response.result
+
+    def cancel(self, timeout: float = 10.0) -> tuple[int, bool]:
+        """(return code of action_msgs/CancelGoal, whether the server agreed to cancel this goal)."""
+        future = self._handle.cancel_goal_async()
+        response = _finished(future, timeout, f"cancelling a goal of {self.name}")
+        return response.return_code, self.uuid in [
+            bytes(goal.goal_id.uuid) for goal in response.goals_canceling
+        ]
+
+
+class Robot:
+    """One node in a context of its own, spun by a thread. Use it as a context manager, or close() it.
+
+    domain_id: that of the node under test; None for the environment's ROS_DOMAIN_ID.
+    """
+
+    def __init__(self, name: str = "robot", *, domain_id: int | None = None) -> None:
+        self._context = Context()
+        rclpy.init(context=self._context, domain_id=domain_id)
+        self.node = rclpy.create_node(name, context=self._context, start_parameter_services=False)
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self.node)
+        self._clients: dict[str, Any] = {}
+        self._publishers: dict[str, Any] = {}
+        self._actions: dict[str, Any] = {}
+        self._statuses: dict[bytes, list[int]] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._spin, name=f"{name} executor", daemon=True)
+        self._thread.start()
+
+    def _spin(self) -> None:
+        while not self._closing and self._context.ok():
+            self._executor.spin_once(timeout_sec=0.1)
+
+    def close(self) -> None:
+        self._closing = True
+        self._thread.join(5.0)
+        for client in self._actions.values():
+            client.destroy()
+        self._executor.shutdown(timeout_sec=5.0)
+        self.node.destroy_node()
+        rclpy.shutdown(context=self._context)
+
+    def __enter__(self) -> Robot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # services
+
+    def call_async(self, service_type: Any, name: str, request: Any = None, timeout: float = 10.0) -> Any:
+        """The future of an answer; waits only for the server to be there."""
+        if name not in self._clients:
+            self._clients[name] = self.node.create_client(service_type, name)
+        client = self._clients[name]
+        if not client.wait_for_service(timeout_sec=timeout):
+            raise TimeoutError(f"service {name}: not there within {timeout} s")
+        return client.call_async(service_type.Request() if request is None else request)
+
+    def call(self, service_type: Any, name: str, request: Any = None, timeout: float = 10.0) -> Any:
+        """The answer. request None: an empty one."""
+        future = self.call_async(service_type, name, request, timeout)
+        return _finished(future, timeout, f"service {name}")
+
+    # lifecycle
+
+    def request_transition(self, node: str, transition: int | str, timeout: float = 10.0) -> Any:
+        """The future of a change_state answer. transition: id or label."""
+        request = ChangeState.Request()
+        if isinstance(transition, str):
+            request.transition.label = transition
+        else:
+            request.transition.id = transition
+        return self.call_async(ChangeState, f"{node}/change_state", request, timeout)
+
+    def change_state(self, node: str, transition: int | str, timeout: float = 30.0) -> bool:
+        """Whether the node says that the transition succeeded."""
+        future = self.request_transition(node, transition, timeout)
+        return bool(_finished(future, timeout, f"{node}: transition {transition}").success)
+
+    def state(self, node: str, timeout: float = 10.0) -> str:
+        """The label of the node's state."""
+        return str(self.call(GetState, f"{node}/get_state", timeout=timeout).current_state.label)
+
+    def wait_state(self, node: str, label: str, timeout: float = 30.0) -> None:
+        wait_until(lambda: self.state(node, timeout) == label, timeout, f"{node} in state {label}")
+
+    # actions
+
+    def send_goal(
+        self,
+        action_type: Any,
+        name: str,
+        goal: Any,
+        feedback: Callable[[Any], None] | None = None,
+        timeout: float = 10.0,
+    ) -> SentGoal:
+        """Sends, and waits for the server's yes or no. feedback: called with each feedback part."""
+        if name not in self._actions:
+            self._actions[name] = ActionClient(self.node, action_type, name)
+            # As the status topic's own publisher: what was said last is kept for who comes later.
+            qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+            self.node.create_subscription(GoalStatusArray, f"{name}/_action/status", self._note_status, qos)
+        client = self._actions[name]
+        if not client.wait_for_server(timeout_sec=timeout):
+            raise TimeoutError(f"action {name}: no server within {timeout} s")
+        sent = SentGoal(name)
+
+        def collect(message: Any) -> None:
+            sent.feedback.append(message.feedback)
+            if feedback is not None:
+                feedback(message.feedback)
+
+        handle = _finished(
+            client.send_goal_async(goal, feedback_callback=collect), timeout, f"goal to {name}"
+        )
+        sent.statuses = self._statuses.setdefault(bytes(handle.goal_id.uuid), [])
+        sent.answered(handle)
+        return sent
+
+    def _note_status(self, message: Any) -> None:
+        for entry in message.status_list:
+            seen = self._statuses.setdefault(bytes(entry.goal_info.goal_id.uuid), [])
+            if not seen or seen[-1] != entry.status:
+                seen.append(entry.status)
+
+    # topics
+
+    def subscribe(self, topic: str, message_type: Any, qos: Any = 10) -> Inbox:
+        """Collects from now on; qos as in create_subscription."""
+        inbox = Inbox(topic)
+        self.node.create_subscription(message_type, topic, inbox.put, qos)
+        return inbox
+
+    def publish(self, topic: str, message: Any, qos: Any = 10, timeout: float = 10.0) -> None:
+        """Publishes once somebody listens."""
+        if topic not in self._publishers:
+            self._publishers[topic] = self.node.create_publisher(type(message), topic, qos)
+        publisher = self._publishers[topic]
+        wait_until(lambda: publisher.get_subscription_count() > 0, timeout, f"a listener of {topic}")
+        publisher.publish(message)
+
+    # parameters
+
+    def set_parameter(self, node: str, name: str, value: Any, timeout: float = 10.0) -> tuple[bool, str]:
+        """(accepted, reason)."""
+        request = SetParameters.Request(parameters=[Parameter(name, value=value).to_parameter_msg()])
+        answer = self.call(SetParameters, f"{node}/set_parameters", request, timeout).results[0]
+        return bool(answer.successful), str(answer.reason)
+
+    def parameter(self, node: str, name: str, timeout: float = 10.0) -> Any:
+        """The value; None for one that is not set."""
+        request = GetParameters.Request(names=[name])
+        values = self.call(GetParameters, f"{node}/get_parameters", request, timeout).values
+        return parameter_value_to_python(values[0]) if values else None
