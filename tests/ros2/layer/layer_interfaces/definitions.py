@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def parts(text: str) -> list[str]:
     return re.split(r"(?m)^---\s*$", text)
 
 
-@lru_cache(maxsize=None)
+@cache
 def message_definition(name: str) -> Definition:
     """The definition of a message, such as std_msgs/msg/String, or of an action's part, as pkg/action/Move_Goal.
 

@@ -10,7 +10,7 @@ from array import array
 from collections import UserList
 from collections.abc import Sequence, Set
 from copy import copy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,9 @@ def _checked_many(field: Field, value: Any) -> Any:
         return value
     if isinstance(value, np.ndarray) and code and kind == "array":
         if value.dtype != np.dtype(code):
-            raise AssertionError(f"The '{field.name}' numpy.ndarray() must have the dtype of '{np.dtype(code)}'")
+            raise AssertionError(
+                f"The '{field.name}' numpy.ndarray() must have the dtype of '{np.dtype(code)}'"
+            )
         _check_length(field, value.size)
         return value
     sequence = isinstance(value, Sequence | Set | UserList | np.ndarray | memoryview)
@@ -212,7 +214,7 @@ def make_class(definition: Definition) -> type[Message]:
     return cls
 
 
-@lru_cache(maxsize=None)
+@cache
 def message_class(name: str) -> type[Message]:
     """The class of a message such as std_msgs/msg/String."""
     return make_class(definitions.message_definition(name))
@@ -229,7 +231,7 @@ def _service(name: str, request: Definition, response: Definition) -> type:
     return type(short, (), body)
 
 
-@lru_cache(maxsize=None)
+@cache
 def service_class(name: str) -> type:
     """The class of a service such as std_srvs/srv/Trigger, with Request and Response."""
     package, kind, short = name.split("/")
@@ -244,7 +246,7 @@ def service_class(name: str) -> type:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def action_class(name: str) -> type:
     """The class of an action, with Goal, Result, Feedback and what goes over the wire in Impl."""
     package, kind, short = name.split("/")
@@ -275,9 +277,7 @@ def action_class(name: str) -> type:
                 wrapped("GetResult_Request", identifier),
                 wrapped("GetResult_Response", Field("status", "int8", "", None, 0), nested("Result")),
             ),
-            "FeedbackMessage": make_class(
-                wrapped("FeedbackMessage", identifier, nested("Feedback"))
-            ),
+            "FeedbackMessage": make_class(wrapped("FeedbackMessage", identifier, nested("Feedback"))),
             "CancelGoalService": service_class("action_msgs/srv/CancelGoal"),
             "GoalStatusMessage": message_class("action_msgs/msg/GoalStatusArray"),
         },

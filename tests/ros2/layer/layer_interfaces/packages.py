@@ -33,7 +33,9 @@ def install(package: str) -> None:
     """Make `package.msg`, `package.srv` and `package.action` importable, as far as there are such."""
     for kind in MAKERS:
         folders = any((folder / package / kind).is_dir() for folder in definitions.FOLDERS)
-        stored = kind == "msg" and any(name.startswith(f"{package}/") for name in definitions.store().fielddefs)
+        stored = kind == "msg" and any(
+            name.startswith(f"{package}/") for name in definitions.store().fielddefs
+        )
         if folders or stored:
             module = _Interfaces(package, kind)
             sys.modules[module.__name__] = module

@@ -1,0 +1,1 @@
+"""What lies below the layer's public names."""
