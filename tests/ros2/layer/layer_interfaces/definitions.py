@@ -43,7 +43,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Definition:
-    """One flat structure: a message, or a request, response, goal, result, feedback or wrapper of an action."""
+    """One flat structure: a message, request, response, goal, result, feedback or an action's wrapper."""
 
     name: str  # package/kind/Name
     fields: tuple[Field, ...]
@@ -55,6 +55,11 @@ def store() -> Any:
     """rosbags' type store of the distribution that is played: ROS_DISTRO humble, else Jazzy."""
     humble = os.environ.get("ROS_DISTRO") == "humble"
     return get_typestore(Stores.ROS2_HUMBLE if humble else Stores.ROS2_JAZZY)
+
+
+def _constant(kind: str, value: Any) -> Any:
+    """As rosidl's Python has it: a byte is bytes of length one."""
+    return bytes([value]) if kind in ("byte", "octet") else value
 
 
 def _field(name: str, description: Any, default: Any = None) -> Field:
@@ -74,7 +79,8 @@ def parse(name: str, text: str) -> Definition:
     # Relative names mean messages of the same package, also inside .srv and .action text.
     message = MSGParser(f"MSG: {package}/msg/Text\n{text}\n").specification()[0]
     fields = tuple(_field(f.name, create_field_desc(f.typ), f.value) for f in message.fields)
-    return Definition(name, fields, tuple((c.name, c.value) for c in message.constants))
+    constants = tuple((c.name, _constant(str(c.typ), c.value)) for c in message.constants)
+    return Definition(name, fields, constants)
 
 
 def find_text(package: str, kind: str, name: str) -> str | None:
@@ -93,7 +99,7 @@ def parts(text: str) -> list[str]:
 
 @cache
 def message_definition(name: str) -> Definition:
-    """The definition of a message, such as std_msgs/msg/String, or of an action's part, as pkg/action/Move_Goal.
+    """The definition of a message, as std_msgs/msg/String, or of an action's part, as pkg/action/Move_Goal.
 
     Raises:
         LookupError: neither the stores nor the folders have it.
@@ -111,7 +117,7 @@ def message_definition(name: str) -> Definition:
     return Definition(
         name,
         tuple(_field(n, d, defaults.get(n)) for n, d in fields if n != PADDING),
-        tuple((n, value) for n, _, value in constants),
+        tuple((n, _constant(str(kind), value)) for n, kind, value in constants),
     )
 
 

@@ -144,9 +144,9 @@ def _check_one(field: Field, value: Any) -> None:
 
 
 def _checked_many(field: Field, value: Any) -> Any:
-    """The container that the field keeps: numpy for arrays of numbers, array.array for sequences, else list."""
+    """The container that a field keeps: numpy for arrays of numbers, array.array for sequences, else list."""
     assert field.count is not None
-    kind, size = field.count
+    kind, _ = field.count
     code = PRIMITIVES[field.base][2] if field.base in PRIMITIVES else ""
     if isinstance(value, array) and code and kind == "sequence":
         if value.typecode != code:

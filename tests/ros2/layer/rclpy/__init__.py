@@ -1,4 +1,4 @@
-"""A layer in the shape of rclpy over the `cyclonedds` wheel: for tests on machines without ROS, and only that.
+"""A layer in the shape of rclpy over the `cyclonedds` wheel: for tests on machines without ROS only.
 
 It has the API that the nodes and their tests use, with real DDS, CDR, QoS, services, actions and lifecycle,
 and raises NotImplementedError elsewhere.

@@ -43,6 +43,7 @@ def raw_type(name: str) -> Any:
     cls.__init__ = init
     cls.serialize = lambda self, **_: self.data
     cls.deserialize = classmethod(lambda kind, data, **_: kind(bytes(data)))
+    cls.deserialize_key = classmethod(lambda kind, data, **_: None)  # of a writer that left
     return cls
 
 
