@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Sequence
@@ -166,6 +167,8 @@ class EngineHost:
             self._session = self._facts = self._thread = None
             self._remembered = []
         session.close()
+        del session
+        gc.collect()  # a session is a ring of objects: its mapped weights go now, not some day
         for live in left:
             live.listener(Ended(number=live.number, reason="cancelled"))
 

@@ -47,6 +47,7 @@ class _Worker:
             )
         self.channel = Channel(ours, from_worker)
         self.began = self.heard = time.monotonic()
+        self.spoken = False
         self.step_s = 0.0
         self.calls: dict[int, Future[Answer]] = {}
         self.listeners: dict[int, Listener] = {}
@@ -62,6 +63,7 @@ class SupervisedEngine:
         *,
         nice: int = 0,
         heartbeat_timeout: float = 1.5,
+        start_timeout: float = 15.0,
         step_limit: float = 2.0,
         max_restarts: int = 5,
         on_change: Callable[[str, str], None] = lambda state, why: None,
@@ -69,6 +71,7 @@ class SupervisedEngine:
     ) -> None:
         self._command = [*command, "--nice", str(nice)]
         self._heartbeat_timeout = heartbeat_timeout
+        self._start_timeout = start_timeout  # until the first beat: a busy robot starts Python slowly
         self._step_limit = step_limit
         self._max_restarts = max_restarts
         self._on_change = on_change
@@ -233,7 +236,7 @@ class SupervisedEngine:
     def _read(self, worker: _Worker) -> None:
         try:
             while (message := worker.channel.receive()) is not None:
-                worker.heard = time.monotonic()
+                worker.heard, worker.spoken = time.monotonic(), True
                 self._take(worker, message)
             why = "its process ended"
         except ProtocolError as error:
@@ -271,7 +274,7 @@ class SupervisedEngine:
                 worker, state = self._worker, self.state
             if worker is not None and not worker.lost and state != "failed":
                 silence = time.monotonic() - worker.heard
-                limit = OPEN_SECONDS if silence < self._heartbeat_timeout else self._heartbeat_timeout
+                limit = self._heartbeat_timeout if worker.spoken else self._start_timeout
                 if worker.process.poll() is not None:
                     self._lose(worker, f"its process ended with code {worker.process.returncode}")
                 elif silence > limit:
@@ -301,7 +304,8 @@ class SupervisedEngine:
             state, why = self.state, self.why
             self._wake.notify_all()
         self._bury(worker, "error", why)
-        self._on_change(state, why)
+        if not opening:
+            self._on_change(state, why)
 
     def _bury(self, worker: _Worker, reason: Any, why: str) -> None:
         """Kill it; its jobs end and its calls are answered."""

@@ -124,7 +124,8 @@ def test_an_engine_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
 
 def test_a_worker_that_never_speaks_is_no_engine(monkeypatch: pytest.MonkeyPatch, planner_path: Path) -> None:
     monkeypatch.setenv("EDGE_GARBAGE", "never")
-    engine = SupervisedEngine(command=(sys.executable, str(Path(__file__).with_name("garbage_worker.py"))))
+    command = (sys.executable, str(Path(__file__).with_name("garbage_worker.py")))
+    engine = SupervisedEngine(command=command, start_timeout=1.0)
     with pytest.raises(BackendUnavailable, match=r"silent|lost"):
         engine.open(EngineOptions(path=str(planner_path)))
     assert engine.state == "closed"
