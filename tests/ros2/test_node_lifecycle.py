@@ -125,7 +125,7 @@ def measured(pid: int) -> tuple[float, int, int]:
 def test_whole_cycles_leave_nothing_behind(
     start_node: Callable[..., Any], robot: Robot, worker: bool, cycles: int
 ) -> None:
-    """Two hundred, where a cycle does not start a process; EDGE_CYCLES=200 makes them as many with a worker."""
+    """Two hundred, where a cycle starts no process; EDGE_CYCLES=200 makes them as many with a worker."""
     node = start_node("edge_nodes.planner_node", "planner", worker__enabled=worker, engine__threads=1)
     pid = node.process.pid
 
