@@ -102,4 +102,4 @@ def start_node(cache: Path) -> Iterator[StartNode]:
     yield start
     for process in started:
         process.stop()
-        print(f"--- what the node said ---\n{process.said[-20000:]}")
+        print(f"--- what the node said ---\n{process.said[-4000:]}")

@@ -11,8 +11,15 @@ from rclpy.action.server import ServerGoalHandle
 _CANCEL_WAIT = 1.0  # seconds until a cancel that was accepted must have become the goal's state
 
 
+def _never_called(handle: ServerGoalHandle) -> None:
+    """rclpy asks for a callback, which `notify_execute` does not call."""
+
+
 class DeferredActionServer(ActionServer):
     """`handle.execute()` says that a goal runs; `finish` gives its result, from any thread."""
+
+    def __init__(self, node: Any, action_type: Any, name: str, **options: Any) -> None:
+        super().__init__(node, action_type, name, _never_called, **options)
 
     def notify_execute(self, goal_handle: ServerGoalHandle, execute_callback: Any) -> None:
         """Called by `execute()` after the state became EXECUTING. Nothing is run here."""

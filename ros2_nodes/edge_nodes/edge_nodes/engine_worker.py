@@ -19,6 +19,7 @@ import msgspec
 
 from edge_nodes.engine import EngineOptions
 from edge_nodes.engine_host import EngineHost
+from edge_nodes.heap import steady_heap
 from edge_nodes.job import ChatTurn, Event
 from edge_nodes.protocol import Answer, Beat, Call, Cancel, Channel, ProtocolError, Submit, to_worker
 from edge_runtime import EdgeError
@@ -106,6 +107,7 @@ def main() -> int:
     if sys.platform == "linux":  # a node that is killed takes its worker along
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(options.nice)
+    steady_heap()
     EngineWorker(Channel(socket.socket(fileno=options.fd), to_worker)).run()
     os._exit(0)  # threads of a call that hangs must not keep the process
 

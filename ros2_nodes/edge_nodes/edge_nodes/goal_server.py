@@ -67,7 +67,6 @@ class GoalServer:
             node,
             action_type,
             name,
-            execute_callback=None,
             callback_group=MutuallyExclusiveCallbackGroup(),
             goal_callback=self._on_goal,
             handle_accepted_callback=self._on_accepted,

@@ -89,7 +89,7 @@ ROWS = (
     ),
     Row("sampling.temp", 0.0, "temperature of goals that name none; 0 is greedy", 0.0, 100.0),
     Row("sampling.top_k", 0, "0 keeps all", 0, 2**31 - 1),
-    Row("sampling.top_p", 1.0, "above 0, up to 1", 0.0, 1.0),
+    Row("sampling.top_p", 1.0, "above 0, up to 1", 0.001, 1.0),
     Row("sampling.min_p", 0.0, "0 to 1", 0.0, 1.0),
     Row("sampling.penalty_repeat", 1.0, "1 is off", 0.01, 100.0),
     Row("input_qos", "DEFAULT", f"of the text topic that is read; {_QOS}", words=QOS_WORDS, structural=True),
@@ -103,7 +103,12 @@ ROWS = (
         "input.max_age", 0.0, "seconds after which a text or its answer is of no use; 0: never", 0.0, 86400.0
     ),
     Row(
-        "result.timeout", 60, "seconds that the result of a goal is kept for its client", 1, 86400, fixed=True
+        "result.timeout",
+        900,
+        "seconds that the result of a goal is kept, counted from its acceptance",
+        1,
+        86400,
+        fixed=True,
     ),
     Row("diagnostics.period", 1.0, "seconds between two reports on /diagnostics", 0.05, 60.0, fixed=True),
 )

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import rclpy
 from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
 
 from edge_nodes.edge_node import EdgeNode
+from edge_nodes.heap import steady_heap
 from edge_runtime import EdgeError
 
 THREADS = 4  # a transition, a service that asks the engine, and two for goals, parameters and timers
 
 
+def _start_threads(executor: MultiThreadedExecutor) -> None:
+    """All of them now: a process that has its size before the mission keeps it."""
+    together = threading.Barrier(THREADS)
+    for _ in range(THREADS):
+        executor.create_task(_meet, together)
+
+
+def _meet(together: threading.Barrier) -> None:
+    with suppress(threading.BrokenBarrierError):
+        together.wait(1.0)
+
+
 def spin_node(make: Callable[[], EdgeNode], args: list[str] | None = None) -> int:
     """Make the node and serve it; returns the exit code."""
+    steady_heap()
     rclpy.init(args=args)
     node: EdgeNode | None = None
     try:
         node = make()
         executor = MultiThreadedExecutor(num_threads=THREADS)
         executor.add_node(node)
+        _start_threads(executor)
         while rclpy.ok():
             try:
                 executor.spin()

@@ -23,7 +23,7 @@ class Context:
         self._ids = itertools.count(1)
         self._seed = secrets.token_bytes(8)
         self._callbacks: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while it is held
 
     def init(self, args: Sequence[str] | None = None, *, domain_id: int | None = None) -> None:
         if self.participant is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from rclpy.task import Task
@@ -26,6 +27,32 @@ class TimeoutException(Exception):
     """Nothing was ready in time."""
 
 
+class _Wake:
+    """An event that a signal handler may set, whatever the main thread is in the middle of.
+
+    threading.Event takes a lock that the interrupted thread may hold; SimpleQueue.put is reentrant.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._set = False
+
+    def set(self) -> None:
+        if not self._set:
+            self._set = True
+            self._tokens.put(None)
+
+    def clear(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._tokens.get_nowait()
+        self._set = False  # last: a set() until here is of something that the caller looks at next
+
+    def wait(self, timeout: float | None) -> None:
+        with suppress(Empty):
+            self._tokens.get(timeout=None if timeout is None else max(0.0, timeout))
+
+
 class Executor:
     def __init__(self, *, context: Any = None) -> None:
         from rclpy.utilities import get_default_context
@@ -33,7 +60,7 @@ class Executor:
         self._context = get_default_context() if context is None else context
         self._nodes: list[Any] = []
         self._tasks: list[Task] = []
-        self._woken = threading.Event()
+        self._woken = _Wake()
         self._over = False
         self._turn = 0  # entities take turns, so that a busy one starves no other
         self._context.on_shutdown(self.wake)

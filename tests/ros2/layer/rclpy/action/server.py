@@ -119,6 +119,9 @@ class ActionServer:
         status_pub_qos_profile: Any = qos_profile_action_status_default,
         result_timeout: float = 900,
     ) -> None:
+        for callback in (execute_callback, goal_callback, handle_accepted_callback, cancel_callback):
+            if not callable(callback) and (callback is not None or callback is execute_callback):
+                raise TypeError(f"Failed to register a callback of {action_name}: not callable")
         self.callback_group = callback_group or node.default_callback_group
         self._node = node
         self._action_type = action_type

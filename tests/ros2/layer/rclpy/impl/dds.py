@@ -29,6 +29,7 @@ from cyclonedds.pub import DataWriter  # noqa: E402
 from cyclonedds.sub import DataReader  # noqa: E402
 from cyclonedds.topic import Topic  # noqa: E402
 
+BATCH = 16  # samples of a take, for which the wheel allocates half a kilobyte each, present or not
 BLOCKING = 100_000_000  # ns that a reliable write may wait
 
 
@@ -196,6 +197,10 @@ class Reader:
             self._came = False  # before the take: what comes after it is heard again
             if self.entity is None:
                 return
-            for sample in self.entity.take(4096):
-                if hasattr(sample, "data"):  # else an InvalidSample: a writer that left
-                    self._waiting.append((sample.data, sample.sample_info.publication_handle))
+            more = True
+            while more:
+                samples = self.entity.take(BATCH)
+                more = len(samples) == BATCH
+                for sample in samples:
+                    if hasattr(sample, "data"):  # else an InvalidSample: a writer that left
+                        self._waiting.append((sample.data, sample.sample_info.publication_handle))
