@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +54,7 @@ class NodeProcess:
             stdout=self._said,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)},
+            env={**os.environ, **environment, "PYTHONFAULTHANDLER": "1", "PYTHONPATH": os.pathsep.join(path)},
         )
 
     @property
@@ -71,9 +73,17 @@ class NodeProcess:
             try:
                 self.process.wait(seconds)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                self.process.send_signal(signal.SIGABRT)  # faulthandler says where each thread stands
                 self.process.wait()
         return self.process.returncode
+
+
+@pytest.fixture
+def robot(domain: int) -> Iterator[Any]:
+    from robot import Robot
+
+    with Robot(domain_id=domain) as robot:
+        yield robot
 
 
 StartNode = Callable[..., NodeProcess]
@@ -85,10 +95,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def planner_path(cache: Path) -> Path:
+    """The shipped planner's engine, as a file of a robot's own."""
+    from edge_nodes.default_engine import planner_engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        return Path(planner_engine(lambda words: None))
+
+
 @pytest.fixture
 def start_node(cache: Path) -> Iterator[StartNode]:
     """start_node(module, name, **parameters): a process; parameters with __ for the dot."""
     started: list[NodeProcess] = []
+
+    import robot
 
     def start(module: str, name: str, **parameters: object) -> NodeProcess:
         words = ["--ros-args", "-r", f"__node:={name}"]
@@ -97,9 +119,11 @@ def start_node(cache: Path) -> Iterator[StartNode]:
             words += ["-p", f"{key.replace('__', '.')}:={text}"]
         process = NodeProcess(module, words, {"XDG_CACHE_HOME": str(cache)})
         started.append(process)
+        robot.watched.append(process)
         return process
 
     yield start
     for process in started:
+        robot.watched.remove(process)
         process.stop()
         print(f"--- what the node said ---\n{process.said[-4000:]}")

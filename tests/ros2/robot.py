@@ -14,6 +14,7 @@ from typing import Any
 
 import rclpy
 from action_msgs.msg import GoalStatus, GoalStatusArray
+from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import GetParameters, SetParameters
 from rclpy.action import ActionClient
@@ -36,12 +37,19 @@ def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
     return value
 
 
+watched: list[Any] = []  # node processes that should live: waiting ends when one has not
+
+
 def _finished(future: Any, timeout: float, what: str) -> Any:
     """The result of an rclpy future that the executor's thread completes."""
-    done = threading.Event()
+    done, end = threading.Event(), time.monotonic() + timeout
     future.add_done_callback(lambda _: done.set())
-    if not done.wait(timeout):
-        raise TimeoutError(f"{what}: no answer within {timeout} s")
+    while not done.wait(min(0.5, max(0.0, end - time.monotonic()))):
+        for process in watched:
+            if not process.alive:
+                raise RuntimeError(f"{what}: a node ended meanwhile; it said: {process.said[-2000:]}")
+        if time.monotonic() >= end:
+            raise TimeoutError(f"{what}: no answer within {timeout} s")
     return future.result()
 
 
@@ -96,6 +104,10 @@ class SentGoal:
     def uuid(self) -> bytes:
         return bytes(self._handle.goal_id.uuid)
 
+    @property
+    def done(self) -> bool:
+        return self._result is not None and self._result.done()
+
     def answered(self, handle: Any) -> None:
         self._handle = handle
         if handle.accepted:
@@ -132,6 +144,7 @@ class Robot:
         self._clients: dict[str, Any] = {}
         self._publishers: dict[str, Any] = {}
         self._actions: dict[str, Any] = {}
+        self._reports: Inbox | None = None
         self._statuses: dict[bytes, list[int]] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._spin, name=f"{name} executor", daemon=True)
@@ -197,6 +210,12 @@ class Robot:
     def wait_state(self, node: str, label: str, timeout: float = 30.0) -> None:
         wait_until(lambda: self.state(node, timeout) == label, timeout, f"{node} in state {label}")
 
+    def activate(self, node: str) -> None:
+        """Configure and activate. A first start builds the shipped planner's engine."""
+        for step in ("configure", "activate"):
+            if not self.change_state(node, step, timeout=120.0):
+                raise RuntimeError(f"{node}: {step} failed; it is {self.state(node)}")
+
     # actions
 
     def send_goal(
@@ -251,6 +270,26 @@ class Robot:
         publisher = self._publishers[topic]
         wait_until(lambda: publisher.get_subscription_count() > 0, timeout, f"a listener of {topic}")
         publisher.publish(message)
+
+    # diagnostics
+
+    def figures(self, node: str, wanted: Callable[[dict[str, str]], Any], timeout: float = 10.0) -> Any:
+        """(level 0 to 2, message, values) of the first report of a node on /diagnostics with such values.
+
+        Of those that come from now on.
+        """
+        if self._reports is None:
+            self._reports = self.subscribe("/diagnostics", DiagnosticArray)
+        self._reports.messages.clear()
+        name = f"{node}: engine"
+
+        def told(message: Any) -> bool:
+            status = message.status[0]
+            return status.name == name and bool(wanted({v.key: v.value for v in status.values}))
+
+        status = self._reports.wait(told, timeout).status[0]
+        level = status.level[0] if isinstance(status.level, bytes) else int(status.level)
+        return level, status.message, {v.key: v.value for v in status.values}
 
     # parameters
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions
 from robot import Robot, wait_until
 
 NODE = "/planner"
-WORKER_CYCLES = int(os.environ.get("EDGE_CYCLES", "40"))  # each starts a process
+WORKER_CYCLES = int(os.environ.get("EDGE_CYCLES", "30"))  # each starts a process
 # The lifecycle design's table: state -> transition id -> state after it
 LEGAL = {
     "unconfigured": {1: "inactive", 5: "finalized"},
@@ -26,12 +26,6 @@ WAY = {"unconfigured": [], "inactive": [1], "active": [1, 3], "finalized": [5]}
 BACK = {"inactive": [2], "active": [4, 2], "unconfigured": []}
 # 10 to 62 are outcomes that no client may trigger, 8 is destroy, 99 and 255 do not exist
 TRANSITIONS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 20, 30, 40, 50, 60, 61, 62, 99, 255]
-
-
-@pytest.fixture
-def robot(domain: int) -> Iterator[Robot]:
-    with Robot(domain_id=domain) as robot:
-        yield robot
 
 
 def plans(robot: Robot) -> bool:
@@ -120,10 +114,12 @@ def measured(pid: int) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("worker", "cycles"), [(False, 200), (True, WORKER_CYCLES)], ids=["in the process", "worker"]
+    ("worker", "warm", "cycles"),
+    [(False, 50, 200), (True, 10, WORKER_CYCLES)],
+    ids=["in the process", "worker"],
 )
 def test_whole_cycles_leave_nothing_behind(
-    start_node: Callable[..., Any], robot: Robot, worker: bool, cycles: int
+    start_node: Callable[..., Any], robot: Robot, worker: bool, warm: int, cycles: int
 ) -> None:
     """Two hundred, where a cycle starts no process; EDGE_CYCLES=200 makes them as many with a worker."""
     node = start_node("edge_nodes.planner_node", "planner", worker__enabled=worker, engine__threads=1)
@@ -134,7 +130,7 @@ def test_whole_cycles_leave_nothing_behind(
             for step in (1, 3, 4, 2):
                 assert robot.change_state(NODE, step, timeout=120.0), (number, step)
 
-    cycle(20)  # allocators and caches reach their size
+    cycle(warm)  # allocators and caches reach their size
     memory, threads, files = measured(pid)
     cycle(cycles)
     after = measured(pid)

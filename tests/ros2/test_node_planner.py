@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,20 +25,9 @@ PLAN = [
 
 
 @pytest.fixture
-def robot(domain: int) -> Iterator[Robot]:
-    with Robot(domain_id=domain) as robot:
-        yield robot
-
-
-def activate(robot: Robot, node: str) -> None:
-    assert robot.change_state(node, "configure", timeout=120.0)
-    assert robot.change_state(node, "activate")
-
-
-@pytest.fixture
 def planner(start_node: Callable[..., Any], robot: Robot) -> Any:
     process = start_node("edge_nodes.planner_node", "planner", diagnostics__period=0.2)
-    activate(robot, "/planner")
+    robot.activate("/planner")
     return process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
@@ -20,11 +21,16 @@ class Report:
 
     def __init__(self, node: Any) -> None:
         self._node = node
+        self._making = threading.Lock()  # the timer's thread and the engine's
         self._missed = 0  # deadlines, as of the report before
         self._refused = 0
 
     def make(self) -> DiagnosticArray:
         """The message; reads a few files of /sys and asks nobody that could wait."""
+        with self._making:
+            return self._made()
+
+    def _made(self) -> DiagnosticArray:
         self._level = _OK
         self._words: list[str] = []
         values = {"state": self._node.phase}
@@ -69,7 +75,17 @@ class Report:
             "memory_planned_mib": f"{facts.memory_planned / 2**20:.1f}",
             "memory_used_mib": f"{now.get('memory_used', facts.memory_used) / 2**20:.1f}",
         }
-        for key in ("running", "waiting", "preempted", "pages", "pages_used", "pages_kept", "speculate"):
+        for key in (
+            "running",
+            "waiting",
+            "preempted",
+            "pages",
+            "pages_used",
+            "pages_kept",
+            "tokens",
+            "steps",
+            "speculate",
+        ):
             if key in now:
                 values[key] = now[key]
         for key in ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms"):

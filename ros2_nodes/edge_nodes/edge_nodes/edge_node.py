@@ -291,7 +291,7 @@ class EdgeNode(LifecycleNodeMixin, Node):
             parallel=settings["context.n_parallel"],
             cache_k=settings["cache.type_k"],
             cache_v=settings["cache.type_v"],
-            speculate=settings["speculative.type"],
+            speculate=settings["speculative.type"].replace("none", "off"),
             draft_length=settings["speculative.draft.n_max"],
             memory_limit=settings["engine.memory_limit_mib"] << 20,
             max_waiting=settings["queue.depth"],

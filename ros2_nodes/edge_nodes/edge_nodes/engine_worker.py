@@ -6,7 +6,6 @@ python -m edge_nodes.engine_worker --fd N --nice N
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -25,7 +24,6 @@ from edge_nodes.protocol import Answer, Beat, Call, Cancel, Channel, ProtocolErr
 from edge_runtime import EdgeError
 
 BEAT_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineWorker:
@@ -72,11 +70,15 @@ class EngineWorker:
             print(f"edge_nodes worker: {error}", file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
+        """Ends the process where the node is gone, whatever a step or a call is in the middle of."""
+        parent = os.getppid()
         while not self._over.wait(BEAT_SECONDS):
             try:
                 self._channel.send(Beat(step_s=self._host.step_seconds, figures=self._host.figures()))
             except OSError:
-                return
+                os._exit(0)
+            if os.getppid() != parent:
+                os._exit(0)
 
 
 def _open(host: EngineHost, options: dict[str, Any]) -> Any:
@@ -104,8 +106,6 @@ def main() -> int:
     parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's to handle
-    if sys.platform == "linux":  # a node that is killed takes its worker along
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(options.nice)
     steady_heap()
     EngineWorker(Channel(socket.socket(fileno=options.fd), to_worker)).run()

@@ -60,7 +60,7 @@ ROWS = (
         "speculative.type",
         "auto",
         "how tokens are guessed ahead",
-        words=("auto", "off", "draft", "lookup", "medusa"),
+        words=("auto", "none", "draft", "lookup", "medusa"),  # not "off", which YAML reads as false
         structural=True,
     ),
     Row("speculative.draft.n_max", 0, "most tokens guessed at once; 0: as planned", 0, 64, structural=True),

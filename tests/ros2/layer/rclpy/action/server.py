@@ -130,6 +130,7 @@ class ActionServer:
         self._accepted_callback = handle_accepted_callback or (lambda handle: handle.execute())
         self._cancel_callback = cancel_callback or (lambda handle: CancelResponse.REJECT)
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._book = GoalBook(int(result_timeout * 10**9))
         self._handles: dict[bytes, ServerGoalHandle] = {}
         self._results: dict[bytes, Future] = {}
@@ -269,10 +270,10 @@ class ActionServer:
         self._node.wake()
 
     def publish_status(self) -> None:
-        message = GoalStatusArray(
-            status_list=[GoalStatus(goal_info=h._info, status=h.status) for h in list(self._handles.values())]
-        )
-        self._status.publish(message)
+        with self._telling:  # else an older look could be published after a newer one
+            handles = list(self._handles.values())
+            states = [GoalStatus(goal_info=h._info, status=h.status) for h in handles]
+            self._status.publish(GoalStatusArray(status_list=states))
 
     def publish_feedback(self, goal_id: Any, feedback: Any) -> None:
         self._feedback.publish(self._action_type.Impl.FeedbackMessage(goal_id=goal_id, feedback=feedback))
