@@ -6,6 +6,7 @@ Node processes run the nodes' code unmodified, talk real DDS on loopback, and ha
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
@@ -33,12 +34,15 @@ if MISSING:
     collect_ignore_glob = ["test_node_*.py"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def domain() -> int:
-    """Of this run: nodes of another run on the same machine are not seen."""
-    number = 1 + os.getpid() % 100
-    os.environ["ROS_DOMAIN_ID"] = str(number)
-    os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
+_domains = itertools.count(os.getpid())
+
+
+@pytest.fixture
+def domain(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of this test: what a killed node left behind in another one, or another run, is not seen."""
+    number = 1 + next(_domains) % 100
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(number))
+    monkeypatch.setenv("ROS_LOCALHOST_ONLY", "1")
     return number
 
 
@@ -106,7 +110,7 @@ def planner_path(cache: Path) -> Path:
 
 
 @pytest.fixture
-def start_node(cache: Path) -> Iterator[StartNode]:
+def start_node(domain: int, cache: Path) -> Iterator[StartNode]:
     """start_node(module, name, **parameters): a process; parameters with __ for the dot."""
     started: list[NodeProcess] = []
 

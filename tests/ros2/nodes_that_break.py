@@ -1,7 +1,7 @@
 """A planner node that breaks where a parameter says: for tests of what follows.
 
 test.where: the transition whose work raises, once. test.again: error processing raises as well. test.slow:
-seconds that configuring takes longer. test.timer_hz: a timer whose lateness is published on ~/lateness.
+seconds that configuring takes longer. test.worker: the command of the engine's process. test.timer_hz: a timer whose lateness is published on ~/lateness.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class BreakingNode(PlannerNode):
         super().serve()
         self._where = self.declare_parameter("test.where", "").value
         self._again = self.declare_parameter("test.again", False).value
+        self._worker = self.declare_parameter("test.worker", "").value
         self._slow = self.declare_parameter("test.slow", 0.0).value
         hertz = self.declare_parameter("test.timer_hz", 0.0).value
         if hertz:
@@ -44,6 +45,12 @@ class BreakingNode(PlannerNode):
         if self._where == where:
             self._where = "error" if self._again else ""
             raise RuntimeError(f"broken in {where}")
+
+    def _make_engine(self, settings: Any) -> Any:
+        engine = super()._make_engine(settings)
+        if self._worker:
+            engine._command = tuple(self._worker.split())
+        return engine
 
     def _configure(self) -> None:
         time.sleep(self._slow)

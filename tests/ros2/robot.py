@@ -280,16 +280,25 @@ class Robot:
         """
         if self._reports is None:
             self._reports = self.subscribe("/diagnostics", DiagnosticArray)
-        self._reports.messages.clear()
+        seen = {id(message) for message in self._reports.messages}
         name = f"{node}: engine"
 
         def told(message: Any) -> bool:
             status = message.status[0]
-            return status.name == name and bool(wanted({v.key: v.value for v in status.values}))
+            return (
+                id(message) not in seen
+                and status.name == name
+                and bool(wanted({v.key: v.value for v in status.values}))
+            )
 
         status = self._reports.wait(told, timeout).status[0]
         level = status.level[0] if isinstance(status.level, bytes) else int(status.level)
         return level, status.message, {v.key: v.value for v in status.values}
+
+    @property
+    def reports(self) -> list[Any]:
+        """Every message on /diagnostics since `figures` was first asked."""
+        return [] if self._reports is None else list(self._reports.messages)
 
     # parameters
 

@@ -16,7 +16,8 @@ LOOPBACK = (
     '<CycloneDDS><Domain><General><Interfaces><NetworkInterface name="lo"/></Interfaces>'
     "<AllowMulticast>false</AllowMulticast></General><Discovery><ParticipantIndex>auto</ParticipantIndex>"
     "<MaxAutoParticipantIndex>60</MaxAutoParticipantIndex>"
-    '<Peers><Peer Address="127.0.0.1"/></Peers></Discovery></Domain></CycloneDDS>'
+    '<Peers><Peer Address="127.0.0.1"/></Peers></Discovery>'
+    "<Internal><WriterLingerDuration>100 ms</WriterLingerDuration></Internal></Domain></CycloneDDS>"
 )
 os.environ.setdefault("CYCLONEDDS_URI", LOOPBACK)
 
