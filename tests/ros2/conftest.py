@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,8 @@ def start_node(domain: int, cache: Path) -> Iterator[StartNode]:
 
     import robot
 
-    def start(module: str, name: str, **parameters: object) -> NodeProcess:
-        words = ["--ros-args", "-r", f"__node:={name}"]
+    def start(module: str, name: str, words: Sequence[str] = (), **parameters: object) -> NodeProcess:
+        words = [*words, "--ros-args", "-r", f"__node:={name}"]
         for key, value in parameters.items():
             text = str(value).lower() if isinstance(value, bool) else str(value)
             words += ["-p", f"{key.replace('__', '.')}:={text}"]

@@ -1,7 +1,8 @@
 """A planner node that breaks where a parameter says: for tests of what follows.
 
 test.where: the transition whose work raises, once. test.again: error processing raises as well. test.slow:
-seconds that configuring takes longer. test.worker: the command of the engine's process. test.timer_hz: a timer whose lateness is published on ~/lateness.
+seconds that configuring takes longer. test.worker: the command of the engine's process. test.timer_hz: a
+timer whose lateness is published on ~/lateness.
 """
 
 from __future__ import annotations

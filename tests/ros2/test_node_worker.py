@@ -1,4 +1,4 @@
-"""The engine's process dies, stops or talks nonsense: the node says so, answers all else, and gets another."""
+"""The engine's process dies, stops or talks nonsense: the node says so, answers all else and replaces it."""
 
 from __future__ import annotations
 

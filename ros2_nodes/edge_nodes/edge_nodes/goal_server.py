@@ -11,6 +11,7 @@ from action_msgs.msg import GoalStatus
 from rclpy.action import CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.qos import QoSProfile
 
 from edge_nodes.deferred_action import DeferredActionServer
 from edge_nodes.edge_node import EdgeNode
@@ -18,6 +19,10 @@ from edge_nodes.job import Ended, Job, Progress
 from edge_nodes.jobs import Refusal, Ticket
 from edge_nodes.rejections import Rejections
 from edge_runtime import EdgeError
+
+
+# Deeper than the ten of ROS, so that requests of a flood are refused and not lost
+_REQUESTS = QoSProfile(depth=500)
 
 
 class Answer(Protocol):
@@ -72,6 +77,9 @@ class GoalServer:
             handle_accepted_callback=self._on_accepted,
             cancel_callback=self._on_cancel,
             result_timeout=node.parameters["result.timeout"],
+            goal_service_qos_profile=_REQUESTS,
+            cancel_service_qos_profile=_REQUESTS,
+            result_service_qos_profile=_REQUESTS,
         )
 
     def _on_goal(self, goal: Any) -> GoalResponse:

@@ -150,4 +150,5 @@ def fill_end(result: Any, ended: Ended) -> Any:
     result.error = ended.error
     result.usage = usage_of(ended.figures)
     result.timing = timing_of(ended.figures)
+    result.timing.deadline_missed |= ended.reason == "deadline"
     return result
