@@ -20,7 +20,6 @@ from edge_nodes.jobs import Refusal, Ticket
 from edge_nodes.rejections import Rejections
 from edge_runtime import EdgeError
 
-
 # Deeper than the ten of ROS, so that requests of a flood are refused and not lost
 _REQUESTS = QoSProfile(depth=500)
 
