@@ -1,8 +1,7 @@
 """A planner node that breaks where a parameter says: for tests of what follows.
 
 test.where: the transition whose work raises, once. test.again: error processing raises as well. test.slow:
-seconds that configuring takes longer. test.worker: the command of the engine's process. test.timer_hz: a
-timer whose lateness is published on ~/lateness.
+seconds that configuring takes longer. test.worker: the command of the engine's process.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from typing import Any
 
 from edge_nodes.planner_node import PlannerNode
 from edge_nodes.spinning import spin_node
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from std_msgs.msg import Float64MultiArray
 
 
 class BreakingNode(PlannerNode):
@@ -23,24 +20,6 @@ class BreakingNode(PlannerNode):
         self._again = self.declare_parameter("test.again", False).value
         self._worker = self.declare_parameter("test.worker", "").value
         self._slow = self.declare_parameter("test.slow", 0.0).value
-        hertz = self.declare_parameter("test.timer_hz", 0.0).value
-        if hertz:
-            self._late: list[float] = []
-            self._due = 0.0
-            self._period = 1 / hertz
-            self._lateness = self.create_publisher(Float64MultiArray, "~/lateness", 10)
-            self.create_timer(self._period, self._tick, callback_group=MutuallyExclusiveCallbackGroup())
-
-    def _tick(self) -> None:
-        """Lateness in ms against the first tick's grid, a hundred a message."""
-        now = time.monotonic()
-        if not self._due or now - self._due > 1.0:
-            self._due = now
-        self._late.append(1e3 * (now - self._due))
-        self._due += self._period
-        if len(self._late) == 100:
-            self._lateness.publish(Float64MultiArray(data=self._late))
-            self._late = []
 
     def _break(self, where: str) -> None:
         if self._where == where:

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch import LaunchContext
 from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, RegisterEventHandler
+from launch.event_handlers import OnProcessStart
 from launch.events import matches_action
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
@@ -32,7 +33,9 @@ def arguments(kind: str) -> list[Any]:
         ),
         DeclareLaunchArgument("params", default_value="", description="a ROS parameter file"),
         DeclareLaunchArgument(
-            "autostart", default_value="false", description="configure and activate the node"
+            "autostart",
+            default_value="true",
+            description="configure and activate the node each time it starts; false: leave that to you",
         ),
         DeclareLaunchArgument(
             "respawn", default_value="true", description="start the process again if it dies"
@@ -101,7 +104,8 @@ def node_actions(name: str, spec: NodeSpec, *, respawn: bool) -> list[Any]:
         goal_state="inactive",
         entities=[change(Transition.TRANSITION_ACTIVATE)],
     )
-    return [RegisterEventHandler(activate), node, change(Transition.TRANSITION_CONFIGURE)]
+    begin = OnProcessStart(target_action=node, on_start=[change(Transition.TRANSITION_CONFIGURE)])
+    return [RegisterEventHandler(activate), RegisterEventHandler(begin), node]
 
 
 def _truth(name: str, word: str) -> bool:

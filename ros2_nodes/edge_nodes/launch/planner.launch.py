@@ -1,4 +1,4 @@
-"""ros2 launch edge_nodes planner.launch.py [engine:=FILE] [params:=FILE] [autostart:=true]"""
+"""ros2 launch edge_nodes planner.launch.py [engine:=FILE] [params:=FILE] [autostart:=false]"""
 
 from edge_nodes.launching import arguments, one_node
 from launch import LaunchDescription
