@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests" / "ros2"))
 os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
 os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
 
-from node_process import REAL, NodeProcess  # noqa: E402
+from node_process import REAL, NodeProcess, children_of  # noqa: E402
 
 from edge_runtime.serving.metrics import percentile  # noqa: E402
 
@@ -153,8 +153,7 @@ def faults(robot: Any, process: NodeProcess, count: int = 3) -> dict[str, Any]:
     for how in (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP):
         lost, opened = [], []
         for _ in range(count):
-            tasks = Path(f"/proc/{process.process.pid}/task")
-            worker = next(int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split())
+            (worker,) = children_of(process.process.pid)
             robot.send_goal(GenerateResponse, ACTION, long_goal())
             begin = time.monotonic()
             os.kill(worker, how)

@@ -34,6 +34,7 @@ setup(
     license="Proprietary",
     entry_points={
         "console_scripts": [
+            "activate = edge_nodes.activation:main",
             "language_node = edge_nodes.language_node:main",
             "planner_node = edge_nodes.planner_node:main",
         ]

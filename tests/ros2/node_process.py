@@ -29,6 +29,12 @@ sys.path[:0] = [str(NODES), str(HERE)]
 MISSING = [] if REAL else [name for name in _NEEDS if importlib.util.find_spec(name) is None]
 
 
+def children_of(pid: int) -> list[int]:
+    """Of all threads of a process."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+
+
 class NodeProcess:
     """A node of edge_nodes in a process of its own; what it says is kept.
 

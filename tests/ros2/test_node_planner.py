@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,8 @@ from builtin_interfaces.msg import Duration
 from diagnostic_msgs.msg import DiagnosticArray
 from edge_interfaces.action import MakePlan
 from edge_interfaces.msg import Plan, Rejection
-from robot import Robot
+from node_process import children_of
+from robot import Robot, wait_until
 from std_msgs.msg import String
 
 COMMAND = "bring me the red mug from the kitchen"
@@ -105,5 +109,18 @@ def test_inactive_nodes_refuse_and_come_back(planner: Any, robot: Robot) -> None
     assert robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command=COMMAND)).result()[0] == 4
 
 
-def test_the_process_ends_on_sigterm_and_takes_its_worker_along(planner: Any, robot: Robot) -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]],
+    ids=["term", "int", "twice"],
+)
+def test_the_process_ends_cleanly_and_takes_its_worker_along(
+    planner: Any, robot: Robot, signals: list[signal.Signals]
+) -> None:
+    (worker,) = children_of(planner.process.pid)
+    for number in signals:  # Ctrl-C in a terminal reaches a node twice: by itself and from launch
+        planner.process.send_signal(number)
+        time.sleep(0.03)
+    planner.process.wait(20.0)
     assert planner.stop() == 0, planner.said
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), 5.0, "the worker's end")

@@ -15,6 +15,7 @@ from action_msgs.msg import GoalStatus
 from edge_interfaces.action import GenerateResponse, MakePlan
 from edge_interfaces.msg import Rejection, SamplingConfig
 from edge_interfaces.srv import Tokenize
+from node_process import children_of
 from robot import Robot, wait_until
 
 GARBAGE = Path(__file__).with_name("engine_side") / "garbage_worker.py"
@@ -22,10 +23,8 @@ BACK = 20.0  # seconds until a replacement must serve, on a machine that does mu
 
 
 def worker_of(pid: int) -> int:
-    tasks = Path(f"/proc/{pid}/task")
-    children = [int(c) for t in tasks.iterdir() for c in (t / "children").read_text().split()]
-    assert len(children) == 1, children
-    return children[0]
+    (child,) = children_of(pid)
+    return child
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV])

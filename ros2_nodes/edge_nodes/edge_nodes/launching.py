@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from launch import LaunchContext
-from launch.actions import DeclareLaunchArgument, EmitEvent, OpaqueFunction, RegisterEventHandler
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, RegisterEventHandler
 from launch.event_handlers import OnProcessStart
-from launch.events import matches_action
+from launch.events.process import ProcessStarted
 from launch.substitutions import LaunchConfiguration
-from launch_ros.actions import LifecycleNode
-from launch_ros.event_handlers import OnStateTransition
-from launch_ros.events.lifecycle import ChangeState
-from lifecycle_msgs.msg import Transition
+from launch_ros.actions import LifecycleNode, Node
 
 from edge_nodes.bringup import NodeSpec, read_bringup
 from edge_runtime import BadConfig
@@ -94,18 +91,11 @@ def node_actions(name: str, spec: NodeSpec, *, respawn: bool) -> list[Any]:
     if not spec.autostart:
         return [node]
 
-    def change(transition: int) -> EmitEvent:
-        event = ChangeState(lifecycle_node_matcher=matches_action(node), transition_id=transition)
-        return EmitEvent(event=event)
+    def activate(event: ProcessStarted, context: LaunchContext) -> list[Any]:
+        full = f"/{spec.namespace.strip('/')}/{name}".replace("//", "/")
+        return [Node(package="edge_nodes", executable="activate", arguments=[full], output="screen")]
 
-    activate = OnStateTransition(
-        target_lifecycle_node=node,
-        start_state="configuring",
-        goal_state="inactive",
-        entities=[change(Transition.TRANSITION_ACTIVATE)],
-    )
-    begin = OnProcessStart(target_action=node, on_start=[change(Transition.TRANSITION_CONFIGURE)])
-    return [RegisterEventHandler(activate), RegisterEventHandler(begin), node]
+    return [RegisterEventHandler(OnProcessStart(target_action=node, on_start=activate)), node]
 
 
 def _truth(name: str, word: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def _meet(together: threading.Barrier) -> None:
 def spin_node(make: Callable[[], EdgeNode], args: list[str] | None = None) -> int:
     """Make the node and serve it; returns the exit code."""
     steady_heap()
+    # rclpy ends the spinning at Ctrl-C by itself; Python's own handler would cut the clean-up at a second one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     rclpy.init(args=args)
     node: EdgeNode | None = None
     try:
