@@ -144,6 +144,7 @@ class Robot:
         self._clients: dict[str, Any] = {}
         self._publishers: dict[str, Any] = {}
         self._actions: dict[str, Any] = {}
+        self._met: set[str] = set()  # nodes that have answered
         self._reports: Inbox | None = None
         self._statuses: dict[bytes, list[int]] = {}
         self._closing = False
@@ -191,6 +192,8 @@ class Robot:
 
     def request_transition(self, node: str, transition: int | str, timeout: float = 10.0) -> Any:
         """The future of a change_state answer. transition: id or label."""
+        if node not in self._met:
+            self.state(node, timeout)
         request = ChangeState.Request()
         if isinstance(transition, str):
             request.transition.label = transition
@@ -205,7 +208,18 @@ class Robot:
 
     def state(self, node: str, timeout: float = 10.0) -> str:
         """The label of the node's state."""
-        return str(self.call(GetState, f"{node}/get_state", timeout=timeout).current_state.label)
+        end = time.monotonic() + timeout
+        while (
+            True
+        ):  # a request may be lost until both ends know of each other, and this one can be asked again
+            left = end - time.monotonic()
+            try:
+                answer = self.call(GetState, f"{node}/get_state", timeout=min(1.0, left))
+                self._met.add(node)
+                return str(answer.current_state.label)
+            except TimeoutError:
+                if left <= 1.0:
+                    raise
 
     def wait_state(self, node: str, label: str, timeout: float = 30.0) -> None:
         wait_until(lambda: self.state(node, timeout) == label, timeout, f"{node} in state {label}")

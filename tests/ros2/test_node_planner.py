@@ -111,7 +111,7 @@ def test_inactive_nodes_refuse_and_come_back(planner: Any, robot: Robot) -> None
 
 @pytest.mark.parametrize(
     "signals",
-    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]],
+    [[signal.SIGTERM], [signal.SIGINT], 2 * [signal.SIGINT]],
     ids=["term", "int", "twice"],
 )
 def test_the_process_ends_cleanly_and_takes_its_worker_along(

@@ -41,14 +41,13 @@ class Activation:
             if state in _OVER:
                 return "" if state == "active" else f"{self._name} is {state}"
             if pending is not None and pending.done():
-                refused = not pending.result().success
-                pending = None
-                if refused and self._state() in (state, "unconfigured", "finalized"):
+                if not pending.result().success:
                     return f"{self._name}: {asked} failed; its log and /diagnostics say why"
-                continue
+                pending = None
+            wanted = _NEXT.get(state, "")
             lost = pending is not None and time.monotonic() - since > LOST_SECONDS
-            if state in _NEXT and (pending is None or (lost and asked == _NEXT[state])):
-                asked, since = _NEXT[state], time.monotonic()
+            if wanted and (wanted != asked or lost):
+                asked, since = wanted, time.monotonic()
                 request = ChangeState.Request()
                 request.transition.label = asked
                 pending = self._changes.call_async(request)
