@@ -5,7 +5,6 @@ Node processes run the nodes' code unmodified, talk real DDS on loopback, and ha
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,20 +15,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from node_process import MISSING, NodeProcess
+from node_process import MISSING, NodeProcess, next_domain
 
 if MISSING:
     collect_ignore_glob = ["test_node_*.py"]
 
-_domains = itertools.count(os.getpid())
+os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
 
 
 @pytest.fixture
 def domain(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Of this test: what a killed node left behind in another one, or another run, is not seen."""
-    number = 1 + next(_domains) % 100
+    number = next_domain()
     monkeypatch.setenv("ROS_DOMAIN_ID", str(number))
-    monkeypatch.setenv("ROS_LOCALHOST_ONLY", "1")
     return number
 
 
@@ -78,5 +75,29 @@ def start_node(domain: int, cache: Path) -> Iterator[StartNode]:
     yield start
     for process in started:
         robot.watched.remove(process)
+        process.stop()
+        print(f"--- what the node said ---\n{process.said[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def serve(cache: Path) -> Iterator[Callable[..., Any]]:
+    """serve(module, name, **parameters): (process, robot) of an active node for all tests of a file."""
+    import robot
+
+    started: list[tuple[NodeProcess, Any]] = []
+
+    def start(module: str, name: str, **parameters: object) -> tuple[NodeProcess, Any]:
+        number = next_domain()
+        process = NodeProcess(
+            module, name, parameters, environment={"XDG_CACHE_HOME": str(cache)}, domain=number
+        )
+        asker = robot.Robot(domain_id=number)
+        started.append((process, asker))
+        asker.activate(f"/{name}")
+        return process, asker
+
+    yield start
+    for process, asker in started:
+        asker.close()
         process.stop()
         print(f"--- what the node said ---\n{process.said[-4000:]}")

@@ -30,19 +30,27 @@ SCHEMA = json.dumps(
 )
 
 
-@pytest.fixture
-def language(
-    start_node: Callable[..., Any], robot: Robot, planner_path: Path, tmp_path: Path
-) -> Iterator[Any]:
-    process = start_node(
+@pytest.fixture(scope="module")
+def prefixes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prefixes")
+
+
+@pytest.fixture(scope="module")
+def robot(serve: Callable[..., Any], planner_path: Path, prefixes: Path) -> Robot:
+    """Who asks the node that all tests share."""
+    return serve(
         "edge_nodes.language_node",
         "language",
         engine__path=planner_path,
         feedback__period=0.0,
-        prefix__folder=tmp_path / "prefixes",
-    )
-    robot.activate(NODE)
-    yield process
+        prefix__folder=prefixes,
+    )[1]
+
+
+@pytest.fixture
+def own_robot(domain: int) -> Iterator[Robot]:
+    with Robot(domain_id=domain) as robot:
+        yield robot
 
 
 def respond(robot: Robot, **fields: Any) -> Any:
@@ -54,7 +62,7 @@ def chat(robot: Robot, text: str = COMMAND, **fields: Any) -> Any:
     return robot.send_goal(GenerateChatCompletions, "/generate_chat_completions", goal)
 
 
-def test_a_response_is_streamed_and_told_whole(language: Any, robot: Robot) -> None:
+def test_a_response_is_streamed_and_told_whole(robot: Robot) -> None:
     goal = respond(robot, prompt="go to the", max_tokens=6, sampling_config=SamplingConfig(ignore_eos=True))
     status, result = goal.result()
     assert status == SUCCEEDED and result.finish_reason == "length" and result.error == ""
@@ -72,7 +80,7 @@ def test_a_response_is_streamed_and_told_whole(language: Any, robot: Robot) -> N
     assert text.success and text.text == result.response.text
 
 
-def test_a_response_stops_where_it_is_told(language: Any, robot: Robot) -> None:
+def test_a_response_stops_where_it_is_told(robot: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True)
     whole = respond(robot, prompt="go to the", max_tokens=30, sampling_config=sampling).result()[1]
     stop = whole.response.text[8:11]
@@ -82,7 +90,7 @@ def test_a_response_stops_where_it_is_told(language: Any, robot: Robot) -> None:
     assert result.response.text == whole.response.text[: whole.response.text.index(stop)]
 
 
-def test_a_conversation_goes_on_without_reset(language: Any, robot: Robot) -> None:
+def test_a_conversation_goes_on_without_reset(robot: Robot) -> None:
     def usage(**fields: Any) -> Any:
         return (
             respond(robot, max_tokens=4, sampling_config=SamplingConfig(ignore_eos=True), **fields)
@@ -97,7 +105,7 @@ def test_a_conversation_goes_on_without_reset(language: Any, robot: Robot) -> No
     assert second.prompt_tokens > kept >= third.prompt_tokens
 
 
-def test_probabilities_of_tokens(language: Any, robot: Robot) -> None:
+def test_probabilities_of_tokens(robot: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True, n_probs=3)
     result = respond(robot, prompt="go to", max_tokens=3, sampling_config=sampling).result()[1]
     assert [p.chosen_token for p in result.response.probs] == list(result.response.tokens)
@@ -107,7 +115,7 @@ def test_probabilities_of_tokens(language: Any, robot: Robot) -> None:
         assert place.data[0].token == place.chosen_token  # greedy
 
 
-def test_a_json_schema_is_kept(language: Any, robot: Robot) -> None:
+def test_a_json_schema_is_kept(robot: Robot) -> None:
     status, result = respond(robot, prompt="go", max_tokens=40, json_schema=SCHEMA).result()
     assert status == SUCCEEDED and result.finish_reason in ("stop", "length")
     if result.finish_reason == "stop":
@@ -118,7 +126,7 @@ def test_a_json_schema_is_kept(language: Any, robot: Robot) -> None:
     assert status == SUCCEEDED and result.response.text in ("yes", "no")
 
 
-def test_a_chat_is_streamed_in_openais_shape(language: Any, robot: Robot) -> None:
+def test_a_chat_is_streamed_in_openais_shape(robot: Robot) -> None:
     goal = chat(robot)
     status, result = goal.result()
     assert status == SUCCEEDED and result.finish_reason == "stop" and result.object == "chat.completion"
@@ -132,7 +140,7 @@ def test_a_chat_is_streamed_in_openais_shape(language: Any, robot: Robot) -> Non
     assert not chat(robot, stream=False).feedback
 
 
-def test_a_deadline_ends_a_goal_with_what_there_is(language: Any, robot: Robot) -> None:
+def test_a_deadline_ends_a_goal_with_what_there_is(robot: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True)
     goal = respond(
         robot, prompt="go", max_tokens=1000, deadline=Duration(nanosec=40_000_000), sampling_config=sampling
@@ -142,14 +150,14 @@ def test_a_deadline_ends_a_goal_with_what_there_is(language: Any, robot: Robot) 
     assert 0 < len(result.response.tokens) < 1000
 
 
-def test_a_higher_priority_goes_first(start_node: Any, robot: Robot, planner_path: Path) -> None:
+def test_a_higher_priority_goes_first(start_node: Any, own_robot: Robot, planner_path: Path) -> None:
     start_node("edge_nodes.language_node", "language", engine__path=planner_path, context__n_parallel=1)
-    robot.activate(NODE)
+    own_robot.activate(NODE)
     sampling = SamplingConfig(ignore_eos=True)
     ends: list[str] = []
-    running = respond(robot, prompt="go", max_tokens=1000, sampling_config=sampling)
-    low = respond(robot, prompt="go", max_tokens=200, sampling_config=sampling)
-    high = respond(robot, prompt="go", max_tokens=200, priority=5, sampling_config=sampling)
+    running = respond(own_robot, prompt="go", max_tokens=1000, sampling_config=sampling)
+    low = respond(own_robot, prompt="go", max_tokens=200, sampling_config=sampling)
+    high = respond(own_robot, prompt="go", max_tokens=200, priority=5, sampling_config=sampling)
     for name, goal in (("high", high), ("low", low)):
         goal._result.add_done_callback(lambda _, n=name: ends.append(n))
     assert {g.result()[0] for g in (running, low, high)} == {SUCCEEDED}
@@ -168,9 +176,7 @@ def test_a_higher_priority_goes_first(start_node: Any, robot: Robot, planner_pat
         ({"prompt": "x", "sampling_config": SamplingConfig(temp=float("nan"))}, "not a number"),
     ],
 )
-def test_a_wrong_goal_is_rejected_with_a_reason(
-    language: Any, robot: Robot, fields: dict[str, Any], words: str
-) -> None:
+def test_a_wrong_goal_is_rejected_with_a_reason(robot: Robot, fields: dict[str, Any], words: str) -> None:
     rejections = robot.subscribe("/language/rejections", Rejection)
     assert respond(robot, prompt="go", max_tokens=1).result()[0] == SUCCEEDED
     assert not respond(robot, **fields).accepted
@@ -178,7 +184,7 @@ def test_a_wrong_goal_is_rejected_with_a_reason(
     assert words in told.reason and told.action == "generate_response", told
 
 
-def test_what_only_the_engine_knows_is_wrong_aborts_with_a_reason(language: Any, robot: Robot) -> None:
+def test_what_only_the_engine_knows_is_wrong_aborts_with_a_reason(robot: Robot) -> None:
     for fields, words in (
         ({"prompt": "go " * 2000}, "context"),
         ({"prompt": "x", "adapter": "nope"}, "nope"),
@@ -188,7 +194,7 @@ def test_what_only_the_engine_knows_is_wrong_aborts_with_a_reason(language: Any,
         assert status == ABORTED and result.finish_reason == "error" and words in result.error, result.error
 
 
-def test_services_answer_and_say_why_not(language: Any, robot: Robot, tmp_path: Path) -> None:
+def test_services_answer_and_say_why_not(robot: Robot, prefixes: Path) -> None:
     tokens = robot.call(Tokenize, "/tokenize", Tokenize.Request(text=COMMAND))
     assert tokens.success and len(tokens.tokens) > 3
     text = robot.call(Detokenize, "/detokenize", Detokenize.Request(tokens=tokens.tokens))
@@ -200,7 +206,7 @@ def test_services_answer_and_say_why_not(language: Any, robot: Robot, tmp_path: 
     assert facts.memory_used <= facts.memory_planned and facts.vocabulary > max(tokens.tokens)
     kept = robot.call(SavePrefix, "/save_prefix", SavePrefix.Request(text=COMMAND * 8, name="greeting"))
     assert kept.success and kept.tokens > 0, kept.message
-    assert Path(kept.path) == tmp_path / "prefixes" / "greeting.prefix" and Path(kept.path).is_file()
+    assert Path(kept.path) == prefixes / "greeting.prefix" and Path(kept.path).is_file()
     for request, words in (
         (SavePrefix.Request(text="x", name="../evil"), "without a folder"),
         (SavePrefix.Request(name="both"), "either text or messages"),
@@ -209,10 +215,11 @@ def test_services_answer_and_say_why_not(language: Any, robot: Robot, tmp_path: 
         assert not refused.success and words in refused.message
     assert robot.change_state(NODE, "deactivate") and robot.change_state(NODE, "cleanup")
     closed = robot.call(Tokenize, "/tokenize", Tokenize.Request(text="x"))
+    robot.activate(NODE)
     assert not closed.success and "configure" in closed.message
 
 
-def test_texts_on_topics(language: Any, robot: Robot) -> None:
+def test_texts_on_topics(robot: Robot) -> None:
     whole, pieces = robot.subscribe("/response", String), robot.subscribe("/partial_response", String)
     robot.publish("/prompt", String(data=COMMAND))
     answer = whole.wait()[0].data
@@ -225,14 +232,14 @@ def test_texts_on_topics(language: Any, robot: Robot) -> None:
     [("language", "/prompt", "/response"), ("planner", "/command", "/plan_json")],
 )
 def test_without_edge_interfaces_the_topics_are_served(
-    start_node: Any, robot: Robot, planner_path: Path, kind: str, asked: str, answered: str
+    start_node: Any, own_robot: Robot, planner_path: Path, kind: str, asked: str, answered: str
 ) -> None:
     chosen = {"engine__path": planner_path} if kind == "language" else {}
     node = start_node("without_interfaces", kind, words=[kind], **chosen)
-    robot.activate(f"/{kind}")
-    answers = robot.subscribe(answered, String)
-    robot.publish(asked, String(data=COMMAND))
+    own_robot.activate(f"/{kind}")
+    answers = own_robot.subscribe(answered, String)
+    own_robot.publish(asked, String(data=COMMAND))
     assert json.loads(answers.wait()[0].data)[0] == {"skill": "go_to", "place": "kitchen"}
     assert "edge_interfaces is not built" in node.said
     with pytest.raises(TimeoutError):
-        robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command="go"), timeout=0.5)
+        own_robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command="go"), timeout=0.5)

@@ -28,8 +28,15 @@ PLAN = [
 ]
 
 
+@pytest.fixture(scope="module")
+def asker(serve: Callable[..., Any]) -> Robot:
+    """Who asks a node that tests share."""
+    return serve("edge_nodes.planner_node", "planner")[1]
+
+
 @pytest.fixture
 def planner(start_node: Callable[..., Any], robot: Robot) -> Any:
+    """A node of one test alone."""
     process = start_node("edge_nodes.planner_node", "planner", diagnostics__period=0.2)
     robot.activate("/planner")
     return process
@@ -39,8 +46,8 @@ def calls_of(message: Any) -> list[dict[str, str]]:
     return [{"skill": c.skill, **{a.name: a.value for a in c.arguments}} for c in message]
 
 
-def test_a_command_becomes_a_plan(planner: Any, robot: Robot) -> None:
-    goal = robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command=COMMAND))
+def test_a_command_becomes_a_plan(asker: Robot) -> None:
+    goal = asker.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command=COMMAND))
     status, result = goal.result()
     assert status == GoalStatus.STATUS_SUCCEEDED and result.finish_reason == "stop" and result.error == ""
     assert calls_of(result.plan.calls) == PLAN == json.loads(result.plan.json)
@@ -50,9 +57,9 @@ def test_a_command_becomes_a_plan(planner: Any, robot: Robot) -> None:
     assert 0 < result.timing.ttft_ms <= result.timing.total_ms
 
 
-def test_a_text_on_the_topic_becomes_a_plan_message(planner: Any, robot: Robot) -> None:
-    plans, texts = robot.subscribe("/plan", Plan), robot.subscribe("/plan_json", String)
-    robot.publish("/command", String(data=COMMAND))
+def test_a_text_on_the_topic_becomes_a_plan_message(asker: Robot) -> None:
+    plans, texts = asker.subscribe("/plan", Plan), asker.subscribe("/plan_json", String)
+    asker.publish("/command", String(data=COMMAND))
     plan = plans.wait()[0]
     assert calls_of(plan.calls) == PLAN and plan.command == COMMAND and plan.header.stamp.sec > 0
     assert json.loads(texts.wait()[0].data) == PLAN
@@ -66,17 +73,17 @@ def test_a_text_on_the_topic_becomes_a_plan_message(planner: Any, robot: Robot) 
         (MakePlan.Goal(command="go", priority=2**31 - 1), "priority"),
     ],
 )
-def test_a_wrong_goal_is_rejected_with_a_reason(planner: Any, robot: Robot, goal: Any, words: str) -> None:
-    rejections = robot.subscribe("/planner/rejections", Rejection)
-    robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command=COMMAND)).result()
-    assert not robot.send_goal(MakePlan, "/make_plan", goal).accepted
+def test_a_wrong_goal_is_rejected_with_a_reason(asker: Robot, goal: Any, words: str) -> None:
+    rejections = asker.subscribe("/planner/rejections", Rejection)
+    asker.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command=COMMAND)).result()
+    assert not asker.send_goal(MakePlan, "/make_plan", goal).accepted
     reason = rejections.wait()[0]
     assert words in reason.reason and reason.code == "bad_request" and reason.action == "make_plan"
 
 
-def test_a_deadline_aborts_with_the_whole_calls(planner: Any, robot: Robot) -> None:
+def test_a_deadline_aborts_with_the_whole_calls(asker: Robot) -> None:
     goal = MakePlan.Goal(command=COMMAND, deadline=Duration(nanosec=3_000_000))
-    status, result = robot.send_goal(MakePlan, "/make_plan", goal).result()
+    status, result = asker.send_goal(MakePlan, "/make_plan", goal).result()
     if result.finish_reason == "deadline":  # else this machine plans within 3 ms
         assert status == GoalStatus.STATUS_ABORTED and not result.plan.complete
         assert calls_of(result.plan.calls) == PLAN[: len(result.plan.calls)]

@@ -32,6 +32,7 @@ SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.FAILURE,
     TransitionCallbackReturn.ERROR,
 )
+MOST_PARALLEL = 1024  # of the parameter context.n_parallel
 END_SECONDS = 5.0  # until goals that are ended must have ended, when a node is deactivated
 
 
@@ -294,7 +295,9 @@ class EdgeNode(LifecycleNodeMixin, Node):
             speculate=settings["speculative.type"].replace("none", "off"),
             draft_length=settings["speculative.draft.n_max"],
             memory_limit=settings["engine.memory_limit_mib"] << 20,
-            max_waiting=settings["queue.depth"],
+            # The book of goals is the bound. The engine's line also holds, until its next step, those that
+            # come in the place of others which have just ended: as many as run at once
+            max_waiting=settings["queue.depth"] + (settings["context.n_parallel"] or MOST_PARALLEL),
             adapters=tuple(adapters),
             prefix=settings["prefix.path"],
         )
