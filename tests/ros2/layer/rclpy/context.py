@@ -56,17 +56,18 @@ class Context:
 
 
 def install_signal_handlers(context: Context) -> None:
-    """SIGINT and SIGTERM end the context; SIGINT raises KeyboardInterrupt as well, as in rclpy."""
+    """SIGINT and SIGTERM end the context; what SIGINT did before happens as well, as in rclpy."""
     if threading.current_thread() is not threading.main_thread():
         return
     _handling.append(context)
+    before = signal.getsignal(signal.SIGINT)
 
     def end(number: int, frame: Any) -> None:
         for each in _handling:
             each.try_shutdown()
         _handling.clear()
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT and callable(before) and before is not end:
+            before(number, frame)
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
