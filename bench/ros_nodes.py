@@ -29,8 +29,19 @@ sys.path.insert(0, str(ROOT / "tests" / "ros2"))
 os.environ.setdefault("ROS_LOCALHOST_ONLY", "1")
 os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
 
+# isort: split
 from node_process import REAL, NodeProcess, children_of  # noqa: E402
 
+# isort: split
+from edge_interfaces.action import GenerateResponse, MakePlan  # noqa: E402
+from edge_interfaces.msg import SamplingConfig  # noqa: E402
+from edge_nodes.default_engine import planner_engine  # noqa: E402
+from edge_nodes.supervisor import HEALTHY_SECONDS  # noqa: E402
+from rclpy.action import ActionClient  # noqa: E402
+from robot import Robot  # noqa: E402
+from std_msgs.msg import Float64MultiArray  # noqa: E402
+
+from edge_runtime import open_engine  # noqa: E402
 from edge_runtime.serving.metrics import percentile  # noqa: E402
 
 NODE, ACTION = "/language", "/generate_response"
@@ -43,9 +54,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def long_goal(tokens: int = 900) -> Any:
-    from edge_interfaces.action import GenerateResponse
-    from edge_interfaces.msg import SamplingConfig
-
     return GenerateResponse.Goal(
         prompt="go to", max_tokens=tokens, sampling_config=SamplingConfig(ignore_eos=True)
     )
@@ -54,14 +62,12 @@ def long_goal(tokens: int = 900) -> Any:
 class Busy:
     """Four goals under way all the time, until it is left."""
 
-    def __init__(self, robot: Any) -> None:
+    def __init__(self, robot: Robot) -> None:
         self._robot = robot
         self._over = False
         self._threads = [threading.Thread(target=self._run) for _ in range(4)]
 
     def _run(self) -> None:
-        from edge_interfaces.action import GenerateResponse
-
         while not self._over:
             self._robot.send_goal(GenerateResponse, ACTION, long_goal()).result()
 
@@ -75,9 +81,7 @@ class Busy:
             thread.join()
 
 
-def timer_beside_decoding(robot: Any, rounds: int, seconds: float) -> dict[str, Any]:
-    from std_msgs.msg import Float64MultiArray
-
+def timer_beside_decoding(robot: Robot, rounds: int, seconds: float) -> dict[str, Any]:
     heard = robot.subscribe(f"{NODE}/lateness", Float64MultiArray)
 
     def phase() -> list[float]:
@@ -102,11 +106,8 @@ def timer_beside_decoding(robot: Any, rounds: int, seconds: float) -> dict[str, 
     }
 
 
-def flood(robot: Any, seconds: float = 10.0) -> dict[str, Any]:
+def flood(robot: Robot, seconds: float = 10.0) -> dict[str, Any]:
     """Answers to goals sent at 200 a second, as the client sees them."""
-    from edge_interfaces.action import GenerateResponse
-    from rclpy.action import ActionClient
-
     client = ActionClient(robot.node, GenerateResponse, ACTION)
     client.wait_for_server(timeout_sec=10.0)
     took: dict[bool, list[float]] = {True: [], False: []}
@@ -129,10 +130,8 @@ def flood(robot: Any, seconds: float = 10.0) -> dict[str, Any]:
     }
 
 
-def cancels(robot: Any, count: int = 50) -> dict[str, float]:
+def cancels(robot: Robot, count: int = 50) -> dict[str, float]:
     """ms from asking to cancel a goal that decodes to its result."""
-    from edge_interfaces.action import GenerateResponse
-
     took = []
     for _ in range(count):
         sent = robot.send_goal(GenerateResponse, ACTION, long_goal())
@@ -145,23 +144,21 @@ def cancels(robot: Any, count: int = 50) -> dict[str, float]:
     return spread(took)
 
 
-def faults(robot: Any, process: NodeProcess, count: int = 3) -> dict[str, Any]:
+def faults(robot: Robot, process: NodeProcess, count: int = 1) -> dict[str, Any]:
     """Seconds from the signal to "lost" and to "open" again on /diagnostics; medians."""
-    from edge_interfaces.action import GenerateResponse
-
     found: dict[str, Any] = {}
     for how in (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP):
         lost, opened = [], []
         for _ in range(count):
             (worker,) = children_of(process.process.pid)
             robot.send_goal(GenerateResponse, ACTION, long_goal())
-            begin = time.monotonic()
+            begin, mark = time.monotonic(), robot.listen()
             os.kill(worker, how)
-            robot.figures(NODE, lambda v: v["engine_state"] == "lost", 30.0)
+            robot.figures(NODE, lambda v: v["engine_state"] == "lost", 30.0, after=mark)
             lost.append(time.monotonic() - begin)
             robot.figures(NODE, lambda v: v["engine_state"] == "open", 30.0)
             opened.append(time.monotonic() - begin - lost[-1])
-            time.sleep(11.0)  # long enough to count as healthy: the back-off begins anew
+            time.sleep(HEALTHY_SECONDS + 0.5)  # else the back-off goes on
         found[how.name] = {
             "detected_s": round(statistics.median(lost), 3),
             "replaced_s": round(statistics.median(opened), 3),
@@ -171,11 +168,6 @@ def faults(robot: Any, process: NodeProcess, count: int = 3) -> dict[str, Any]:
 
 def way_of_a_plan(path: str, count: int = 200) -> dict[str, Any]:
     """ms of the same command by the action and in this process; they take turns."""
-    from edge_interfaces.action import MakePlan
-    from robot import Robot
-
-    from edge_runtime import open_engine
-
     command = "bring me the red mug from the kitchen"
     process = NodeProcess("edge_nodes.planner_node", "planner", {})
     action, here = [], []
@@ -218,9 +210,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a phase of the timer")
     options = parser.parse_args()
-    from edge_nodes.default_engine import planner_engine
-    from robot import Robot
-
     path = str(planner_engine(print))
     over = "rclpy" if REAL else "the test layer on cyclonedds"
     results: dict[str, Any] = {"machine": machine(), "over": over}

@@ -287,31 +287,42 @@ class Robot:
 
     # diagnostics
 
-    def figures(self, node: str, wanted: Callable[[dict[str, str]], Any], timeout: float = 10.0) -> Any:
+    def figures(
+        self,
+        node: str,
+        wanted: Callable[[dict[str, str]], Any],
+        timeout: float = 10.0,
+        *,
+        after: int | None = None,
+    ) -> Any:
         """(level 0 to 2, message, values) of the first report of a node on /diagnostics with such values.
 
-        Of those that come from now on.
+        Of those that come from now on, or of the ones after the first `after` (see `reports`).
         """
-        if self._reports is None:
-            self._reports = self.subscribe("/diagnostics", DiagnosticArray)
-        seen = {id(message) for message in self._reports.messages}
+        self.listen()
+        skipped = len(self.reports) if after is None else after
         name = f"{node}: engine"
 
-        def told(message: Any) -> bool:
-            status = message.status[0]
-            return (
-                id(message) not in seen
-                and status.name == name
-                and bool(wanted({v.key: v.value for v in status.values}))
-            )
+        def told() -> Any:
+            for message in self.reports[skipped:]:
+                status = message.status[0]
+                if status.name == name and wanted({v.key: v.value for v in status.values}):
+                    return status
+            return None
 
-        status = self._reports.wait(told, timeout).status[0]
+        status = wait_until(told, timeout, f"a report of {node} as wanted")
         level = status.level[0] if isinstance(status.level, bytes) else int(status.level)
         return level, status.message, {v.key: v.value for v in status.values}
 
+    def listen(self) -> int:
+        """Hear /diagnostics from here on; the number of reports so far."""
+        if self._reports is None:
+            self._reports = self.subscribe("/diagnostics", DiagnosticArray)
+        return len(self._reports.messages)
+
     @property
     def reports(self) -> list[Any]:
-        """Every message on /diagnostics since `figures` was first asked."""
+        """Every message on /diagnostics since `listen` or `figures` was first called."""
         return [] if self._reports is None else list(self._reports.messages)
 
     # parameters

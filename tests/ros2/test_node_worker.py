@@ -46,8 +46,9 @@ def test_a_lost_worker_aborts_its_goals_and_is_replaced(
     first = worker_of(node.process.pid)
     goals = [send(1000) for _ in range(6)]  # four run, two wait
     wait_until(lambda: goals[0].feedback, 10.0, "a first token")
+    mark = robot.listen()
     os.kill(first, how)
-    level, message, values = robot.figures("/language", lambda v: v["engine_state"] == "lost")
+    level, message, values = robot.figures("/language", lambda v: v["engine_state"] == "lost", after=mark)
     assert level == 2 and "engine lost" in message and values["state"] == "active"
     for goal in goals:
         status, result = goal.result()
@@ -89,9 +90,10 @@ def test_a_worker_that_talks_nonsense_or_hangs_is_replaced(
     robot.activate("/planner")
     plan = MakePlan.Goal(command="go to the kitchen")
     assert robot.send_goal(MakePlan, "/make_plan", plan).result()[0] == GoalStatus.STATUS_SUCCEEDED
+    mark = robot.listen()
     once.touch()
     goal = robot.send_goal(MakePlan, "/make_plan", plan)
-    assert robot.figures("/planner", lambda v: v["engine_state"] == "lost", 15.0)[0] == 2
+    assert robot.figures("/planner", lambda v: v["engine_state"] == "lost", 15.0, after=mark)[0] == 2
     status, result = goal.result()
     assert status == GoalStatus.STATUS_ABORTED and result.finish_reason == "error" and result.error
     robot.figures("/planner", lambda v: v["engine_state"] == "open" and v["restarts"] == "1", BACK)
