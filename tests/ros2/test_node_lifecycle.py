@@ -161,7 +161,7 @@ def test_states_are_told_while_a_transition_takes_long(start_node: Callable[...,
     gaps, last = [], time.monotonic()
     while not future.done():
         assert robot.state(NODE, timeout=1.0) in ("unconfigured", "configuring", "inactive")
-        assert robot.parameter(NODE, "worker.nice") == 5
+        assert robot.parameter(NODE, "worker.nice") == 10
         now = time.monotonic()
         gaps.append(now - last)
         last = now

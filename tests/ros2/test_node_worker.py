@@ -60,7 +60,7 @@ def test_a_lost_worker_aborts_its_goals_and_is_replaced(
     # Meanwhile all else is answered, and a goal is refused with a reason
     if robot.figures("/language", lambda v: True)[2]["engine_state"] == "lost":
         assert robot.state("/language") == "active"
-        assert robot.parameter("/language", "worker.nice") == 5
+        assert robot.parameter("/language", "worker.nice") == 10
         if not send(4).accepted:
             assert rejections.wait()[0].code == "restarting"
         answer = robot.call(Tokenize, "/tokenize", Tokenize.Request(text="go"))

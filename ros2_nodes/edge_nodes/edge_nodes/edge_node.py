@@ -6,6 +6,7 @@ callback that fails is logged and reported; it never ends the node.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -287,7 +288,7 @@ class EdgeNode(LifecycleNodeMixin, Node):
         return EngineOptions(
             path=settings["engine.path"] or self.default_engine(),
             backend=settings["engine.backend"],
-            threads=settings["engine.threads"],
+            threads=settings["engine.threads"] or max(1, len(os.sched_getaffinity(0)) - 1),
             context=settings["context.n_ctx"],
             parallel=settings["context.n_parallel"],
             cache_k=settings["cache.type_k"],

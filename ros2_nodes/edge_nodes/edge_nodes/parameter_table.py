@@ -40,7 +40,14 @@ _QOS = "quality of service: DEFAULT, SENSOR_DATA or SYSTEM_DEFAULT"
 ROWS = (
     Row("engine.path", "", "the .edge file to serve", structural=True),
     Row("engine.backend", "auto", "auto, cpu, reference or what else this machine has", structural=True),
-    Row("engine.threads", 0, "threads of a step; 0: every core of the process", 0, 256, structural=True),
+    Row(
+        "engine.threads",
+        0,
+        "threads of a step; 0: every core but one, which is left to the robot",
+        0,
+        256,
+        structural=True,
+    ),
     Row(
         "engine.memory_limit_mib",
         0,
@@ -69,7 +76,9 @@ ROWS = (
     Row("prefix.path", "", "a saved prefix to load; empty: the one beside the engine", structural=True),
     Row("prefix.folder", "", "where save_prefix writes; empty: ~/.cache/edge_runtime/prefixes"),
     Row("worker.enabled", True, "run the engine in a process of its own that is watched", structural=True),
-    Row("worker.nice", 5, "niceness of that process, so that control loops go first", 0, 19, structural=True),
+    Row(
+        "worker.nice", 10, "niceness of that process, so that control loops go first", 0, 19, structural=True
+    ),
     Row(
         "worker.heartbeat_timeout",
         1.5,

@@ -11,7 +11,7 @@ from action_msgs.msg import GoalInfo, GoalStatus, GoalStatusArray
 from action_msgs.srv import CancelGoal
 from unique_identifier_msgs.msg import UUID
 
-from rclpy.qos import QoSProfile, qos_profile_action_status_default
+from rclpy.qos import QoSProfile, qos_profile_action_status_default, qos_profile_services_default
 from rclpy.task import Future
 
 
@@ -42,15 +42,23 @@ class ClientGoalHandle:
 
 
 class ActionClient:
-    def __init__(self, node: Any, action_type: Any, action_name: str, *, callback_group: Any = None) -> None:
+    def __init__(
+        self,
+        node: Any,
+        action_type: Any,
+        action_name: str,
+        *,
+        callback_group: Any = None,
+        goal_service_qos_profile: Any = qos_profile_services_default,
+    ) -> None:
         self._node = node
         self._action_type = action_type
         base, impl = f"{node.resolve(action_name)}/_action", action_type.Impl
 
-        def client(kind: Any, name: str) -> Any:
-            return node.create_client(kind, f"{base}/{name}", callback_group=callback_group)
+        def client(kind: Any, name: str, qos: Any = qos_profile_services_default) -> Any:
+            return node.create_client(kind, f"{base}/{name}", qos_profile=qos, callback_group=callback_group)
 
-        self._send = client(impl.SendGoalService, "send_goal")
+        self._send = client(impl.SendGoalService, "send_goal", goal_service_qos_profile)
         self._cancel = client(CancelGoal, "cancel_goal")
         self._result = client(impl.GetResultService, "get_result")
         self._listeners: dict[bytes, Callable[[Any], Any]] = {}
