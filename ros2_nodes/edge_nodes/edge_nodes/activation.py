@@ -34,23 +34,22 @@ class Activation:
 
     def run(self) -> str:
         """Why the node is not active in the end; "" where it is. Waits as long as its transitions take."""
-        pending: Any = None
+        requests: list[Any] = []  # of the transition at hand; more than one where the first seemed lost
         asked, since, state = "", 0.0, ""
         while rclpy.ok():
             state = self._state()
             if state in _OVER:
                 return "" if state == "active" else f"{self._name} is {state}"
-            if pending is not None and pending.done():
-                if not pending.result().success:
-                    return f"{self._name}: {asked} failed; its log and /diagnostics say why"
-                pending = None
+            if requests and all(r.done() for r in requests) and not any(r.result().success for r in requests):
+                return f"{self._name}: {asked} failed; its log and /diagnostics say why"
             wanted = _NEXT.get(state, "")
-            lost = pending is not None and time.monotonic() - since > LOST_SECONDS
-            if wanted and (wanted != asked or lost):
-                asked, since = wanted, time.monotonic()
+            if wanted and wanted != asked:
+                asked, requests = wanted, []
+            if wanted and (not requests or time.monotonic() - since > LOST_SECONDS):
+                since = time.monotonic()
                 request = ChangeState.Request()
                 request.transition.label = asked
-                pending = self._changes.call_async(request)
+                requests.append(self._changes.call_async(request))
             self._executor.spin_once(timeout_sec=0.05)
         return f"stopped while {self._name} was {state or 'not there'}"
 
