@@ -108,6 +108,7 @@ def test_builders_know_the_engine_and_no_more(path: Path) -> None:
 NODES = files("ros2_nodes")
 # Files of edge_nodes that know ROS; the others are tested, and could be used, without it
 KNOW_ROS = {
+    "activation",
     "answers",
     "deferred_action",
     "diagnostics",
