@@ -48,6 +48,12 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
+def resident(pid: int) -> float:
+    """MiB of a process in memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 class NodeProcess:
     """A node of edge_nodes in a process of its own; what it says is kept.
 

@@ -74,7 +74,10 @@ def check_end(sent: SentGoal, stage: str) -> int:
 def test_a_thousand_cancels_at_six_stages(language: Any, robot: Robot, worker: bool) -> None:
     """In each of the two ways to run an engine, half of them."""
     rng = random.Random(5)
-    send = lambda prompt, tokens: robot.send_goal(GenerateResponse, ACTION, goal_of(prompt, tokens))  # noqa: E731
+
+    def send(prompt: str, tokens: int) -> SentGoal:
+        return robot.send_goal(GenerateResponse, ACTION, goal_of(prompt, tokens))
+
     before = time.monotonic()
     send("go", 12).result()
     length = time.monotonic() - before
@@ -118,19 +121,17 @@ def test_a_thousand_cancels_at_six_stages(language: Any, robot: Robot, worker: b
 
 
 @pytest.mark.parametrize("worker", [True, False], ids=["worker", "in the process"])
-def test_compute_stops_within_a_step_of_the_cancel(language: Any, robot: Robot, worker: bool) -> None:
+def test_compute_stops_soon_after_the_cancel(language: Any, robot: Robot, worker: bool) -> None:
     """Tokens made after a cancel: those of the step under way, and of the way there."""
-    slow = []
+    made = []
     for _ in range(20):
         sent = robot.send_goal(GenerateResponse, ACTION, goal_of("go to", 900))
         reach(sent, 40)
-        begun, had = time.monotonic(), tokens_of(sent)
+        had = tokens_of(sent)
         sent.cancel()
         status, result = sent.result()
-        took = time.monotonic() - begun
         assert status == GoalStatus.STATUS_CANCELED
-        step = 1 / max(result.timing.decode_tokens_per_s, 1.0)
-        slow.append((result.usage.completion_tokens - had, took / step))
+        made.append(result.usage.completion_tokens - had)
     # The way of a message is several of this small model's steps: the engine-side tests bound the steps alone
-    assert sorted(made for made, _ in slow)[10] <= 60, slow
+    assert sorted(made)[10] <= 60, made
     assert quiet(robot)["pages_used"] == "0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def robot(serve: Callable[..., Any], planner_path: Path, prefixes: Path) -> Robot:
+def asker(serve: Callable[..., Any], planner_path: Path, prefixes: Path) -> Robot:
     """Who asks the node that all tests share."""
     return serve(
         "edge_nodes.language_node",
@@ -47,23 +47,17 @@ def robot(serve: Callable[..., Any], planner_path: Path, prefixes: Path) -> Robo
     )[1]
 
 
-@pytest.fixture
-def own_robot(domain: int) -> Iterator[Robot]:
-    with Robot(domain_id=domain) as robot:
-        yield robot
+def respond(asker: Robot, **fields: Any) -> Any:
+    return asker.send_goal(GenerateResponse, "/generate_response", GenerateResponse.Goal(**fields))
 
 
-def respond(robot: Robot, **fields: Any) -> Any:
-    return robot.send_goal(GenerateResponse, "/generate_response", GenerateResponse.Goal(**fields))
-
-
-def chat(robot: Robot, text: str = COMMAND, **fields: Any) -> Any:
+def chat(asker: Robot, text: str = COMMAND, **fields: Any) -> Any:
     goal = GenerateChatCompletions.Goal(messages=[ChatMessage(role="user", content=text)], **fields)
-    return robot.send_goal(GenerateChatCompletions, "/generate_chat_completions", goal)
+    return asker.send_goal(GenerateChatCompletions, "/generate_chat_completions", goal)
 
 
-def test_a_response_is_streamed_and_told_whole(robot: Robot) -> None:
-    goal = respond(robot, prompt="go to the", max_tokens=6, sampling_config=SamplingConfig(ignore_eos=True))
+def test_a_response_is_streamed_and_told_whole(asker: Robot) -> None:
+    goal = respond(asker, prompt="go to the", max_tokens=6, sampling_config=SamplingConfig(ignore_eos=True))
     status, result = goal.result()
     assert status == SUCCEEDED and result.finish_reason == "length" and result.error == ""
     assert len(result.response.tokens) == result.usage.completion_tokens == 6
@@ -74,26 +68,26 @@ def test_a_response_is_streamed_and_told_whole(robot: Robot) -> None:
     assert all(p.token == p.tokens[-1] for p in parts if p.tokens)
     assert 0 < result.timing.ttft_ms <= result.timing.total_ms and result.timing.decode_tokens_per_s > 0
     # greedy: the same again; and its tokens are those of the text
-    again = respond(robot, prompt="go to the", max_tokens=6, sampling_config=SamplingConfig(ignore_eos=True))
+    again = respond(asker, prompt="go to the", max_tokens=6, sampling_config=SamplingConfig(ignore_eos=True))
     assert again.result()[1].response.text == result.response.text
-    text = robot.call(Detokenize, "/detokenize", Detokenize.Request(tokens=result.response.tokens))
+    text = asker.call(Detokenize, "/detokenize", Detokenize.Request(tokens=result.response.tokens))
     assert text.success and text.text == result.response.text
 
 
-def test_a_response_stops_where_it_is_told(robot: Robot) -> None:
+def test_a_response_stops_where_it_is_told(asker: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True)
-    whole = respond(robot, prompt="go to the", max_tokens=30, sampling_config=sampling).result()[1]
+    whole = respond(asker, prompt="go to the", max_tokens=30, sampling_config=sampling).result()[1]
     stop = whole.response.text[8:11]
-    cut = respond(robot, prompt="go to the", max_tokens=30, stop=[stop], sampling_config=sampling)
+    cut = respond(asker, prompt="go to the", max_tokens=30, stop=[stop], sampling_config=sampling)
     status, result = cut.result()
     assert status == SUCCEEDED and result.finish_reason == "stop"
     assert result.response.text == whole.response.text[: whole.response.text.index(stop)]
 
 
-def test_a_conversation_goes_on_without_reset(robot: Robot) -> None:
+def test_a_conversation_goes_on_without_reset(asker: Robot) -> None:
     def usage(**fields: Any) -> Any:
         return (
-            respond(robot, max_tokens=4, sampling_config=SamplingConfig(ignore_eos=True), **fields)
+            respond(asker, max_tokens=4, sampling_config=SamplingConfig(ignore_eos=True), **fields)
             .result()[1]
             .usage
         )
@@ -105,9 +99,9 @@ def test_a_conversation_goes_on_without_reset(robot: Robot) -> None:
     assert second.prompt_tokens > kept >= third.prompt_tokens
 
 
-def test_probabilities_of_tokens(robot: Robot) -> None:
+def test_probabilities_of_tokens(asker: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True, n_probs=3)
-    result = respond(robot, prompt="go to", max_tokens=3, sampling_config=sampling).result()[1]
+    result = respond(asker, prompt="go to", max_tokens=3, sampling_config=sampling).result()[1]
     assert [p.chosen_token for p in result.response.probs] == list(result.response.tokens)
     for place in result.response.probs:
         chances = [t.probability for t in place.data]
@@ -115,19 +109,19 @@ def test_probabilities_of_tokens(robot: Robot) -> None:
         assert place.data[0].token == place.chosen_token  # greedy
 
 
-def test_a_json_schema_is_kept(robot: Robot) -> None:
-    status, result = respond(robot, prompt="go", max_tokens=40, json_schema=SCHEMA).result()
+def test_a_json_schema_is_kept(asker: Robot) -> None:
+    status, result = respond(asker, prompt="go", max_tokens=40, json_schema=SCHEMA).result()
     assert status == SUCCEEDED and result.finish_reason in ("stop", "length")
     if result.finish_reason == "stop":
         assert isinstance(json.loads(result.response.text)["n"], int)
     status, result = respond(
-        robot, prompt="go", max_tokens=20, response_format="regex", grammar="(yes|no)"
+        asker, prompt="go", max_tokens=20, response_format="regex", grammar="(yes|no)"
     ).result()
     assert status == SUCCEEDED and result.response.text in ("yes", "no")
 
 
-def test_a_chat_is_streamed_in_openais_shape(robot: Robot) -> None:
-    goal = chat(robot)
+def test_a_chat_is_streamed_in_openais_shape(asker: Robot) -> None:
+    goal = chat(asker)
     status, result = goal.result()
     assert status == SUCCEEDED and result.finish_reason == "stop" and result.object == "chat.completion"
     assert json.loads(result.choices[0].message.content)[0] == {"skill": "go_to", "place": "kitchen"}
@@ -137,27 +131,27 @@ def test_a_chat_is_streamed_in_openais_shape(robot: Robot) -> None:
     assert "".join(c.content for c in chunks) == result.choices[0].message.content
     assert [c.role for c in chunks] == ["assistant"] + [""] * (len(chunks) - 1)
     assert {f.id for f in goal.feedback} == {result.id} and goal.feedback[0].object == "chat.completion.chunk"
-    assert not chat(robot, stream=False).feedback
+    assert not chat(asker, stream=False).feedback
 
 
-def test_a_deadline_ends_a_goal_with_what_there_is(robot: Robot) -> None:
+def test_a_deadline_ends_a_goal_with_what_there_is(asker: Robot) -> None:
     sampling = SamplingConfig(ignore_eos=True)
     goal = respond(
-        robot, prompt="go", max_tokens=1000, deadline=Duration(nanosec=40_000_000), sampling_config=sampling
+        asker, prompt="go", max_tokens=1000, deadline=Duration(nanosec=40_000_000), sampling_config=sampling
     )
     status, result = goal.result()
     assert status == ABORTED and result.finish_reason == "deadline" and result.timing.deadline_missed
     assert 0 < len(result.response.tokens) < 1000
 
 
-def test_a_higher_priority_goes_first(start_node: Any, own_robot: Robot, planner_path: Path) -> None:
+def test_a_higher_priority_goes_first(start_node: Any, robot: Robot, planner_path: Path) -> None:
     start_node("edge_nodes.language_node", "language", engine__path=planner_path, context__n_parallel=1)
-    own_robot.activate(NODE)
+    robot.activate(NODE)
     sampling = SamplingConfig(ignore_eos=True)
     ends: list[str] = []
-    running = respond(own_robot, prompt="go", max_tokens=1000, sampling_config=sampling)
-    low = respond(own_robot, prompt="go", max_tokens=200, sampling_config=sampling)
-    high = respond(own_robot, prompt="go", max_tokens=200, priority=5, sampling_config=sampling)
+    running = respond(robot, prompt="go", max_tokens=1000, sampling_config=sampling)
+    low = respond(robot, prompt="go", max_tokens=200, sampling_config=sampling)
+    high = respond(robot, prompt="go", max_tokens=200, priority=5, sampling_config=sampling)
     for name, goal in (("high", high), ("low", low)):
         goal._result.add_done_callback(lambda _, n=name: ends.append(n))
     assert {g.result()[0] for g in (running, low, high)} == {SUCCEEDED}
@@ -176,52 +170,52 @@ def test_a_higher_priority_goes_first(start_node: Any, own_robot: Robot, planner
         ({"prompt": "x", "sampling_config": SamplingConfig(temp=float("nan"))}, "not a number"),
     ],
 )
-def test_a_wrong_goal_is_rejected_with_a_reason(robot: Robot, fields: dict[str, Any], words: str) -> None:
-    rejections = robot.subscribe("/language/rejections", Rejection)
-    assert respond(robot, prompt="go", max_tokens=1).result()[0] == SUCCEEDED
-    assert not respond(robot, **fields).accepted
+def test_a_wrong_goal_is_rejected_with_a_reason(asker: Robot, fields: dict[str, Any], words: str) -> None:
+    rejections = asker.subscribe("/language/rejections", Rejection)
+    assert respond(asker, prompt="go", max_tokens=1).result()[0] == SUCCEEDED
+    assert not respond(asker, **fields).accepted
     told = rejections.wait()[0]
     assert words in told.reason and told.action == "generate_response", told
 
 
-def test_what_only_the_engine_knows_is_wrong_aborts_with_a_reason(robot: Robot) -> None:
+def test_what_only_the_engine_knows_is_wrong_aborts_with_a_reason(asker: Robot) -> None:
     for fields, words in (
         ({"prompt": "go " * 2000}, "context"),
         ({"prompt": "x", "adapter": "nope"}, "nope"),
     ):
-        goal = respond(robot, **fields)
+        goal = respond(asker, **fields)
         status, result = goal.result()
         assert status == ABORTED and result.finish_reason == "error" and words in result.error, result.error
 
 
-def test_services_answer_and_say_why_not(robot: Robot, prefixes: Path) -> None:
-    tokens = robot.call(Tokenize, "/tokenize", Tokenize.Request(text=COMMAND))
+def test_services_answer_and_say_why_not(asker: Robot, prefixes: Path) -> None:
+    tokens = asker.call(Tokenize, "/tokenize", Tokenize.Request(text=COMMAND))
     assert tokens.success and len(tokens.tokens) > 3
-    text = robot.call(Detokenize, "/detokenize", Detokenize.Request(tokens=tokens.tokens))
+    text = asker.call(Detokenize, "/detokenize", Detokenize.Request(tokens=tokens.tokens))
     assert text.success and text.text == COMMAND
-    wrong = robot.call(Detokenize, "/detokenize", Detokenize.Request(tokens=[1 << 30]))
+    wrong = asker.call(Detokenize, "/detokenize", Detokenize.Request(tokens=[1 << 30]))
     assert not wrong.success and "no token" in wrong.message
-    facts = robot.call(GetMetadata, "/get_metadata")
+    facts = asker.call(GetMetadata, "/get_metadata")
     assert facts.success and facts.context == 1024 and facts.has_chat and facts.backend == "cpu"
     assert facts.memory_used <= facts.memory_planned and facts.vocabulary > max(tokens.tokens)
-    kept = robot.call(SavePrefix, "/save_prefix", SavePrefix.Request(text=COMMAND * 8, name="greeting"))
+    kept = asker.call(SavePrefix, "/save_prefix", SavePrefix.Request(text=COMMAND * 8, name="greeting"))
     assert kept.success and kept.tokens > 0, kept.message
     assert Path(kept.path) == prefixes / "greeting.prefix" and Path(kept.path).is_file()
     for request, words in (
         (SavePrefix.Request(text="x", name="../evil"), "without a folder"),
         (SavePrefix.Request(name="both"), "either text or messages"),
     ):
-        refused = robot.call(SavePrefix, "/save_prefix", request)
+        refused = asker.call(SavePrefix, "/save_prefix", request)
         assert not refused.success and words in refused.message
-    assert robot.change_state(NODE, "deactivate") and robot.change_state(NODE, "cleanup")
-    closed = robot.call(Tokenize, "/tokenize", Tokenize.Request(text="x"))
-    robot.activate(NODE)
+    assert asker.change_state(NODE, "deactivate") and asker.change_state(NODE, "cleanup")
+    closed = asker.call(Tokenize, "/tokenize", Tokenize.Request(text="x"))
+    asker.activate(NODE)
     assert not closed.success and "configure" in closed.message
 
 
-def test_texts_on_topics(robot: Robot) -> None:
-    whole, pieces = robot.subscribe("/response", String), robot.subscribe("/partial_response", String)
-    robot.publish("/prompt", String(data=COMMAND))
+def test_texts_on_topics(asker: Robot) -> None:
+    whole, pieces = asker.subscribe("/response", String), asker.subscribe("/partial_response", String)
+    asker.publish("/prompt", String(data=COMMAND))
     answer = whole.wait()[0].data
     assert json.loads(answer)[0] == {"skill": "go_to", "place": "kitchen"}
     assert "".join(m.data for m in pieces.messages) == answer
@@ -232,14 +226,14 @@ def test_texts_on_topics(robot: Robot) -> None:
     [("language", "/prompt", "/response"), ("planner", "/command", "/plan_json")],
 )
 def test_without_edge_interfaces_the_topics_are_served(
-    start_node: Any, own_robot: Robot, planner_path: Path, kind: str, asked: str, answered: str
+    start_node: Any, robot: Robot, planner_path: Path, kind: str, asked: str, answered: str
 ) -> None:
     chosen = {"engine__path": planner_path} if kind == "language" else {}
     node = start_node("without_interfaces", kind, words=[kind], **chosen)
-    own_robot.activate(f"/{kind}")
-    answers = own_robot.subscribe(answered, String)
-    own_robot.publish(asked, String(data=COMMAND))
+    robot.activate(f"/{kind}")
+    answers = robot.subscribe(answered, String)
+    robot.publish(asked, String(data=COMMAND))
     assert json.loads(answers.wait()[0].data)[0] == {"skill": "go_to", "place": "kitchen"}
     assert "edge_interfaces is not built" in node.said
     with pytest.raises(TimeoutError):
-        own_robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command="go"), timeout=0.5)
+        robot.send_goal(MakePlan, "/make_plan", MakePlan.Goal(command="go"), timeout=0.5)

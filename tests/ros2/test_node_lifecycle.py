@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from edge_interfaces.action import MakePlan
 from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions
+from node_process import resident
 from robot import Robot, wait_until
 
 NODE = "/planner"
@@ -108,9 +109,8 @@ def test_an_engine_that_cannot_be_opened_leaves_the_node_unconfigured(
 
 def measured(pid: int) -> tuple[float, int, int]:
     """Resident MiB, threads, descriptors of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     threads, files = len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, threads, files
+    return resident(pid), threads, files
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from action_msgs.msg import GoalStatus
 from edge_interfaces.action import GenerateResponse
 from edge_interfaces.msg import SamplingConfig
+from node_process import resident
 from rclpy.action import ActionClient
 from robot import Robot, wait_until
 from std_msgs.msg import Float64MultiArray
@@ -24,10 +25,6 @@ RATE, SECONDS = 200, 10  # goals a second
 def long_goal(tokens: int = 900) -> Any:
     sampling = SamplingConfig(ignore_eos=True)
     return GenerateResponse.Goal(prompt="go to", max_tokens=tokens, sampling_config=sampling)
-
-
-def resident(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
@@ -63,7 +60,7 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
             client.send_goal_async(long_goal(200)).add_done_callback(answered)
             sent += 1
 
-    robot.figures("/language", lambda v: True)  # listens from here on
+    robot.listen()
     flood(6.0)  # for longer than a result is kept
     memory = resident(pid)
     flood(SECONDS - 6.0)

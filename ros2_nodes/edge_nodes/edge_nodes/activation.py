@@ -34,22 +34,21 @@ class Activation:
 
     def run(self) -> str:
         """Why the node is not active in the end; "" where it is. Waits as long as its transitions take."""
-        requests: list[Any] = []  # of the transition at hand; more than one where the first seemed lost
+        answer: Any = None  # of the newest request
         asked, since, state = "", 0.0, ""
         while rclpy.ok():
-            state = self._state()
+            refused = answer is not None and answer.done() and not answer.result().success
+            state = self._state()  # after the answer: a request that only seemed lost shows in it
             if state in _OVER:
                 return "" if state == "active" else f"{self._name} is {state}"
-            if requests and all(r.done() for r in requests) and not any(r.result().success for r in requests):
-                return f"{self._name}: {asked} failed; its log and /diagnostics say why"
             wanted = _NEXT.get(state, "")
-            if wanted and wanted != asked:
-                asked, requests = wanted, []
-            if wanted and (not requests or time.monotonic() - since > LOST_SECONDS):
-                since = time.monotonic()
+            if refused and wanted == asked:
+                return f"{self._name}: {asked} failed; its log and /diagnostics say why"
+            if wanted and (wanted != asked or time.monotonic() - since > LOST_SECONDS):
+                asked, since = wanted, time.monotonic()
                 request = ChangeState.Request()
                 request.transition.label = asked
-                requests.append(self._changes.call_async(request))
+                answer = self._changes.call_async(request)
             self._executor.spin_once(timeout_sec=0.05)
         return f"stopped while {self._name} was {state or 'not there'}"
 

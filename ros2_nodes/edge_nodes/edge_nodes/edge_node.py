@@ -23,7 +23,7 @@ from edge_nodes.diagnostics import Report
 from edge_nodes.engine import Engine, EngineOptions, Facts
 from edge_nodes.engine_host import EngineHost
 from edge_nodes.jobs import Jobs, Refusal
-from edge_nodes.parameter_table import ROWS, Row
+from edge_nodes.parameter_table import MOST_PARALLEL, ROWS, Row
 from edge_nodes.parameters import Parameters
 from edge_nodes.supervisor import SupervisedEngine
 from edge_runtime import BadConfig, EdgeError
@@ -33,7 +33,6 @@ SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.FAILURE,
     TransitionCallbackReturn.ERROR,
 )
-MOST_PARALLEL = 1024  # of the parameter context.n_parallel
 END_SECONDS = 5.0  # until goals that are ended must have ended, when a node is deactivated
 
 

@@ -18,13 +18,12 @@ import msgspec
 
 from edge_nodes.engine import EngineOptions
 from edge_nodes.engine_host import EngineHost
-from edge_nodes.heap import steady_heap
 from edge_nodes.job import ChatTurn, Event
+from edge_nodes.process import settle_process
 from edge_nodes.protocol import Answer, Beat, Call, Cancel, Channel, ProtocolError, Submit, to_worker
 from edge_runtime import EdgeError
 
 BEAT_SECONDS = 0.2
-SWITCH_SECONDS = 0.0002  # as in spinning.py, so that a step's events are handed on at once
 
 
 class EngineWorker:
@@ -108,8 +107,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's to handle
     os.nice(options.nice)
-    steady_heap()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    settle_process()
     EngineWorker(Channel(socket.socket(fileno=options.fd), to_worker)).run()
     os._exit(0)  # threads of a call that hangs must not keep the process
 

@@ -37,6 +37,7 @@ class Row:
 
 
 _QOS = "quality of service: DEFAULT, SENSOR_DATA or SYSTEM_DEFAULT"
+MOST_PARALLEL = 1024  # goals that run at once, in any engine
 ROWS = (
     Row("engine.path", "", "the .edge file to serve", structural=True),
     Row("engine.backend", "auto", "auto, cpu, reference or what else this machine has", structural=True),
@@ -59,7 +60,7 @@ ROWS = (
     Row(
         "context.n_ctx", 0, "tokens of prompt and answer together; 0: as planned", 0, 1 << 24, structural=True
     ),
-    Row("context.n_parallel", 0, "goals that run at once; 0: as planned", 0, 1024, structural=True),
+    Row("context.n_parallel", 0, "goals that run at once; 0: as planned", 0, MOST_PARALLEL, structural=True),
     Row("context.n_predict", 256, "most tokens of an answer whose goal names no number", 1, 1 << 20),
     Row("cache.type_k", "", "KV format of keys, such as int8; empty: as planned", structural=True),
     Row("cache.type_v", "", "KV format of values; empty: as planned", structural=True),

@@ -13,13 +13,10 @@ from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
 
 from edge_nodes.edge_node import EdgeNode
-from edge_nodes.heap import steady_heap
+from edge_nodes.process import settle_process
 from edge_runtime import EdgeError
 
 THREADS = 4  # a transition, a service that asks the engine, and two for goals, parameters and timers
-
-# Until a thread that holds the interpreter is asked for it: Python's 5 ms are half of a 100 Hz timer's period
-SWITCH_SECONDS = 0.0002
 
 
 def _start_threads(executor: MultiThreadedExecutor) -> None:
@@ -36,8 +33,7 @@ def _meet(together: threading.Barrier) -> None:
 
 def spin_node(make: Callable[[], EdgeNode], args: list[str] | None = None) -> int:
     """Make the node and serve it; returns the exit code."""
-    steady_heap()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    settle_process()
     # rclpy ends the spinning at Ctrl-C by itself; Python's own handler would cut the clean-up at a second one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rclpy.init(args=args)

@@ -20,13 +20,3 @@ def small_heap() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def planner_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shipped planner's engine, built as a node's first start builds it."""
-    from edge_nodes.default_engine import planner_engine
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield planner_engine(lambda words: None)
