@@ -14,6 +14,7 @@ from rclpy.arguments import Arguments, parse_arguments
 from rclpy.impl import dds
 
 _handling: list[Context] = []  # contexts that a signal ends
+_before: dict[int, Any] = {}  # handlers that were there
 
 
 class Context:
@@ -60,7 +61,8 @@ def install_signal_handlers(context: Context) -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _handling.append(context)
-    before = signal.getsignal(signal.SIGINT)
+    _before.update({number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)})
+    before = _before[signal.SIGINT]
 
     def end(number: int, frame: Any) -> None:
         for each in _handling:
@@ -71,3 +73,10 @@ def install_signal_handlers(context: Context) -> None:
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+
+
+def uninstall_signal_handlers() -> None:
+    """What was there before is there again."""
+    if threading.current_thread() is threading.main_thread():
+        while _before:
+            signal.signal(*_before.popitem())

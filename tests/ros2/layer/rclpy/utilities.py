@@ -24,3 +24,7 @@ def try_shutdown(*, context: Any = None) -> None:
     chosen = context or get_default_context()
     if chosen.ok():
         chosen.shutdown()
+    if context is None:
+        from rclpy.context import uninstall_signal_handlers
+
+        uninstall_signal_handlers()
