@@ -45,7 +45,7 @@ def book_of(*stamps: int, result_timeout: int = 100):
 
 def end(book, number: int) -> None:
     for event in (GoalEvent.EXECUTE, GoalEvent.SUCCEED):
-        assert book.goals[uuid(number)].advance(event) is None
+        assert book.advance(book.goals[uuid(number)], event) is None
 
 
 @pytest.mark.parametrize("event", [event.name for event in GoalEvent])
@@ -89,7 +89,7 @@ def test_which_goals_a_cancel_request_means(number: int, stamp: int, code: int, 
 
 def test_a_goal_being_cancelled_is_not_cancelled_again():
     book = book_of(10)
-    book.goals[uuid(1)].advance(GoalEvent.CANCEL_GOAL)
+    book.advance(book.goals[uuid(1)], GoalEvent.CANCEL_GOAL)
     assert book.to_cancel(uuid(1), 0) == (3, [])
     assert book.to_cancel(uuid(0), 0) == (0, [])
 

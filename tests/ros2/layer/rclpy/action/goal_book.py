@@ -70,10 +70,18 @@ class GoalBook:
     def __init__(self, result_timeout: int) -> None:
         self.goals: dict[bytes, Goal] = {}
         self._result_timeout = result_timeout
+        self._oldest: int | None = None  # stamp among the ended ones; kept, as it is asked for all the time
 
     def accept(self, uuid: bytes, stamp: int) -> Goal:
         goal = self.goals[uuid] = Goal(uuid, stamp)
         return goal
+
+    def advance(self, goal: Goal, event: GoalEvent) -> str | None:
+        """As Goal.advance; one that has ended is kept for a while and then forgotten."""
+        trouble = goal.advance(event)
+        if not goal.active and (self._oldest is None or goal.stamp < self._oldest):
+            self._oldest = goal.stamp
+        return trouble
 
     def to_cancel(self, uuid: bytes, stamp: int) -> tuple[int, list[Goal]]:
         """(return code, goals) of a cancel request.
@@ -92,16 +100,16 @@ class GoalBook:
 
     def next_expiry(self, now: int) -> int | None:
         """Nanoseconds until an ended goal is to be forgotten; None when none has ended."""
-        ended = [goal.stamp for goal in self.goals.values() if not goal.active]
-        return max(0, min(ended) + self._result_timeout - now) if ended else None
+        return None if self._oldest is None else max(0, self._oldest + self._result_timeout - now)
 
     def expire(self, now: int) -> list[bytes]:
         """Forgets the ended goals that are too old, and names them."""
-        old = [
-            goal.uuid
-            for goal in self.goals.values()
-            if not goal.active and now - goal.stamp > self._result_timeout
-        ]
+        if self._oldest is None or now - self._oldest <= self._result_timeout:
+            return []
+        ended = [goal for goal in self.goals.values() if not goal.active]
+        old = [goal.uuid for goal in ended if now - goal.stamp > self._result_timeout]
         for uuid in old:
             del self.goals[uuid]
+        kept = [goal.stamp for goal in ended if goal.uuid in self.goals]
+        self._oldest = min(kept, default=None)
         return old

@@ -37,6 +37,7 @@ class ServerGoalHandle:
         self._action_server = server
         self._goal: Goal | None = goal
         self._info = goal_info
+        self._entry = GoalStatus(goal_info=goal_info, status=goal.status)
         self._goal_request = request
         self._lock = threading.Lock()
 
@@ -66,9 +67,10 @@ class ServerGoalHandle:
         with self._lock:
             if self._goal is None:
                 return
-            trouble = self._goal.advance(event)
+            trouble = self._action_server.advance(self._goal, event)
             if trouble is not None:
                 raise RCLError(f"Failed to update goal state: {trouble}")
+            self._entry.status = self._goal.status
         self._action_server.publish_status()
         if not self.is_active:
             self._action_server.notify_goal_done()
@@ -266,14 +268,17 @@ class ActionServer:
         if callback is not None:
             self._node.executor.create_task(self._execute_goal, callback, goal_handle)
 
+    def advance(self, goal: Goal, event: GoalEvent) -> str | None:
+        with self._lock:
+            return self._book.advance(goal, event)
+
     def notify_goal_done(self) -> None:
         self._node.wake()
 
     def publish_status(self) -> None:
         with self._telling:  # else an older look could be published after a newer one
-            handles = list(self._handles.values())
-            states = [GoalStatus(goal_info=h._info, status=h.status) for h in handles]
-            self._status.publish(GoalStatusArray(status_list=states))
+            entries = [handle._entry for handle in list(self._handles.values())]
+            self._status.publish(GoalStatusArray(status_list=entries))
 
     def publish_feedback(self, goal_id: Any, feedback: Any) -> None:
         self._feedback.publish(self._action_type.Impl.FeedbackMessage(goal_id=goal_id, feedback=feedback))

@@ -154,6 +154,7 @@ class Reader:
         self._lock = threading.Lock()
         self._waiting: list[tuple[bytes, int]] = []
         self._came = False
+        self._owners: dict[int, Any] = {}  # of writers: asking cyclonedds each time takes longer than a reply
 
         def heard() -> None:
             self._came = True
@@ -180,8 +181,12 @@ class Reader:
         return 0 if entity is None else len(entity.get_matched_publications())
 
     def participant_of(self, writer: int) -> Any:
-        data = self.entity.get_matched_publication_data(writer)
-        return None if data is None else data.participant_key
+        if writer not in self._owners:
+            data = self.entity.get_matched_publication_data(writer)
+            if data is None:
+                return None
+            self._owners[writer] = data.participant_key
+        return self._owners[writer]
 
     def close(self) -> None:
         with self._lock:
