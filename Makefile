@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find kernels edge_runtime/engine/formats -name '*.cpp' -o -name '*.h' -o -name '*.txt' -o -name '*.py' 2>/dev/null)
 
 .PHONY: demo test lint bench gpu-check clean
@@ -9,7 +10,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.tested
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

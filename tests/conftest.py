@@ -18,6 +18,20 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With processes beside each other (pytest -n), a file is one's whole, and so are all ROS nodes.
+
+    Nodes in two groups would share the cores with each other's engines. They begin, as they take longest.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    nodes = ROOT / "tests" / "ros2"
+    for item in items:
+        group = "nodes" if item.path.parent == nodes else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.parent != nodes)
+
+
 @pytest.fixture(scope="session")
 def story_text() -> str:
     """Simple story text of the kind that the tiny shared models were trained on."""

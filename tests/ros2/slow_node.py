@@ -1,6 +1,6 @@
-"""A language node whose every step takes test.step seconds longer: the way of a message is then less than one.
+"""A language node whose every step takes test.step seconds longer: a message is then quicker than one.
 
-With worker.enabled the same file is the worker: python -m slow_node --fd N --nice N, the seconds in SLOW_STEP.
+With worker.enabled the same file is the worker: python -m slow_node --fd N --nice N; seconds in SLOW_STEP.
 """
 
 from __future__ import annotations

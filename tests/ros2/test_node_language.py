@@ -13,7 +13,7 @@ from builtin_interfaces.msg import Duration
 from edge_interfaces.action import GenerateChatCompletions, GenerateResponse, MakePlan
 from edge_interfaces.msg import ChatMessage, Rejection, SamplingConfig
 from edge_interfaces.srv import Detokenize, GetMetadata, SavePrefix, Tokenize
-from robot import Robot
+from robot import Robot, wait_until
 from sensor_msgs.msg import Image
 from std_msgs.msg import String
 
@@ -62,7 +62,10 @@ def test_a_response_is_streamed_and_told_whole(asker: Robot) -> None:
     assert status == SUCCEEDED and result.finish_reason == "length" and result.error == ""
     assert len(result.response.tokens) == result.usage.completion_tokens == 6
     assert result.usage.total_tokens == result.usage.prompt_tokens + 6
-    parts = [f.partial_response for f in goal.feedback]
+    # Feedback is a topic: the last piece may come after the result
+    pieces = goal.feedback
+    wait_until(lambda: sum(len(f.partial_response.tokens) for f in pieces) == 6, 5.0, "all tokens")
+    parts = [f.partial_response for f in pieces]
     assert "".join(p.text for p in parts) == result.response.text
     assert [t for p in parts for t in p.tokens] == list(result.response.tokens)
     assert all(p.token == p.tokens[-1] for p in parts if p.tokens)
@@ -127,8 +130,12 @@ def test_a_chat_is_streamed_in_openais_shape(asker: Robot) -> None:
     assert json.loads(result.choices[0].message.content)[0] == {"skill": "go_to", "place": "kitchen"}
     assert result.choices[0].message.role == "assistant" and result.choices[0].finish_reason == "stop"
     assert result.id.startswith("chatcmpl-") and result.created > 0 and result.model
+
+    def told() -> str:
+        return "".join(f.choices[0].delta.content for f in goal.feedback)
+
+    wait_until(lambda: told() == result.choices[0].message.content, 5.0, "the whole content")
     chunks = [f.choices[0].delta for f in goal.feedback]
-    assert "".join(c.content for c in chunks) == result.choices[0].message.content
     assert [c.role for c in chunks] == ["assistant"] + [""] * (len(chunks) - 1)
     assert {f.id for f in goal.feedback} == {result.id} and goal.feedback[0].object == "chat.completion.chunk"
     assert not chat(asker, stream=False).feedback
