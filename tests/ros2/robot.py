@@ -89,8 +89,9 @@ class SentGoal:
     The status topic keeps one message, so a state that lasted very shortly may be missing.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, asking: Callable[..., Any]) -> None:
         self.name = name
+        self._asking = asking
         self.feedback: list[Any] = []
         self.statuses: list[int] = []
         self._handle: Any = None
@@ -111,7 +112,7 @@ class SentGoal:
     def answered(self, handle: Any) -> None:
         self._handle = handle
         if handle.accepted:
-            self._result = handle.get_result_async()
+            self._result = self._asking(handle.get_result_async)
 
     def result(self, timeout: float = 30.0) -> tuple[int, Any]:
         """(status of action_msgs/GoalStatus, result message) of an accepted goal."""
@@ -122,7 +123,7 @@ class SentGoal:
 
     def cancel(self, timeout: float = 10.0) -> tuple[int, bool]:
         """(return code of action_msgs/CancelGoal, whether the server agreed to cancel this goal)."""
-        future = self._handle.cancel_goal_async()
+        future = self._asking(self._handle.cancel_goal_async)
         response = _finished(future, timeout, f"cancelling a goal of {self.name}")
         return response.return_code, self.uuid in [
             bytes(goal.goal_id.uuid) for goal in response.goals_canceling
@@ -232,6 +233,17 @@ class Robot:
 
     # actions
 
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """The task of a call on the executor's thread.
+
+        rclpy 3.3 (Humble) loses an answer that an action client's executor takes before the thread that asked
+        has noted its number, so goals are sent, cancelled and their results asked for there.
+        """
+        return self._executor.create_task(call, *arguments)
+
+    def _asking(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return _finished(self.soon(call, *arguments), 10.0, "the robot's executor")
+
     def send_goal(
         self,
         action_type: Any,
@@ -249,16 +261,15 @@ class Robot:
         client = self._actions[name]
         if not client.wait_for_server(timeout_sec=timeout):
             raise TimeoutError(f"action {name}: no server within {timeout} s")
-        sent = SentGoal(name)
+        sent = SentGoal(name, self._asking)
 
         def collect(message: Any) -> None:
             sent.feedback.append(message.feedback)
             if feedback is not None:
                 feedback(message.feedback)
 
-        handle = _finished(
-            client.send_goal_async(goal, feedback_callback=collect), timeout, f"goal to {name}"
-        )
+        future = self._asking(client.send_goal_async, goal, collect)
+        handle = _finished(future, timeout, f"goal to {name}")
         sent.statuses = self._statuses.setdefault(bytes(handle.goal_id.uuid), [])
         sent.answered(handle)
         return sent
