@@ -151,6 +151,25 @@ def test_a_deadline_ends_a_goal_with_what_there_is(asker: Robot) -> None:
     assert 0 < len(result.response.tokens) < 1000
 
 
+def test_a_goal_that_would_outlast_its_result_ends_by_a_deadline(
+    start_node: Any, robot: Robot, planner_path: Path
+) -> None:
+    """rclpy forgets a goal after result.timeout, and the result of one that ends later reaches nobody."""
+    start_node(
+        "slow_node",
+        "language",
+        engine__path=planner_path,
+        worker__enabled=False,
+        result__timeout=10,
+        test__step=0.2,
+    )
+    robot.activate(NODE)
+    sampling = SamplingConfig(ignore_eos=True)
+    goal = respond(robot, prompt="go to", max_tokens=900, sampling_config=sampling)
+    status, result = goal.result(timeout=15.0)
+    assert status == ABORTED and result.finish_reason == "deadline" and len(result.response.tokens) > 10
+
+
 def test_a_higher_priority_goes_first(start_node: Any, robot: Robot, planner_path: Path) -> None:
     start_node("edge_nodes.language_node", "language", engine__path=planner_path, context__n_parallel=1)
     robot.activate(NODE)

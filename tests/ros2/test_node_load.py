@@ -15,6 +15,7 @@ from edge_interfaces.action import GenerateResponse
 from edge_interfaces.msg import SamplingConfig
 from node_process import resident
 from rclpy.action import ActionClient
+from rclpy.qos import QoSProfile
 from robot import Robot, wait_until
 from std_msgs.msg import Float64MultiArray
 
@@ -36,17 +37,20 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
         engine__path=planner_path,
         queue__depth=LIMIT - 4,
         diagnostics__period=0.1,
-        result__timeout=5,
+        result__timeout=10,
     )
     robot.activate("/language")
     pid = node.process.pid
-    client = ActionClient(robot.node, GenerateResponse, "/generate_response")
+    deep = QoSProfile(
+        depth=500
+    )  # as the node has: answers wait ten deep else, and what they push out is lost
+    client = ActionClient(robot.node, GenerateResponse, "/generate_response", goal_service_qos_profile=deep)
     assert client.wait_for_server(timeout_sec=10.0)
     ends: Counter[int] = Counter()
     answers: Counter[bool] = Counter()
     sent = 0
 
-    def send() -> None:  # goals short enough to end before the result of one accepted with them is forgotten
+    def send() -> None:
         client.send_goal_async(long_goal(100)).add_done_callback(answered)
 
     def answered(future: Any) -> None:
@@ -64,17 +68,21 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
             sent += 1
 
     robot.listen()
-    flood(6.0)  # for longer than a result is kept
+    flood(6.0)
     memory = resident(pid)
     flood(SECONDS - 6.0)
-    try:
-        wait_until(lambda: sum(answers.values()) >= 0.98 * sent, 10.0, "answers")
-    finally:
-        print(f"{sent} goals sent, {answers[True]} taken, {answers[False]} refused")
+
+    def over(told: dict[str, str]) -> bool:
+        """The node has answered every one, and what it took has ended."""
+        return int(told["goals_refused"]) + int(told["goals_ended"]) == sent and told["pages_used"] == "0"
+
+    values = robot.figures("/language", over, 20.0)[2]
+    print(f"{sent} goals sent, {answers[True]} taken, {answers[False]} refused; the node says {values}")
+    # This process, which also hears of each goal's state, may be too slow to read all of it on a busy machine:
+    # what is pushed out of its queue is lost
+    wait_until(lambda: sum(answers.values()) >= 0.9 * sent, 10.0, "answers")
     wait_until(lambda: sum(ends.values()) == answers[True], 20.0, "ends")
-    values = robot.figures("/language", lambda v: v["goals"] == v["pages_used"] == "0")[2]
     most = max(int(v.value) for m in robot.reports for s in m.status for v in s.values if v.key == "goals")
-    # Requests of a service wait ten deep (its QoS), so a few may be lost where the machine stalls
     assert answers[True] and answers[False], answers
     assert set(ends) == {GoalStatus.STATUS_SUCCEEDED}, ends
     assert most <= LIMIT == int(values["goals_limit"])

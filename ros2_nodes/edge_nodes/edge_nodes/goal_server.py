@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import msgspec
 from action_msgs.msg import GoalStatus
 from rclpy.action import CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
@@ -20,6 +21,8 @@ from edge_nodes.jobs import Refusal, Ticket
 from edge_nodes.rejections import Rejections
 from edge_runtime import EdgeError
 
+# rclpy forgets a goal at result.timeout and drops the result of one that ends then: all end this much earlier
+_MARGIN = 2.0  # seconds
 # Deeper than the ten of ROS, so that requests of a flood are refused and not lost
 _REQUESTS = QoSProfile(depth=500)
 
@@ -65,6 +68,7 @@ class GoalServer:
         self._name = name
         self._job_of = job_of
         self._answer_of = answer_of
+        self._longest = node.parameters["result.timeout"] - _MARGIN
         self._goals: dict[bytes, _Goal] = {}
         self._lock = threading.Lock()
         self._server = DeferredActionServer(
@@ -103,6 +107,8 @@ class GoalServer:
         try:
             jobs = self._node.check_accepting()
             job = self._job_of(handle.request, settings)
+            if job.deadline is None or job.deadline > self._longest:
+                job = msgspec.structs.replace(job, deadline=self._longest)
             goal.ticket = jobs.start(
                 job, lambda e: self._on_progress(goal, e), lambda e: self._on_end(goal, e)
             )

@@ -115,8 +115,9 @@ ROWS = (
     Row(
         "result.timeout",
         900,
-        "seconds that the result of a goal is kept, counted from its acceptance",
-        1,
+        "seconds that the result of a goal is kept, counted from its acceptance; a goal that would take "
+        "longer ends by its deadline before that",
+        10,
         86400,
         fixed=True,
     ),
