@@ -78,7 +78,7 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
 
     values = robot.figures("/language", over, 20.0)[2]
     print(f"{sent} goals sent, {answers[True]} taken, {answers[False]} refused; the node says {values}")
-    # This process, which also hears of each goal's state, may be too slow to read all of it on a busy machine:
+    # This process, which also hears of each goal's state, may be too slow for all of it on a busy machine:
     # what is pushed out of its queue is lost
     wait_until(lambda: sum(answers.values()) >= 0.9 * sent, 10.0, "answers")
     wait_until(lambda: sum(ends.values()) == answers[True], 20.0, "ends")
