@@ -1,7 +1,8 @@
 """A planner node that breaks where a parameter says: for tests of what follows.
 
 test.where: the transition whose work raises, once. test.again: error processing raises as well. test.slow:
-seconds that configuring takes longer. test.worker: the command of the engine's process.
+seconds that configuring takes longer. test.tail: seconds from a transition's new state to its answer.
+test.worker: the command of the engine's process.
 """
 
 from __future__ import annotations
@@ -20,11 +21,20 @@ class BreakingNode(PlannerNode):
         self._again = self.declare_parameter("test.again", False).value
         self._worker = self.declare_parameter("test.worker", "").value
         self._slow = self.declare_parameter("test.slow", 0.0).value
+        self._tail = self.declare_parameter("test.tail", 0.0).value
 
     def _break(self, where: str) -> None:
         if self._where == where:
             self._where = "error" if self._again else ""
             raise RuntimeError(f"broken in {where}")
+
+    def _guarded_change(self, change: Any) -> Any:
+        def with_tail(request: Any, response: Any) -> Any:
+            answer = change(request, response)
+            time.sleep(self._tail)
+            return answer
+
+        return super()._guarded_change(with_tail)
 
     def _make_engine(self, settings: Any) -> Any:
         engine = super()._make_engine(settings)

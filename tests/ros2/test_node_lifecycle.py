@@ -162,6 +162,18 @@ def test_two_transitions_at_once_are_one(start_node: Callable[..., Any], robot: 
     assert robot.state(NODE) == "inactive"
 
 
+def test_a_client_that_saw_the_new_state_may_ask_for_the_next(
+    start_node: Callable[..., Any], robot: Robot
+) -> None:
+    """Though the transition that led there has not answered yet."""
+    start_node("nodes_that_break", "planner", test__tail=0.5, worker__enabled=False)
+    answer = robot.request_transition(NODE, "configure", 60.0)
+    wait_until(lambda: robot.state(NODE) == "inactive", 60.0, "inactive")
+    assert not answer.done()
+    assert robot.change_state(NODE, "activate")
+    assert answer.result().success and robot.state(NODE) == "active"
+
+
 def test_states_are_told_while_a_transition_takes_long(start_node: Callable[..., Any], robot: Robot) -> None:
     """An engine of ten seconds' load must not silence the node: here it is a slow one of two."""
     start_node("nodes_that_break", "planner", test__slow=2.0)

@@ -33,6 +33,8 @@ SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.FAILURE,
     TransitionCallbackReturn.ERROR,
 )
+_PHASES = ("unconfigured", "inactive", "active", "finalized")  # the others are transitions under way
+TAIL_SECONDS = 1.0  # that the rest of a transition may take when its work is done
 END_SECONDS = 5.0  # until goals that are ended must have ended, when a node is deactivated
 
 
@@ -242,7 +244,7 @@ class EdgeNode(LifecycleNodeMixin, Node):
 
     def _guarded_change(self, change: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def call(request: Any, response: Any) -> Any:
-            if not self._changing.acquire(blocking=False):
+            if not self._may_change():
                 self.get_logger().warning(f"a transition is refused: the node is {self.phase}")
                 response.success = False
                 return response
@@ -257,6 +259,18 @@ class EdgeNode(LifecycleNodeMixin, Node):
                 self._changing.release()
 
         return call
+
+    def _may_change(self) -> bool:
+        """Take the lock of transitions; False while one is under way.
+
+        rclpy tells a new state a moment before the transition that led there has returned: a client that saw
+        it asks for the next one, which waits for that moment.
+        """
+        due = time.monotonic() + TAIL_SECONDS
+        while not self._changing.acquire(timeout=0.01):
+            if self.phase not in _PHASES or time.monotonic() > due:
+                return False
+        return True
 
     def _make_engine(self, settings: Mapping[str, Any]) -> Engine:
         if not settings["worker.enabled"]:
