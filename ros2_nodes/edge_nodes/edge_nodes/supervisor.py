@@ -71,7 +71,7 @@ class SupervisedEngine:
     ) -> None:
         self._command = [*command, "--nice", str(nice)]
         self._heartbeat_timeout = heartbeat_timeout
-        self._start_timeout = start_timeout  # until the first beat: a busy robot starts Python slowly
+        self._start_timeout = start_timeout  # of silence, until it is open
         self._step_limit = step_limit
         self._max_restarts = max_restarts
         self._on_change = on_change
@@ -274,7 +274,9 @@ class SupervisedEngine:
                 worker, state = self._worker, self.state
             if worker is not None and not worker.lost and state != "failed":
                 silence = time.monotonic() - worker.heard
-                limit = self._heartbeat_timeout if worker.spoken else self._start_timeout
+                # A busy robot starts and opens slowly, and nobody's goal waits there
+                serving = worker.spoken and state == "open"
+                limit = self._heartbeat_timeout if serving else self._start_timeout
                 if worker.process.poll() is not None:
                     self._lose(worker, f"its process ended with code {worker.process.returncode}")
                 elif silence > limit:
