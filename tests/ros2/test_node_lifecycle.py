@@ -146,6 +146,7 @@ def test_whole_cycles_leave_nothing_behind(
     cycle(cycles)
     after = measured(pid)
     assert after[1:] == (threads, files)
+    assert "unexpected" not in node.said
     assert after[0] - memory <= 1.0, f"{memory:.2f} to {after[0]:.2f} MiB"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import rclpy
-from rclpy.exceptions import ParameterException
+from rclpy.exceptions import InvalidHandle, ParameterException
 from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
 
 from edge_nodes.edge_node import EdgeNode
@@ -48,8 +48,11 @@ def spin_node(make: Callable[[], EdgeNode], args: list[str] | None = None) -> in
                 executor.spin()
             except (KeyboardInterrupt, ExternalShutdownException):
                 break
+            except InvalidHandle:
+                continue  # rclpy was about to wait for a topic that a transition had just destroyed
             except Exception as error:  # of rclpy itself or a callback without a guard
-                node.unexpected("the executor", error)
+                if rclpy.ok():  # else the process ends, and Humble was about to wait
+                    node.unexpected("the executor", error)
         executor.shutdown()
         return 0
     except (KeyboardInterrupt, ExternalShutdownException):

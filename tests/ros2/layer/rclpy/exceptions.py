@@ -34,3 +34,7 @@ class InvalidParameterValueException(ParameterException):
 class ParameterImmutableException(ParameterException):
     def __init__(self, name: str) -> None:
         super().__init__("Attempted to modify read-only parameter", name)
+
+
+class InvalidHandle(Exception):
+    """An entity of rcl that was destroyed. The layer's entities have none, and it is never raised."""
