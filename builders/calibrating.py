@@ -73,7 +73,11 @@ class Calibrations:
         return part in self._parts
 
     def in_order(
-        self, part: Part, choose: Callable[[str, InputStatistics | None], Array], watcher: Watcher
+        self,
+        part: Part,
+        choose: Callable[[str, InputStatistics | None], Array],
+        known: Callable[[str], InputStatistics | None],
+        watcher: Watcher,
     ) -> None:
         """Call `choose` for the tensors of a calibrated part in its order, see builders/feedback.py."""
         from builders.feedback import FeedbackOptions, quantize_in_order
@@ -82,7 +86,8 @@ class Calibrations:
         windows = self._corpus.windows[:, : part.program.max_context]
         request = self._request
         options = FeedbackOptions(request.corpus.seed, self.device, request.memory // 2)
-        quantize_in_order(part.weights, windows, choose, self._parts[part.name].folder, options, watcher)
+        folder = self._parts[part.name].folder
+        quantize_in_order(part.weights, windows, choose, folder, options, watcher, known)
 
     def record(self) -> CalibrationRecord | None:
         """What the engine says of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from builders.activations import Kind, round_activations
 from builders.calibrating import Calibrations
@@ -121,7 +122,8 @@ def quantize(
     parts = [_Writing(part, plans[part.name], algorithm, options, writer) for part in contents.parts]
     for writing in parts:
         if feedback and calibrations.covers(writing.part.name):
-            calibrations.in_order(writing.part, writing.write_decoded, watcher)
+            known = partial(inputs_of, writing.part, calibrations=calibrations)
+            calibrations.in_order(writing.part, writing.write_decoded, known, watcher)
     watcher.phase("quantize", sum(len(w.plan.tensors) - len(w.written) for w in parts))
     for writing in parts:
         part = writing.part
