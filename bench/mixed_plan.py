@@ -20,7 +20,8 @@ from machine import machine
 from methods import build
 from quality_texts import ROOT, STORY, chats, present
 
-UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32")
+# The last three have far more bytes: how far the mixed plan's reach is
+UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32", "nvfp4_g16", "int4_g32_zp", "q4_k")
 
 
 def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
 TRIAL_FLOPS = 1e12  # of all trials of a build: half a minute of two cores; fixed, so that builds repeat
-MOST = 16  # of them, of a model that is small enough
+MOST = 12  # of them, of a model that is small enough
 FEW = 6  # that shall be possible, else fewer windows are judged
 LEAST_TOKENS = 256  # that a plan is judged on
 # Passes through all matrices of a trial, 2 operations a weight and token each
