@@ -190,7 +190,7 @@ class Calibrations:
         )
 
     def notes(self, subject: object) -> Journal:
-        """Where figures of plans are written down; they stay with the calibration. `subject`: what they are of
+        """Where figures of plans are written down, to stay with the calibration. `subject`: what they are of
         beside it."""
         found = self._parts[LANGUAGE]
         return Journal(found.folder / TRIALS, {"calibration": found.sha256, "of": subject})

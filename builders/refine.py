@@ -1,11 +1,16 @@
-"""The planner's last pass: plans near the one of least predicted loss, tried out whole; the best one is taken.
+"""The planner's last pass: plans near the one of least predicted loss are tried out whole; the best is taken.
 
 A plan's predicted loss is a sum of figures of tensors one at a time. Errors meet in the whole model, with
-feedback every tensor is rounded anew, and what looked best of thousands of figures was partly luck. So losses
-are looked at anew (`shrinkage.py`), the planner is asked for the best plan by them, the plan is tried out
-(`trials.py`), and the losses whose plan has the least KL are the ones that are kept: budgets, explanation and
-the sensitivity file then follow as from any losses. Uniform plans within the budgets are tried out too, so the
-result is no worse than they are, in KL on the calibration text. Work is bounded by counts, never by a clock.
+feedback every tensor is rounded anew, and what looked best of a thousand figures was partly luck. So losses
+are changed (`shrinkage.py`), the planner is asked for the best plan by them, the plan is tried out
+(`trials.py`), and the losses whose plan has the least KL are kept: budgets, explanation and the sensitivity
+file then follow as from any losses. The uniform plans of least predicted loss that keep the budgets are tried
+out too, so the result is no worse than they are, in KL on the calibration text. Work is bounded by counts,
+never by a clock.
+
+What does not help: losses measured around the plan, all other tensors rounded. With feedback they are as noisy
+as the differences that they should find (stories260K, 4 bits: of falls of KL predicted at 4 to 22%, at most 3%
+came true; shrinking gives 9%).
 """
 
 from __future__ import annotations
@@ -64,8 +69,9 @@ def refine(
 ) -> Sensitivity:
     """The losses whose plan has the least KL of at most `most` plans, with all that were tried in `tried`.
 
-    measure: KL of the language part's plan, whole, in nats. notes: where figures are kept and looked up. Gives
-    `found` back where fewer than LEAST plans may be tried or no plan keeps the budgets.
+    measure: KL of the language part's plan, whole, in nats; ValueOutOfRange where it cannot be built. notes:
+    where figures are kept and looked up. Gives `found` back where fewer than LEAST plans may be tried or no
+    plan keeps the budgets.
     """
     if most < LEAST or question.plans(found) is None:
         return found

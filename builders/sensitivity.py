@@ -16,7 +16,7 @@ from edge_runtime.errors import BadCheckpoint, BadConfig
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A plan that was tried out whole: by what losses it was the best, and its KL to the f32 model in nats."""
+    """A plan that was tried out whole: by what losses it was the best; its KL to the f32 model in nats."""
 
     plan: str
     kl: float

@@ -1,10 +1,10 @@
 """Losses as a plan should trust them: measured ones drawn towards what tensor and format alone would say.
 
-The loss of one tensor in one format depends on how its values happened to be rounded. A program that takes the
-least of many such figures takes the lucky ones, and where the build rounds anew (feedback: every tensor after
-those before it have changed) the luck is gone. In logarithms, losses are nearly a level of the tensor plus a
-level of the format; what is left over is mostly luck, and shrinking it is what an empirical Bayes estimate does
-(Efron & Morris 1975, "Data Analysis Using Stein's Estimator and its Generalizations").
+The loss of one tensor in one format depends on how its values happened to be rounded. A planner that takes
+the least of many such figures takes the lucky ones, and where the build rounds anew (feedback: every tensor
+after those before it have changed) the luck is gone. In logarithms, losses are nearly a level of the tensor plus a
+level of the format; what is left over is mostly luck, and to shrink it is what an empirical Bayes estimate
+does (Efron & Morris 1975, "Data Analysis Using Stein's Estimator and its Generalizations").
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def shaken(found: Sensitivity, width: float, seed: int) -> Sensitivity:
     """The losses times exp(normal * width), by the seed: a plan next to theirs is then the best."""
     rng = np.random.default_rng((seed, 3))
     losses = {
-        name: {f: x * math.exp(width * z) for (f, x), z in zip(of.items(), rng.normal(size=len(of)).tolist())}
-        for name, of in sorted(found.losses.items())
+        name: {f: x * math.exp(width * float(rng.normal())) for f, x in of.items()}
+        for name, of in found.losses.items()
     }
-    return msgspec.structs.replace(found, losses={name: losses[name] for name in found.losses})
+    return msgspec.structs.replace(found, losses=losses)
 
 
 def only(found: Sensitivity, fmt: str) -> Sensitivity:
@@ -74,7 +74,8 @@ def levels(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
         down = _mean(values - across, known, 0)
     fit = across + down
     return {
-        row: {c: float(fit[i, j]) for j, c in enumerate(columns) if known[i, j]} for i, row in enumerate(figures)
+        row: {c: float(x) for c, x, k in zip(columns, fit[i], known[i], strict=True) if k}
+        for i, row in enumerate(figures)
     }
 
 

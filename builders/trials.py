@@ -1,13 +1,13 @@
 """Plans tried out: the language part rounded whole, as the build would, and its KL to the f32 model.
 
-Figures of tensors one at a time do not know of one another; this one does. It is over the first windows of the
-calibration text, never the text that builds are measured on, with f32 activations and an f32 cache. All rounded
-tensors lie in memory: it is for small models.
+Figures of tensors one at a time do not know of one another; this one does. It is over the first windows of
+the calibration text, never the text that builds are measured on, with f32 activations and an f32 cache. All
+rounded tensors lie in memory: it is for small models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,19 +57,19 @@ class Trials:
 
     def kl(self, plan: Plan) -> float:
         """KL(f32 || rounded as `plan` says), the mean over all tokens in nats. Raises ValueOutOfRange."""
-        values = self._values(plan)
+        part = scaled_part(self.part, plan, self.algorithm, self.options, self.calibrations)
+        values = self._values(part, plan)
         device = self.options.device
         with repeatable(device) as workers:
+            exact: Weights = self.part.weights  # type: ignore[assignment]  (the language part's are whole)
             if not self._exact:
-                self._exact.append(_hidden(self.part.weights, self.windows, device, workers))
-            part = scaled_part(self.part, plan, self.algorithm, self.options, self.calibrations)
-            rounded = _Changed(part.weights, values)
+                self._exact.append(_hidden(exact, self.windows, device, workers))
+            rounded = _Changed(part.weights, values)  # type: ignore[arg-type]
             found = _hidden(rounded, self.windows, device, workers)
-            return _divergence(self.part.weights, self._exact[0], rounded, found, device, workers)
+            return _divergence(exact, self._exact[0], rounded, found, device, workers)
 
-    def _values(self, plan: Plan) -> dict[str, Array]:
+    def _values(self, part: Part, plan: Plan) -> dict[str, Array]:
         """f32 (rows, cols) of every tensor that is no vector, as it would be read from the engine."""
-        part = scaled_part(self.part, plan, self.algorithm, self.options, self.calibrations)
         known = partial(inputs_of, part, calibrations=self.calibrations)
         found: dict[str, Array] = {}
 
@@ -101,25 +101,21 @@ def affordable(program: Program, windows: Array, algorithm: Algorithm, *, feedba
     return min(MOST, int(TRIAL_FLOPS // (few * window + rounding))), few
 
 
-@dataclass(frozen=True, slots=True)
 class _Changed:
     """Weights with some tensors replaced."""
 
-    base: Weights
-    values: Mapping[str, Array]
-
-    @property
-    def program(self) -> Program:
-        return self.base.program
+    def __init__(self, base: Weights, values: Mapping[str, Array]) -> None:
+        self.program = base.program
+        self._base, self._values = base, values
 
     def __call__(self, name: str) -> Array:
-        return self.values[name] if name in self.values else self.base(name)
+        return self._values[name] if name in self._values else self._base(name)
 
     def block(self, name: str, start: int, stop: int) -> Array:
-        return self.values[name][start:stop] if name in self.values else self.base.block(name, start, stop)
+        return self._values[name][start:stop] if name in self._values else self._base.block(name, start, stop)
 
     def rows(self, name: str, ids: Array) -> Array:
-        return self.values[name][ids] if name in self.values else self.base.rows(name, ids)
+        return self._values[name][ids] if name in self._values else self._base.rows(name, ids)
 
 
 def _hidden(weights: Weights, windows: Array, device: str, workers: Workers) -> Array:
@@ -142,7 +138,7 @@ def _hidden(weights: Weights, windows: Array, device: str, workers: Workers) -> 
 def _divergence(
     exact: Weights, x_f: Array, rounded: Weights, x_q: Array, device: str, workers: Workers
 ) -> float:
-    """Mean KL of the two models' answers, from their rows before the logits (tokens, hidden), summed in f64."""
+    """Mean KL of the two models' answers, from their rows before the logits (tokens, hidden); sums in f64."""
     programs = []
     for weights in (exact, rounded):
         head = weights.program.ops[-1]
@@ -161,5 +157,5 @@ def _divergence(
         )
         return float((want.exp() * (want - got)).sum())
 
-    spans: Iterator[tuple[int, int]] = row_blocks(len(x_f), exact.program.vocab_size)
+    spans = row_blocks(len(x_f), exact.program.vocab_size)
     return max(sum(workers.map(measure, spans)) / len(x_f), 0.0)
