@@ -8,9 +8,9 @@ file then follow as from any losses. The uniform plans of least predicted loss t
 out too, so the result is no worse than they are, in KL on the calibration text. Work is bounded by counts,
 never by a clock.
 
-What does not help: losses measured around the plan, all other tensors rounded. With feedback they are as noisy
-as the differences that they should find (stories260K, 4 bits: of falls of KL predicted at 4 to 22%, at most 3%
-came true; shrinking gives 9%).
+What does not help: losses measured around the plan, all other tensors rounded. With feedback they are as
+noisy as the differences that they should find (stories260K, 4 bits: of falls of KL predicted at 4 to 22%, at
+most 3% came true; shrinking gives 9%).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The loss of one tensor in one format depends on how its values happened to be rounded. A planner that takes
 the least of many such figures takes the lucky ones, and where the build rounds anew (feedback: every tensor
-after those before it have changed) the luck is gone. In logarithms, losses are nearly a level of the tensor plus a
-level of the format; what is left over is mostly luck, and to shrink it is what an empirical Bayes estimate
-does (Efron & Morris 1975, "Data Analysis Using Stein's Estimator and its Generalizations").
+after those before it have changed) the luck is gone. In logarithms, losses are nearly a level of the tensor
+plus a level of the format; what is left over is mostly luck, and to shrink it is what an empirical Bayes
+estimate does (Efron & Morris 1975, "Data Analysis Using Stein's Estimator and its Generalizations").
 """
 
 from __future__ import annotations

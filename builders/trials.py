@@ -61,7 +61,7 @@ class Trials:
         values = self._values(part, plan)
         device = self.options.device
         with repeatable(device) as workers:
-            exact: Weights = self.part.weights  # type: ignore[assignment]  (the language part's are whole)
+            exact: Weights = self.part.weights  # type: ignore[assignment]
             if not self._exact:
                 self._exact.append(_hidden(exact, self.windows, device, workers))
             rounded = _Changed(part.weights, values)  # type: ignore[arg-type]
