@@ -44,7 +44,7 @@ def explanation_text(why: Explanation) -> str:
 
 
 def _tried(why: Explanation) -> list[str]:
-    """The plan that was the best when it was tried out, beside the one of the losses as they were measured."""
+    """The plan that was the best when it was tried out, beside the one of the losses as measured."""
     if not why.tried:
         return []
     label, kl = min(why.tried, key=lambda each: each[1])

@@ -73,10 +73,8 @@ def levels(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
         across = _mean(values - down, known, 1)
         down = _mean(values - across, known, 0)
     fit = across + down
-    return {
-        row: {c: float(x) for c, x, k in zip(columns, fit[i], known[i], strict=True) if k}
-        for i, row in enumerate(figures)
-    }
+    at = {c: j for j, c in enumerate(columns)}
+    return {row: {c: float(fit[i, at[c]]) for c in of} for i, (row, of) in enumerate(figures.items())}
 
 
 def _mean(values: np.ndarray, known: np.ndarray, axis: int) -> np.ndarray:
