@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import llama_config
 from test_shrinkage import NAMES, PROGRAM, planted
 
 from builders.fitting import bits_per_weight
@@ -25,7 +25,6 @@ from edge_runtime.errors import BadConfig, ValueOutOfRange
 
 pytest.importorskip("scipy")
 CPU = load_profile("cpu")
-assert llama_config()  # the program's
 
 
 def asked(bits: float = 4.0, **more: object) -> Question:
@@ -49,7 +48,7 @@ def clashing(true: Sensitivity) -> Callable[[Plan], float]:
 
     def measure(plan: Plan) -> float:
         formats = [plan.tensors[n].format for n in NAMES]
-        return adding(true)(plan) * (1 + sum(a != b for a, b in zip(formats, formats[1:], strict=False)))
+        return adding(true)(plan) * (1 + sum(a != b for a, b in pairwise(formats)))
 
     return measure
 

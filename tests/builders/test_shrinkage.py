@@ -91,7 +91,7 @@ def test_a_loss_of_zero_stays_and_one_that_is_missing_stays_missing() -> None:
 
 
 def test_plans_by_shrunk_losses_are_better_in_truth() -> None:
-    """Luck of 30%, as gptq's figures on small models have: in 19 of 20 cases no worse, 3% better on average."""
+    """Luck of 30%, as gptq's figures on small models have: 19 of 20 no worse, 3% better on average."""
     ratios = []
     for seed in range(20):
         true, measured = planted(seed, 0.3)

@@ -25,8 +25,8 @@ from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
 pytest.importorskip("torch")
-from builders.calibrating import Calibrations  # noqa: E402
-from builders.trials import FEW, MOST, Trials, affordable  # noqa: E402
+from builders.calibrating import Calibrations
+from builders.trials import FEW, MOST, Trials, affordable
 
 GPTQ = get_algorithm("gptq")
 
