@@ -111,6 +111,9 @@ def test_shaken_losses_are_those_of_the_seed() -> None:
         for f, x in of.items()
     ]
     assert 0.08 < np.std(moved) < 0.12 and abs(np.mean(moved)) < 0.03
+    alike = {n: of | {"int3_g128": of["int3_g64"]} for n, of in measured.losses.items()}
+    found = shaken(Sensitivity(unit="kl", algorithm="rtn", text="", tokens=1, losses=alike), 0.1, 5)
+    assert all(of["int3_g128"] == of["int3_g64"] for of in found.losses.values())
 
 
 def test_one_format_alone() -> None:
