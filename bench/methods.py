@@ -69,7 +69,7 @@ def build(model: Path, words: list[str], engine: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(out.getvalue())
     quality = data["quality"]
     row = {key: quality[key] for key in KEYS} | {"seconds": time.monotonic() - began}
-    row["phases"] = data["seconds"]
+    row |= {"phases": data["seconds"], "need": data["plan"]["memory"]["need"]}
     if quality.get("task"):
         row["accuracy"] = quality["task"]["accuracy"]
     return row

@@ -3,7 +3,8 @@
     python bench/mixed_plan.py [--models planner] [--samples 32] [--work build/bench/mixed]
 
 Values by GPTQ with feedback on both sides, one calibration a model. The mixed plan has 4.0 bits a weight on
-average, scales included, and so no more bytes than any of them. KL is to the f32 model, with f32
+average, scales included, and no more bytes as stored, padding included, than any of them: `--max-memory` is
+what the smallest needs. "same bits": mixed plans as large as two of them. KL is to the f32 model, with f32
 activations and an f16 cache. Writes bench/results/cpu-<date>-mixed-plan.json.
 """
 
@@ -20,7 +21,9 @@ from machine import machine
 from methods import build
 from quality_texts import ROOT, STORY, chats, present
 
-UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32")
+# The last three have far more bytes: how far the mixed plan's reach is
+UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32", "nvfp4_g16", "int4_g32_zp", "q4_k")
+SAME_BITS = ("int4_g64", "int4_g32")
 
 
 def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -46,9 +49,16 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
         words = ["--weights", fmt, "--head-weights", fmt]
         rows.append({"plan": fmt} | build(model, [*common, *words], work / "engine.edge"))
         print(name, fmt, rows[-1]["bits_per_weight"], rows[-1]["bytes"], rows[-1]["kl_mean"], flush=True)
-    words = ["--weights", "auto", "--bits", "4.0"]
-    rows.append({"plan": "mixed"} | build(model, [*common, *words], work / "engine.edge"))
-    print(name, "mixed", rows[-1]["bits_per_weight"], rows[-1]["bytes"], rows[-1]["kl_mean"], flush=True)
+    uniform = {row["plan"]: row for row in rows}
+    plans = {"mixed": (4.0, min(row["need"] for row in rows))}
+    plans |= {
+        f"mixed, same bits as {fmt}": (uniform[fmt]["bits_per_weight"], uniform[fmt]["need"])
+        for fmt in SAME_BITS
+    }
+    for plan, (bits, need) in plans.items():
+        words = ["--weights", "auto", "--bits", f"{bits:.6f}", "--max-memory", str(need)]
+        rows.append({"plan": plan} | build(model, [*common, *words], work / "engine.edge"))
+        print(name, plan, rows[-1]["bits_per_weight"], rows[-1]["bytes"], rows[-1]["kl_mean"], flush=True)
     return rows
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from builders.corpus import Corpus, CorpusOptions, make_corpus
+from builders.journal import Journal
 from builders.kept_corpus import OWN_TEXT
 from builders.parts import Contents, Part
 from builders.sensitivity import Sensitivity
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 # rows * cols^2 of all matrices in all formats, up to which losses are measured with the build's algorithm:
 # a minute or two of GPTQ. On llama2xs a plan of 4 bits then has 44% less KL than one by rtn's losses.
 OWN_WORK = 20_000_000_000
+JOURNAL, TRIALS = "sensitivity-journal.jsonl", "sensitivity-trials.jsonl"  # in the calibration's folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +76,27 @@ class Calibrations:
     def covers(self, part: str) -> bool:
         return part in self._parts
 
+    def windows(self, part: Part) -> Array:
+        """Token ids (windows, length) of the text, as long as the part can read them."""
+        assert self._corpus is not None  # run() made it
+        return np.asarray(self._corpus.windows[:, : part.program.max_context])
+
     def in_order(
-        self, part: Part, choose: Callable[[str, InputStatistics | None], Array], watcher: Watcher
+        self,
+        part: Part,
+        choose: Callable[[str, InputStatistics | None], Array],
+        known: Callable[[str], InputStatistics | None],
+        watcher: Watcher,
+        most: int | None = None,
     ) -> None:
-        """Call `choose` for the tensors of a calibrated part in its order, see builders/feedback.py."""
+        """Call `choose` for the tensors of a calibrated part in its order, see builders/feedback.py; over the
+        first `most` windows of the text, or all."""
         from builders.feedback import FeedbackOptions, quantize_in_order
 
-        assert self._corpus is not None  # run() made it
-        windows = self._corpus.windows[:, : part.program.max_context]
-        request = self._request
+        windows, request = self.windows(part)[:most], self._request
         options = FeedbackOptions(request.corpus.seed, self.device, request.memory // 2)
-        quantize_in_order(part.weights, windows, choose, self._parts[part.name].folder, options, watcher)
+        folder = self._parts[part.name].folder
+        quantize_in_order(part.weights, windows, choose, folder, options, watcher, known)
 
     def record(self) -> CalibrationRecord | None:
         """What the engine says of it."""
@@ -161,16 +175,25 @@ class Calibrations:
         watcher: Watcher,
     ) -> Sensitivity:
         """Losses of the language part's tensors in `formats`, rounded by `algorithm` where that is no long
-        work (OWN_WORK), else to nearest. `run` must have come before."""
+        work (OWN_WORK), else to nearest. `run` must have come before. Figures stay with the calibration, for
+        a build that goes on and for other builds."""
         from builders.measure_sensitivity import SensitivityOptions, measure_sensitivity
 
         found, corpus = self._parts[LANGUAGE], self._corpus
         assert corpus is not None
-        journal = found.folder / "sensitivity-journal.jsonl"
+        journal = found.folder / JOURNAL
         specs = (s for s in weights.program.tensors.values() if s.role != "vector")
         work = len(formats) * sum(spec.size * spec.cols for spec in specs)
         options = SensitivityOptions(unit=unit, algorithm=algorithm if work <= OWN_WORK else "rtn")
-        return measure_sensitivity(weights, found, corpus, formats, options, journal=journal, watcher=watcher)
+        return measure_sensitivity(
+            weights, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
+        )
+
+    def notes(self, subject: object) -> Journal:
+        """Where figures of plans are written down, to stay with the calibration. `subject`: what they are of
+        beside it."""
+        found = self._parts[LANGUAGE]
+        return Journal(found.folder / TRIALS, {"calibration": found.sha256, "of": subject})
 
     def __enter__(self) -> Calibrations:
         return self

@@ -88,7 +88,8 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """loss: predicted for the weights and, where it was chosen, the cache, in `unit`."""
+    """loss: predicted for the weights and, where it was chosen, the cache, in `unit`. tried: plans that were
+    tried out whole before the losses were settled, each with its KL in nats."""
 
     unit: str
     loss: float
@@ -96,6 +97,7 @@ class Explanation:
     kv_loss: float
     budgets: tuple[Use, ...]
     tensors: tuple[Reason, ...]
+    tried: tuple[tuple[str, float], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,6 +127,7 @@ def explain(
         kv_loss=pair_loss,
         budgets=tuple(_uses(made.problem, choice)),
         tensors=tuple(_reason(given, name, fmt) for name, fmt in formats.items()),
+        tried=() if sensitivity is None else tuple((t.plan, t.kl) for t in sensitivity.tried),
     )
 
 

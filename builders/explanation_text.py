@@ -33,6 +33,7 @@ def explanation_text(why: Explanation) -> str:
     titles = ("budget", "used", "of", "price of the next", "with 1% more")
     lines = [
         f"predicted loss {why.loss:.4g} ({why.unit}){cache}",
+        *_tried(why),
         "",
         table([_budget(use) for use in why.budgets], titles),
         "",
@@ -40,6 +41,16 @@ def explanation_text(why: Explanation) -> str:
     ]
     lines += _steps(why.tensors)
     return "\n".join(lines)
+
+
+def _tried(why: Explanation) -> list[str]:
+    """The plan that was the best when it was tried out, beside the one of the losses as measured."""
+    if not why.tried:
+        return []
+    label, kl = min(why.tried, key=lambda each: each[1])
+    first, before = why.tried[0]
+    beside = "" if label == first else f"; {first}: {before:.4g}"
+    return [f"{len(why.tried)} plans tried whole, best {label}: KL {kl:.4g}{beside}"]
 
 
 def layer_rows(why: Explanation) -> list[Row]:

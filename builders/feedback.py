@@ -36,6 +36,11 @@ from edge_runtime.errors import Unsupported, ValueOutOfRange
 
 # A tensor and what is known of its inputs (None for an embedding) -> f32 (rows, cols) as it will come back
 Choose = Callable[[str, InputStatistics | None], Array]
+Known = Callable[[str], InputStatistics | None]  # of a tensor's inputs in the f32 model
+
+
+def nothing_known(name: str) -> InputStatistics | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,14 @@ def quantize_in_order(
     folder: Path,
     options: FeedbackOptions = FeedbackOptions(),
     watcher: Watcher | None = None,
+    known: Known = nothing_known,
 ) -> None:
     """Call `choose` once for every matrix, embedding and head of the program of `weights`, in order.
 
     windows: token ids (windows, length). folder: where rows may lie meanwhile; nothing of it remains. What
-    `choose` returns is what the tensors behind it will see. Raises Unsupported for a program that begins with
+    `choose` returns is what the tensors behind it will see. known: asked of every embedding. One that is the
+    head too is rounded before its inputs as a head can be known of the quantized model, so these are the f32
+    model's: to nearest, it costs twice as much. Raises Unsupported for a program that begins with
     rows, ValueOutOfRange when an activation is not finite, and as `choose` does.
     """
     program = weights.program
@@ -71,7 +79,9 @@ def quantize_in_order(
     watcher.phase("quantize in order", len(segments))
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as rows, repeatable(device, options.cores) as workers:
-        run = _Run(SerialWeights(weights), segments, windows, choose, Path(rows), options, device, workers)
+        run = _Run(
+            SerialWeights(weights), segments, windows, choose, known, Path(rows), options, device, workers
+        )
         for i in range(len(segments)):
             run.segment(i)
             watcher.step(f"segment {i + 1} of {len(segments)}")
@@ -86,13 +96,14 @@ class _Run:
         segments: list[Segment],
         windows: Array,
         choose: Choose,
+        known: Known,
         folder: Path,
         options: FeedbackOptions,
         device: str,
         workers: Workers,
     ) -> None:
         self._weights, self._segments, self._windows = weights, segments, windows
-        self._choose, self._folder, self._options = choose, folder, options
+        self._choose, self._known, self._folder, self._options = choose, known, folder, options
         self._device, self._workers = device, workers
         self._held: dict[str, Array | None] = {}
         self._tables: dict[str, Array] = {}  # embeddings as they come back
@@ -103,7 +114,7 @@ class _Run:
         for op in self._segments[i].ops(program):
             if isinstance(op, Embed) and op.weight not in self._done:
                 self._done.add(op.weight)
-                self._tables[op.weight] = self._choose(op.weight, None)
+                self._tables[op.weight] = self._choose(op.weight, self._known(op.weight))
         runner = SegmentRunner(self._weights, self._segments, i, self._device)
         replaced: dict[str, Tensor] = {}
         last = i == len(self._segments) - 1

@@ -63,12 +63,13 @@ def measure_sensitivity(
     options: SensitivityOptions = SensitivityOptions(),
     *,
     journal: Path | None = None,
+    keep: bool = False,
     watcher: Watcher | None = None,
 ) -> Sensitivity:
     """Losses of every tensor that is no vector, in every format that can hold it.
 
-    A run that was killed goes on with the figures in `journal`, which is removed in the end. Raises
-    BadConfig, Unsupported.
+    A run that was killed goes on with the figures in `journal`, which is removed in the end but with `keep`.
+    Raises BadConfig, Unsupported.
     """
     if not formats:
         raise BadConfig("no formats to measure; name at least one")
@@ -94,7 +95,10 @@ def measure_sensitivity(
         except BaseException:
             notes.close()
             raise
-    notes.remove()
+    if keep:
+        notes.close()
+    else:
+        notes.remove()
     return found
 
 

@@ -34,6 +34,8 @@ from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
 from builders.quantizing import fix_scales, quantize, scale_channels
+from builders.refine import Question
+from builders.refining import Rounding, refined
 from builders.rotate import rotate
 from builders.sensitivity import Sensitivity
 from builders.sensitivity_plot import draw
@@ -212,7 +214,7 @@ def measured_sensitivity(
     watcher: Watcher,
 ) -> Sensitivity | None:
     """What the planner spends bytes by: the file given; measured, where the build calibrates and chooses
-    formats, or where asked for; else None for the model of losses.py."""
+    formats, or where asked for; else None for the model of losses.py. Refined, where formats are chosen."""
     if options.sensitivity is not None or not calibrations.made:
         return options.sensitivity
     if request.weights != planner.AUTO and options.calibration.sensitivity is None:
@@ -226,6 +228,10 @@ def measured_sensitivity(
         options.algorithm,
         watcher,
     )
+    if request.weights == planner.AUTO:
+        question = Question(program, profile, resolved, contents.companions())
+        rounding = Rounding(options.algorithm, options.observer, options.feedback)
+        found = refined(question, contents.language, found, calibrations, rounding, watcher)
     _keep(options, "sensitivity", found)
     if options.keep_json is not None and importlib.util.find_spec("matplotlib") is not None:
         draw(found, options.keep_json / "sensitivity.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from builders.activations import Kind, round_activations
 from builders.calibrating import Calibrations
@@ -35,17 +36,20 @@ def scale_channels(
     watcher.phase("scale", len(contents.parts))
     parts = []
     for part in contents.parts:
-        parts.append(_scaled(part, plans[part.name], algorithm, options, calibrations))
+        parts.append(scaled_part(part, plans[part.name], algorithm, options, calibrations))
         watcher.step(part.name)
     return replace(contents, parts=tuple(parts))
 
 
-def _scaled(
-    part: Part, plan: Plan, scaler: ChannelScaler, options: AlgorithmOptions, calibrations: Calibrations
+def scaled_part(
+    part: Part, plan: Plan, algorithm: Algorithm, options: AlgorithmOptions, calibrations: Calibrations
 ) -> Part:
+    """One part, its channels scaled for the formats of its plan where the algorithm scales any."""
+    if not isinstance(algorithm, ChannelScaler):
+        return part
     formats = {name: get_format(chosen.format) for name, chosen in plan.tensors.items()}
     weights = equalize(
-        part.weights, scaler, formats, lambda name: calibrations.statistics(part.name, name), options
+        part.weights, algorithm, formats, lambda name: calibrations.statistics(part.name, name), options
     )
     origins = {name: origin for name, origin in part.origins.items() if name not in weights.changed}
     return replace(part, weights=weights, origins=origins)
@@ -121,7 +125,8 @@ def quantize(
     parts = [_Writing(part, plans[part.name], algorithm, options, writer) for part in contents.parts]
     for writing in parts:
         if feedback and calibrations.covers(writing.part.name):
-            calibrations.in_order(writing.part, writing.write_decoded, watcher)
+            known = partial(inputs_of, writing.part, calibrations=calibrations)
+            calibrations.in_order(writing.part, writing.write_decoded, known, watcher)
     watcher.phase("quantize", sum(len(w.plan.tensors) - len(w.written) for w in parts))
     for writing in parts:
         part = writing.part

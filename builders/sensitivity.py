@@ -15,11 +15,19 @@ from edge_runtime.engine.folder import MAX_INDEX, read_capped
 from edge_runtime.errors import BadCheckpoint, BadConfig
 
 
+class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plan that was tried out whole: by what losses it was the best; its KL to the f32 model in nats."""
+
+    plan: str
+    kl: float
+
+
 class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """unit "kl": nats of KL to the f32 model a token, measured; "hessian": tr(E H E^T) over tr(W H W^T).
 
     `algorithm` says how values were chosen; `text` is the calibration text's name, `tokens` how many. With
-    unit "kl" only formats in `measured` were run; the others' losses follow by the ratio of errors.
+    unit "kl" only formats in `measured` were run; the others' losses follow by the ratio of errors. tried:
+    plans that refine.py tried out, with KL on the same text; the losses are then those of the best of them.
     """
 
     unit: Literal["kl", "hessian"]
@@ -29,6 +37,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     losses: dict[str, dict[str, float]]
     measured: tuple[str, ...] = ()
     kv_losses: dict[str, float] | None = None  # of cache pairs such as "int8,int4", in the same unit
+    tried: tuple[Tried, ...] = ()
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
@@ -40,7 +49,9 @@ def read_sensitivity(path: Path) -> Sensitivity:
         found = msgspec.json.decode(read_capped(path, MAX_INDEX), type=Sensitivity)
     except (msgspec.MsgspecError, BadCheckpoint) as error:
         raise BadConfig(f"{path} is no sensitivity file of edge-build: {error}") from None
-    for tensor, losses in [*found.losses.items(), ("the KV cache", found.kv_losses or {})]:
+    tried = {plan.plan: plan.kl for plan in found.tried}
+    named = [*found.losses.items(), ("the KV cache", found.kv_losses or {}), ("a plan tried", tried)]
+    for tensor, losses in named:
         for name, loss in losses.items():
             if not 0.0 <= loss < float("inf"):
                 raise BadConfig(

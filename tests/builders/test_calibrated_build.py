@@ -55,8 +55,15 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 @pytest.mark.parametrize(
     ("words", "step"),
-    [((), 3), ((), 7), ((), 14), (("--auto",), 16), (("--auto",), 40)],
-    ids=["calibrating", "late in it", "quantizing", "measuring losses", "quantizing a mixed plan"],
+    [((), 3), ((), 7), ((), 14), (("--auto",), 16), (("--auto",), 41), (("--auto",), 52)],
+    ids=[
+        "calibrating",
+        "late in it",
+        "quantizing",
+        "measuring losses",
+        "trying plans",
+        "quantizing a mixed plan",
+    ],
 )
 def test_a_build_that_was_killed_goes_on_to_the_same_engine(
     model: Path, whole: dict[str, bytes], tmp_path: Path, words: tuple[str, ...], step: int
@@ -66,6 +73,9 @@ def test_a_build_that_was_killed_goes_on_to_the_same_engine(
     assert not engine.exists()
     kept = {p: p.stat().st_mtime_ns for p in folder_of(engine).rglob("segment-*.safetensors")}
     assert kept or step < 4  # what was finished is on the disk
+    if step > 40:  # and so is what the plan was made by
+        figures = (folder_of(engine) / "language" / "sensitivity-trials.jsonl").read_text()
+        assert figures.count('"trial"') >= 4
     assert run_child(model, engine, 0, *words) == 0
     assert engine.read_bytes() == whole["".join(words)]
     assert not folder_of(engine).exists()
