@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.tested
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder tests
+	@$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder tests
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -18,18 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With processes beside each other (pytest -n), a file is one's whole, and so are all ROS nodes.
+NODES = "tests/ros2/test_"  # nodes of two files at once would share the cores with each other's engines
 
-    Nodes in two groups would share the cores with each other's engines. They begin, as they take longest.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    nodes = ROOT / "tests" / "ros2"
-    for item in items:
-        group = "nodes" if item.path.parent == nodes else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.parent != nodes)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With processes beside each other (pytest -n), a file is one's whole, and so are all of ROS nodes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return NODES if nodeid.startswith(NODES) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The nodes begin, as they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(NODES))
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,8 @@ class Robot:
     ) -> SentGoal:
         """Sends, and waits for the server's yes or no. feedback: called with each feedback part."""
         if name not in self._actions:
-            self._actions[name] = ActionClient(self.node, action_type, name)
+            deep = QoSProfile(depth=500)  # else a piece that comes while ten others wait is lost
+            self._actions[name] = ActionClient(self.node, action_type, name, feedback_sub_qos_profile=deep)
             # As the status topic's own publisher: what was said last is kept for who comes later.
             qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
             self.node.create_subscription(GoalStatusArray, f"{name}/_action/status", self._note_status, qos)

@@ -100,14 +100,20 @@ def test_a_thousand_cancels_at_six_stages(language: Any, robot: Robot, worker: b
             ends[stage][end] += 1
 
     runners: list[SentGoal] = []
-    for _ in range(many):  # behind two that hold both slots
-        runners = [r for r in runners if GoalStatus.STATUS_SUCCEEDED not in r.statuses]
+    tries = 0
+    while ends["queued"].total() < many:  # behind two that hold both slots
+        tries += 1
+        runners = [r for r in runners if not r.done]
         while len(runners) < 2:
             runners.append(send("go to", 900))
         sent = send("go to", 200)
-        assert sent.cancel() == (0, True)
-        ends["queued"][check_end(sent, "queued")] += 1
-        assert not sent.feedback or tokens_of(sent) < 200
+        code, agreed = sent.cancel()
+        end = check_end(sent, "queued")
+        assert agreed or (code == 3 and end == GoalStatus.STATUS_SUCCEEDED)  # a runner ended just then
+        if agreed:
+            ends["queued"][end] += 1
+        assert not sent.feedback or tokens_of(sent) < 200 or not agreed
+    assert tries <= 2 * many
     for runner in runners:
         runner.cancel()
         check_end(runner, "runner")

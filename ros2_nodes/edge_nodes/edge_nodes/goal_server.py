@@ -25,6 +25,7 @@ from edge_runtime import EdgeError
 _MARGIN = 2.0  # seconds
 # Deeper than the ten of ROS, so that requests of a flood are refused and not lost
 _REQUESTS = QoSProfile(depth=500)
+_FEEDBACK = QoSProfile(depth=100)  # pieces of a text: one that is pushed out of the queue is missing
 
 
 class Answer(Protocol):
@@ -83,6 +84,7 @@ class GoalServer:
             goal_service_qos_profile=_REQUESTS,
             cancel_service_qos_profile=_REQUESTS,
             result_service_qos_profile=_REQUESTS,
+            feedback_pub_qos_profile=_FEEDBACK,
         )
 
     def _on_goal(self, goal: Any) -> GoalResponse:

@@ -50,6 +50,7 @@ class ActionClient:
         *,
         callback_group: Any = None,
         goal_service_qos_profile: Any = qos_profile_services_default,
+        feedback_sub_qos_profile: Any = None,
     ) -> None:
         self._node = node
         self._action_type = action_type
@@ -68,7 +69,7 @@ class ActionClient:
                 impl.FeedbackMessage,
                 f"{base}/feedback",
                 self._on_feedback,
-                QoSProfile(depth=10),
+                feedback_sub_qos_profile or QoSProfile(depth=10),
                 callback_group=callback_group,
             ),
             node.create_subscription(
