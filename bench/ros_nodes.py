@@ -248,8 +248,8 @@ def main() -> None:
     # Each in a node of its own, as what one leaves behind (results that are kept) is no part of the next
     with serving(parameters) as (robot, _):
         results["timer"] = timer_beside_decoding(robot, options.rounds, options.seconds)
-    with serving(parameters) as (robot, _):
-        results["flood"] = flood(robot)
+    with serving(parameters | {"diagnostics__period": 1.0, "test__timer_hz": 1.0}) as (robot, _):
+        results["flood"] = flood(robot)  # of the node as it is by itself
     with serving(parameters) as (robot, process):
         results["cancel_to_result_ms"] = cancels(robot)
         if not options.no_faults:
