@@ -39,8 +39,7 @@ from edge_interfaces.action import GenerateResponse, MakePlan  # noqa: E402
 from edge_interfaces.msg import SamplingConfig  # noqa: E402
 from edge_nodes.default_engine import planner_engine  # noqa: E402
 from edge_nodes.supervisor import HEALTHY_SECONDS  # noqa: E402
-from rclpy.qos import QoSProfile  # noqa: E402
-from robot import Robot  # noqa: E402
+from robot import DEEP, Robot  # noqa: E402
 from std_msgs.msg import Float64MultiArray  # noqa: E402
 from unique_identifier_msgs.msg import UUID  # noqa: E402
 
@@ -116,8 +115,7 @@ def flood(robot: Robot, seconds: float = 10.0) -> dict[str, Any]:
     ActionClient would also read every goal's state and feedback with the same interpreter.
     """
     service = GenerateResponse.Impl.SendGoalService
-    deep = QoSProfile(depth=500)  # as the node has, so that answers are not lost here
-    client = robot.node.create_client(service, f"{ACTION}/_action/send_goal", qos_profile=deep)
+    client = robot.node.create_client(service, f"{ACTION}/_action/send_goal", qos_profile=DEEP)
     client.wait_for_service(timeout_sec=10.0)
     took: dict[bool, list[float]] = {True: [], False: []}
 

@@ -37,6 +37,7 @@ def wait_until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
     return value
 
 
+DEEP = QoSProfile(depth=500)  # by ROS's ten, what comes while ten others wait to be read pushes one out
 watched: list[Any] = []  # node processes that should live: waiting ends when one has not
 
 
@@ -254,8 +255,7 @@ class Robot:
     ) -> SentGoal:
         """Sends, and waits for the server's yes or no. feedback: called with each feedback part."""
         if name not in self._actions:
-            deep = QoSProfile(depth=500)  # else a piece that comes while ten others wait is lost
-            self._actions[name] = ActionClient(self.node, action_type, name, feedback_sub_qos_profile=deep)
+            self._actions[name] = ActionClient(self.node, action_type, name, feedback_sub_qos_profile=DEEP)
             # As the status topic's own publisher: what was said last is kept for who comes later.
             qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
             self.node.create_subscription(GoalStatusArray, f"{name}/_action/status", self._note_status, qos)

@@ -5,17 +5,15 @@ With worker.enabled the same file is the worker: python -m slow_node --fd N --ni
 
 from __future__ import annotations
 
-import argparse
 import os
-import socket
 import sys
 import time
 from typing import Any
 
 from edge_nodes.engine_host import EngineHost
-from edge_nodes.engine_worker import EngineWorker
+from edge_nodes.engine_worker import EngineWorker, main
 from edge_nodes.language_node import LanguageNode
-from edge_nodes.protocol import Channel, to_worker
+from edge_nodes.protocol import Channel
 from edge_nodes.spinning import spin_node
 
 
@@ -60,11 +58,4 @@ class SlowWorker(EngineWorker):
 
 
 if __name__ == "__main__":
-    if "--fd" in sys.argv:
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--fd", type=int)
-        parser.add_argument("--nice", type=int)
-        end = socket.socket(fileno=parser.parse_args().fd)
-        SlowWorker(Channel(end, to_worker)).run()
-        os._exit(0)
-    raise SystemExit(spin_node(SlowNode))
+    raise SystemExit(main(SlowWorker) if "--fd" in sys.argv else spin_node(SlowNode))

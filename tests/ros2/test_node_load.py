@@ -15,8 +15,7 @@ from edge_interfaces.action import GenerateResponse
 from edge_interfaces.msg import SamplingConfig
 from node_process import resident
 from rclpy.action import ActionClient
-from rclpy.qos import QoSProfile
-from robot import Robot, wait_until
+from robot import DEEP, Robot, wait_until
 from std_msgs.msg import Float64MultiArray
 
 LIMIT = 12  # goals that may be under way: 4 run, 8 wait
@@ -41,10 +40,7 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
     )
     robot.activate("/language")
     pid = node.process.pid
-    deep = QoSProfile(
-        depth=500
-    )  # as the node has: answers wait ten deep else, and what they push out is lost
-    client = ActionClient(robot.node, GenerateResponse, "/generate_response", goal_service_qos_profile=deep)
+    client = ActionClient(robot.node, GenerateResponse, "/generate_response", goal_service_qos_profile=DEEP)
     assert client.wait_for_server(timeout_sec=10.0)
     ends: Counter[int] = Counter()
     answers: Counter[bool] = Counter()

@@ -159,7 +159,7 @@ def messages() -> dict[str, Any]:
 
 
 def encoded(message: Any) -> bytes:
-    """CDR with its header, without the padding after the last field."""
+    """CDR with its header; rclpy leaves out the padding after the last field, the layer does not."""
     if REAL:
         from rclpy.serialization import serialize_message
 

@@ -100,7 +100,7 @@ _METHODS: dict[str, Any] = {
 }
 
 
-def main() -> int:
+def main(kind: type[EngineWorker] = EngineWorker) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--nice", type=int, default=0)
@@ -108,7 +108,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the node's to handle
     os.nice(options.nice)
     settle_process()
-    EngineWorker(Channel(socket.socket(fileno=options.fd), to_worker)).run()
+    kind(Channel(socket.socket(fileno=options.fd), to_worker)).run()
     os._exit(0)  # threads of a call that hangs must not keep the process
 
 

@@ -47,7 +47,6 @@ class _Worker:
             )
         self.channel = Channel(ours, from_worker)
         self.began = self.heard = time.monotonic()
-        self.spoken = False
         self.step_s = 0.0
         self.calls: dict[int, Future[Answer]] = {}
         self.listeners: dict[int, Listener] = {}
@@ -236,7 +235,7 @@ class SupervisedEngine:
     def _read(self, worker: _Worker) -> None:
         try:
             while (message := worker.channel.receive()) is not None:
-                worker.heard, worker.spoken = time.monotonic(), True
+                worker.heard = time.monotonic()
                 self._take(worker, message)
             why = "its process ended"
         except ProtocolError as error:
@@ -275,8 +274,7 @@ class SupervisedEngine:
             if worker is not None and not worker.lost and state != "failed":
                 silence = time.monotonic() - worker.heard
                 # A busy robot starts and opens slowly, and nobody's goal waits there
-                serving = worker.spoken and state == "open"
-                limit = self._heartbeat_timeout if serving else self._start_timeout
+                limit = self._heartbeat_timeout if state == "open" else self._start_timeout
                 if worker.process.poll() is not None:
                     self._lose(worker, f"its process ended with code {worker.process.returncode}")
                 elif silence > limit:
