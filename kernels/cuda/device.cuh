@@ -1,0 +1,202 @@
+// What the kernels need of a device, in two variants: inline PTX for a GPU (NVRTC, sm_80 and newer), plain C++ for
+// the host emulator of tests. Everything above this header is shared by both.
+#pragma once
+
+#include "edge_cuda.h"
+
+#ifdef EDGE_EMULATE
+#include "emulator/emulator.h"
+#else
+#define EDGE_DEVICE __device__ __forceinline__
+#define EDGE_SHARED __shared__
+// A kernel named `symbol`: the device function after it, called with one record.
+#define EDGE_KERNEL(symbol, threads, Args, ...)                                                      \
+    extern "C" __global__ void __launch_bounds__(threads) symbol(const __grid_constant__ Args args) { \
+        __VA_ARGS__(args);                                                                            \
+    }
+namespace edge {
+// Memory of the block that the launch asked for, 16-byte aligned.
+EDGE_DEVICE char* dynamic_shared() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+}  // namespace edge
+#endif
+
+namespace edge {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAll = 0xffffffffu;
+
+struct alignas(16) Words4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) Floats4 {
+    float x, y, z, w;
+};
+
+EDGE_DEVICE uint32_t bits_of(float v);
+EDGE_DEVICE float float_of(uint32_t bits);
+
+#ifdef EDGE_EMULATE
+
+EDGE_DEVICE uint32_t bits_of(float v) { return __builtin_bit_cast(uint32_t, v); }
+EDGE_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+EDGE_DEVICE float half_to_float(uint16_t h) { return static_cast<float>(__builtin_bit_cast(_Float16, h)); }
+// Nearest even; beyond 65504 it becomes infinite.
+EDGE_DEVICE uint16_t float_to_half(float v) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(v)); }
+EDGE_DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
+    const auto one = [](uint32_t x, uint32_t y) {
+        return uint32_t{float_to_half(half_to_float(static_cast<uint16_t>(x)) *
+                                      half_to_float(static_cast<uint16_t>(y)))};
+    };
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
+}
+EDGE_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
+    const auto one = [](uint32_t x, uint32_t y) {
+        return uint32_t{float_to_half(half_to_float(static_cast<uint16_t>(x)) -
+                                      half_to_float(static_cast<uint16_t>(y)))};
+    };
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
+}
+EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return out;
+}
+EDGE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
+EDGE_DEVICE float rcp_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+EDGE_DEVICE float round_even(float x) { return __builtin_nearbyintf(x); }
+EDGE_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+EDGE_DEVICE Words4 load_weights(const void* p) { return *static_cast<const Words4*>(p); }
+EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+
+// d (16x8) += a (16x32) b (32x8): bytes of a unsigned (kUnsigned) or signed, of b signed; fragments as the PTX
+// ISA's m16n8k32 has them: with r = lane / 4 and q = lane % 4, a[0..3] hold rows r, r+8, r, r+8 at columns 4q..4q+3
+// and (a[2], a[3]) 16 more; b[0], b[1] column r at rows 4q..4q+3 and 16 more; d rows r, r, r+8, r+8 at columns 2q,
+// 2q+1.
+template <bool kUnsigned>
+EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emu::WarpWords w = emu::share_fragments(a, b);
+    const int r = emu::lane() / 4, q = emu::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = r + i / 2 * 8, col = 2 * q + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const uint32_t aw = w.a[4 * (row % 8) + k % 16 / 4][row / 8 + k / 16 * 2];
+            const uint32_t bw = w.b[4 * col + k % 16 / 4][k / 16];
+            const uint8_t ab = static_cast<uint8_t>(aw >> 8 * (k % 4));
+            const int8_t bb = static_cast<int8_t>(bw >> 8 * (k % 4));
+            d[i] += (kUnsigned ? static_cast<int32_t>(ab) : static_cast<int8_t>(ab)) * bb;
+        }
+    }
+    emu::fragments_done();
+}
+
+// d (16x8) += a (16x16) b (16x8) in f16 or bf16, summed in f32: m16n8k16. a[0..3] hold rows r, r+8, r, r+8 at columns
+// 2q, 2q+1 and (a[2], a[3]) 8 more; b[0], b[1] column r at rows 2q, 2q+1 and 8 more.
+template <bool kBfloat>
+EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emu::WarpWords w = emu::share_fragments(a, b);
+    const int r = emu::lane() / 4, q = emu::lane() % 4;
+    const auto value = [](uint32_t word, int high) {
+        const uint16_t h = static_cast<uint16_t>(word >> 16 * high);
+        return kBfloat ? float_of(static_cast<uint32_t>(h) << 16) : half_to_float(h);
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int row = r + i / 2 * 8, col = 2 * q + i % 2;
+        for (int k = 0; k < 16; ++k)
+            d[i] += value(w.a[4 * (row % 8) + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
+                    value(w.b[4 * col + k % 8 / 2][k / 8], k % 2);
+    }
+    emu::fragments_done();
+}
+
+#else
+
+EDGE_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
+EDGE_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+EDGE_DEVICE float half_to_float(uint16_t h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+EDGE_DEVICE uint16_t float_to_half(float v) {
+    uint16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
+    return h;
+}
+EDGE_DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+EDGE_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+EDGE_DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+EDGE_DEVICE float rcp_root(float x) { return __fdiv_rn(1.0f, __fsqrt_rn(x)); }
+EDGE_DEVICE float round_even(float x) { return rintf(x); }
+EDGE_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// 16 bytes that are read once: not kept in L1.
+EDGE_DEVICE Words4 load_weights(const void* p) {
+    Words4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+
+template <bool kUnsigned>
+EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kUnsigned) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+template <bool kBfloat>
+EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kBfloat) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+#endif
+
+EDGE_DEVICE int lane() { return threadIdx.x % kWarp; }
+EDGE_DEVICE int warp() { return threadIdx.x / kWarp; }
+EDGE_DEVICE uint32_t pack_halves(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
+EDGE_DEVICE bool finite(float v) { return (bits_of(v) & 0x7fffffff) < 0x7f800000; }
+EDGE_DEVICE void raise_status(const EdgeStep& step, uint32_t bits) { atomicOr(step.status, bits); }
+
+}  // namespace edge

@@ -1,0 +1,174 @@
+/* What host and device code of the cuda backend share: the argument record of each kernel. A kernel takes one
+ * record by value; edge_runtime/backends/cuda/records.py mirrors them. Addresses are device addresses. All
+ * buffers of values are f32 rows (tokens, width) in C order.
+ */
+#ifndef EDGE_CUDA_H
+#define EDGE_CUDA_H
+
+#ifdef __CUDACC_RTC__
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+#else
+#include <stdint.h>
+#endif
+
+#include "edge_formats.h" /* generated from the format table */
+
+#define EDGE_CUDA_VERSION 1 /* of these records */
+
+/* Bits of a step's status word, which kernels only ever raise (atomicOr). */
+enum edge_cuda_status {
+    EDGE_CUDA_NOT_FINITE = 1,   /* NaN or Inf in an activation, key, value or logit */
+    EDGE_CUDA_OUT_OF_RANGE = 2, /* a key or value that the KV format cannot hold */
+};
+
+enum edge_cuda_count { EDGE_TOKENS, EDGE_SEQUENCES, EDGE_LOGITS, EDGE_TABLE_STRIDE, EDGE_COUNTS = 16 };
+
+/* The running step, in device memory: what changes from step to step is read from here, so that a captured
+ * graph serves every step of its size. Rows at and beyond counts[EDGE_TOKENS] hold nothing and are skipped.
+ */
+struct EdgeStep {
+    const int32_t* counts;    /* (EDGE_COUNTS), by edge_cuda_count */
+    int32_t* tokens;          /* (T) ids */
+    int32_t* positions;       /* (T) */
+    const int32_t* sequence;  /* (T) row of page_tables */
+    const int32_t* places;    /* (T) where the token's key lies; its position unless in a tree */
+    const int32_t* parents;   /* (T) row of the token one position before, -1 = it is in the cache */
+    const int32_t* bends;     /* (T) first position whose key lies where an ancestor was put, INT_MAX = none */
+    const int32_t* page_tables; /* (S, counts[EDGE_TABLE_STRIDE]) page of each run of a sequence */
+    const int32_t* logit_rows;  /* (L) */
+    uint32_t* status;
+};
+
+/* Inputs of linear ops, made by a kernel of prepare.cuh from f32 rows: tokens in blocks of 8, each token's
+ * columns in chunks of 64 bytes that lie as the mma fragments want them (linear.cuh).
+ *   codes  [ceil(T/8)][chunks][8 tokens][64 bytes]
+ *   scales [ceil(T/8)][groups][8 tokens] f32; groups = 1 where a token has one scale
+ *   sums   [ceil(T/8)][groups][8 tokens] i32, of the codes of a group; NULL where no format of the readers
+ *          has an offset or zero point
+ */
+struct EdgeInputs {
+    uint8_t* codes;
+    float* scales;
+    int32_t* sums;
+    int32_t chunks, groups;
+};
+
+/* Rows of values turned into inputs of linear ops, and on the way into what comes before: see prepare.cuh. */
+struct EdgePrepare {
+    EdgeStep step;
+    EdgeInputs inputs;
+    const float* x;
+    const float* y;      /* up of a gated activation, or NULL */
+    const float* weight; /* of a norm */
+    const float* bias;   /* of a norm, or NULL */
+    float* out;          /* where others read the values too, or NULL */
+    int32_t width, norm_group;
+    float eps;
+    int32_t rows; /* 0: the step's tokens; 1: its logit rows, gathered */
+};
+
+/* One matrix of a linear launch, as packed for mma (engine/packing.py: m16). */
+struct EdgeMatrix {
+    const uint8_t* codes;
+    const void* scale;
+    const uint8_t* zero;
+    const void* second; /* nf4_g64_dq: scale2; nvfp4: super */
+    const float* offset;
+    const float* bias;  /* or NULL */
+    float* out;
+    const float* add;   /* or NULL: out = add + add_scale * (W x + bias) */
+    float add_scale, scale_all; /* scale_all multiplies W x + bias (the logits op's scale) */
+    int32_t rows, first_panel; /* the launch's panels before this matrix's first */
+};
+
+#define EDGE_MATRICES 4
+struct EdgeLinear {
+    EdgeStep step;
+    EdgeInputs inputs;
+    struct EdgeMatrix matrix[EDGE_MATRICES];
+    int32_t count, panels; /* matrices; panels of all */
+    int32_t cols, units;   /* of every matrix; units of packed columns in a row */
+    int32_t out_stride;    /* f32 values from one token's outputs to the next's, if not the matrix' rows: 0 */
+    int32_t row_count;     /* edge_cuda_count whose count says how many rows of inputs there are */
+};
+
+struct EdgeEmbed {
+    EdgeStep step;
+    struct EdgeMatrix matrix;
+    float* out;
+    int32_t cols, units;
+    float scale;
+    int32_t unused;
+};
+
+/* norm without linear readers, activation, add, gather, round: one row of out from one row of x and y. */
+struct EdgeRow {
+    EdgeStep step;
+    const float* x;
+    const float* y;
+    float* out;
+    const float* weight; /* norm weight; columns of gather, f32 */
+    const float* bias;
+    int32_t x_width, out_width, group;
+    float eps, scale;
+    int32_t unused;
+};
+
+struct EdgeAngles {
+    EdgeStep step;
+    const float* inv_freq;
+    float* angles; /* (T, 2 * freqs): cosines, then sines */
+    int32_t freqs;
+    float scale;
+};
+
+/* One side of a cache slot: pages [page][kv head][page_tokens] rows of head_dim values, planes as in kv.py. */
+struct EdgeKv {
+    uint8_t* codes;
+    void* scale;
+    uint8_t* zero;
+};
+
+/* Rotation of q and k, and the keys and values of the step stored: one launch. */
+struct EdgeRopeAppend {
+    EdgeStep step;
+    EdgeKv k, v;
+    float* q;             /* rotated in place; NULL where only keys and values are stored */
+    float* key;           /* rotated in place too */
+    const float* value;
+    const float* angles;  /* of q and k alike; NULL for no rotation */
+    int32_t heads, kv_heads, freqs, page_tokens;
+};
+
+struct EdgeAttention {
+    EdgeStep step;
+    EdgeKv k, v;
+    const float* q;
+    float* out;
+    float* partial; /* (T, heads, chunks, head_dim + 2): sums, maximum, total; NULL in the looped form */
+    int32_t kv_heads, page_tokens, chunks; /* chunks: of the longest context */
+    int32_t window; /* 0 = none */
+    float scale, softcap; /* softcap 0 = none */
+};
+
+/* Logits (L, vocab) brought to their end in place (soft cap, check) and their likeliest tokens. */
+struct EdgeSample {
+    EdgeStep step;
+    float* logits;
+    int32_t* tokens;  /* (L) likeliest; lowest id of equals */
+    float* top;       /* (L, k) values, descending */
+    int32_t* top_ids; /* (L, k) */
+    int32_t vocab, k;
+    float softcap;
+    int32_t advance; /* 1: the chosen become the step's tokens, at the next positions */
+    int32_t* history; /* (steps, L) of a chain, or NULL; written at row counts[EDGE_COUNTS - 1] */
+};
+
+#endif
