@@ -19,6 +19,11 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
     n16, plane q/w, 8..32 bit: [panel][units*U inputs][16 rows] items; padding is 0.
     n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
+m16 (formats whose codes are one plane of 4, 8 or 16 bits), for the cuda backend
+    Rows are padded to panels of 16, columns to units of 64 or the group; padding codes, scales and zero points
+    are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a chunk.
+    Planes that weights share as below.
+
     planes that weights share (scale, zero, min, super, outlier): every n weights [panel][ceil(units*U/n)][16
                             rows]; per row [panel][16 rows]; per tensor [1]; shared by all rows (index)
                             [ceil(cols/n)]. Padding rows and groups hold 0.
@@ -31,6 +36,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_runtime.engine import mma_order
 from edge_runtime.engine.formats import ENCODINGS, Array, Format, Plane, Planes, get_format
 from edge_runtime.engine.formats.codes import pack_bits, unpack_bits
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange, nearest
@@ -41,7 +47,7 @@ DEFAULT_GROUP = 64  # columns are padded to it when a format has no groups
 SMALLEST_UNIT = 32  # columns that a byte of eight codes and four inputs a lane take
 _UNIT_RUNS = ("u4", "u4o8", "nf4")  # whose bytes hold inputs of a whole unit
 ALIGN = 64  # bytes each plane is padded to in an engine
-PACKINGS = ("rows", "n16", "n16k4")
+PACKINGS = ("rows", "n16", "n16k4", "m16")
 _CHUNK = 1 << 19  # weights moved at a time
 
 # Code of value 0 by the encoding of the lower bits, higher bits included; 0 for every other encoding.
@@ -53,9 +59,24 @@ def cpu_packing(fmt_name: str) -> str:
     return "n16k4" if get_format(fmt_name).kind == "int" else "n16"
 
 
+def cuda_packing(fmt_name: str) -> str:
+    """The packing that the cuda backend reads for a format: m16, or rows where it has no kernel."""
+    return "m16" if mma_order.has_order(get_format(fmt_name)) else "rows"
+
+
+def backend_packing(backend: str, fmt_name: str) -> str:
+    """The packing that a backend reads for a format's matrices."""
+    return cuda_packing(fmt_name) if backend == "cuda" else cpu_packing(fmt_name)
+
+
 def unit_of(fmt: Format) -> int:
-    """Columns that a packed row is padded to a multiple of."""
+    """Columns that a packed row is padded to a multiple of, in the packings of the cpu backend."""
     return max(fmt.group or DEFAULT_GROUP, SMALLEST_UNIT)
+
+
+def unit_in(packing: str, fmt: Format) -> int:
+    """Columns that a packed row is padded to a multiple of."""
+    return max(fmt.group or 0, mma_order.UNIT) if packing == "m16" else unit_of(fmt)
 
 
 def plane_items(fmt_name: str, packing: str, rows: int, cols: int) -> dict[str, tuple[int, str]]:
@@ -64,7 +85,7 @@ def plane_items(fmt_name: str, packing: str, rows: int, cols: int) -> dict[str, 
     """
     fmt = _checked(fmt_name, packing)
     items: dict[str, tuple[int, str]] = {}
-    grid = _Grid.of(fmt, rows, cols)
+    grid = _Grid.of(fmt, packing, rows, cols)
     for plane in fmt.planes:
         encoding = ENCODINGS[plane.encoding]
         if packing == "rows":
@@ -72,7 +93,7 @@ def plane_items(fmt_name: str, packing: str, rows: int, cols: int) -> dict[str, 
             items[plane.name] = (r * c, encoding.dtype)
         elif plane.per == 1:
             codes = grid.panels * PANEL * grid.width
-            dtype = "u1" if encoding.name == "i8" else encoding.dtype
+            dtype = "u1" if encoding.name == "i8" and packing != "m16" else encoding.dtype
             items[plane.name] = (codes // encoding.items_per_byte, dtype)
         else:
             items[plane.name] = (grid.shared_items(plane), encoding.dtype)
@@ -91,7 +112,7 @@ def pack(fmt_name: str, packing: str, planes: Planes, rows: int, cols: int) -> d
     fmt.check_planes(planes, rows, cols)
     if packing == "rows":
         return {p.name: np.ascontiguousarray(planes[p.name]).reshape(-1) for p in fmt.planes}
-    grid = _Grid.of(fmt, rows, cols)
+    grid = _Grid.of(fmt, packing, rows, cols)
     return {
         p.name: _pack_codes(fmt, p, planes, grid) if p.per == 1 else _pack_shared(p, planes[p.name], grid)
         for p in fmt.planes
@@ -112,7 +133,7 @@ def unpack(
             )
     if packing == "rows":
         return {p.name: packed[p.name].reshape(p.shape(rows, cols)) for p in fmt.planes}
-    grid = _Grid.of(fmt, rows, cols)
+    grid = _Grid.of(fmt, packing, rows, cols)
     return {
         p.name: _unpack_codes(p, packed[p.name], grid)
         if p.per == 1
@@ -125,8 +146,9 @@ def _checked(fmt_name: str, packing: str) -> Format:
     fmt = get_format(fmt_name)
     if packing not in PACKINGS:
         raise BadConfig(f"unknown packing {packing!r}; {nearest(packing, PACKINGS)}")
-    if packing not in ("rows", cpu_packing(fmt_name)):
-        raise Unsupported(f"{fmt_name} has no packing {packing!r}; use rows or {cpu_packing(fmt_name)}")
+    known = dict.fromkeys(("rows", cpu_packing(fmt_name), cuda_packing(fmt_name)))
+    if packing not in known:
+        raise Unsupported(f"{fmt_name} has no packing {packing!r}; use {' or '.join(known)}")
     return fmt
 
 
@@ -139,11 +161,12 @@ class _Grid:
     unit: int
     panels: int
     units: int
+    packing: str
 
     @classmethod
-    def of(cls, fmt: Format, rows: int, cols: int) -> _Grid:
-        unit = unit_of(fmt)
-        return cls(rows, cols, unit, -(-rows // PANEL), -(-cols // unit))
+    def of(cls, fmt: Format, packing: str, rows: int, cols: int) -> _Grid:
+        unit = unit_in(packing, fmt)
+        return cls(rows, cols, unit, -(-rows // PANEL), -(-cols // unit), packing)
 
     @property
     def width(self) -> int:
@@ -177,15 +200,16 @@ def _pack_codes(fmt: Format, plane: Plane, planes: Planes, grid: _Grid) -> Array
     source = planes[plane.name]
     width = grid.width
     per_panel = PANEL * width // ENCODINGS[plane.encoding].items_per_byte
-    out = np.empty(grid.panels * per_panel, "u1" if plane.encoding == "i8" else source.dtype)
+    fragments = grid.packing == "m16"
+    out = np.empty(grid.panels * per_panel, "u1" if plane.encoding == "i8" and not fragments else source.dtype)
     below = 0 if plane == fmt.codes[0] else ENCODINGS[fmt.codes[0].encoding].bits  # bits of the plane before
-    padding = _PADDING_CODE.get(fmt.codes[0].encoding, 0) >> below
+    padding = 0 if fragments else _PADDING_CODE.get(fmt.codes[0].encoding, 0) >> below
     for panels, r in grid.chunks():
         count = panels.stop - panels.start
         codes = unpack_bits(source[r], bits, grid.cols) if bits < 8 else source[r]
         full = np.full((count * PANEL, width), padding & ((1 << bits) - 1), codes.dtype)
         full[: codes.shape[0], : grid.cols] = codes
-        if "zero" in planes and width > grid.cols:
+        if "zero" in planes and width > grid.cols and not fragments:
             zero = planes["zero"][r, -1:] >> np.uint8(below)
             full[: codes.shape[0], grid.cols :] = zero & np.uint8((1 << bits) - 1)
         out[panels.start * per_panel : panels.stop * per_panel] = order.forth(full)
@@ -230,10 +254,28 @@ class _Order:
 
 def _order(plane: Plane, grid: _Grid) -> _Order:
     bits = ENCODINGS[plane.encoding].bits
+    if grid.packing == "m16":
+        return _fragment_order(plane.encoding, grid)
     if bits < 8:
         run = grid.unit if plane.encoding in _UNIT_RUNS else SMALLEST_UNIT
         return _shared_byte_order(grid, run, bits, LANE if plane.encoding != "nf4" else 1)
     return _lane_order(grid) if plane.encoding == "i8" else _input_order(grid)
+
+
+def _fragment_order(encoding: str, grid: _Grid) -> _Order:
+    """Codes in chunks of a warp's fragments; two nibbles a byte, low first."""
+    bits = ENCODINGS[encoding].bits
+
+    def forth(codes: Array) -> Array:
+        stored = mma_order.to_chunks(codes, encoding)
+        return stored[::2] | stored[1::2] << np.uint8(4) if bits == 4 else stored
+
+    def back(packed: Array) -> Array:
+        if bits == 4:
+            packed = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=1).reshape(-1)
+        return mma_order.from_chunks(packed, encoding, grid.width)
+
+    return _Order(forth, back)
 
 
 def _shared_byte_order(grid: _Grid, run: int, bits: int, lane: int) -> _Order:
