@@ -195,9 +195,9 @@ T atomicMax(T* p, T value) {
 
 // What a test calls in place of a launch. `emu_<symbol>` runs it; `emu_size_<symbol>` is its record's size.
 #define EDGE_KERNEL(symbol, threads, Args, ...)                                                             \
-    extern "C" const size_t emu_size_##symbol = sizeof(Args);                                               \
-    extern "C" const unsigned emu_threads_##symbol = threads;                                               \
-    extern "C" void emu_##symbol(unsigned gx, unsigned gy, unsigned gz, size_t shared, const void* args) {  \
+    extern "C" __attribute__((visibility("default"))) const size_t emu_size_##symbol = sizeof(Args);                                               \
+    extern "C" __attribute__((visibility("default"))) const unsigned emu_threads_##symbol = threads;                                               \
+    extern "C" __attribute__((visibility("default"))) void emu_##symbol(unsigned gx, unsigned gy, unsigned gz, size_t shared, const void* args) {  \
         emu::launch([](const void* a) { __VA_ARGS__(*static_cast<const Args*>(a)); }, args, {gx, gy, gz},   \
                     threads, shared);                                                                       \
     }
