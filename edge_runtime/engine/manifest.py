@@ -7,7 +7,7 @@ Plane names are `<part>/<tensor>#<plane>`; blobs are U8 tensors named `blob/<nam
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, field
@@ -15,7 +15,7 @@ from msgspec import Meta, field
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
-SCHEMA = 3
+SCHEMA = 4
 # Parts with a meaning of their own; any other name is a model that stands for itself.
 LANGUAGE = "language"  # the target: the model that answers
 DRAFT = "draft"  # a smaller model with the same vocabulary, which proposes tokens to the target
@@ -23,6 +23,8 @@ MEDUSA = "medusa-"  # medusa-1 .. medusa-N: heads on the target's last hidden ro
 MAX_HEADS = 16
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Symbol = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}\Z")]  # of a kernel, as C has it
+Release = Annotated[str, Meta(pattern=r"^[0-9]{1,2}\.[0-9]{1,2}\Z")]  # of CUDA or of the PTX ISA
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +76,38 @@ class Fingerprint(_Strict, frozen=True):
     backend: str
     compute_capability: str | None
     abi: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]
+
+
+class KernelEntry(_Strict, frozen=True):
+    """A kernel of device code, of blocks of at most `threads`. shared_bytes: without what a launch adds.
+
+    The others are the compiler's report, of a thread: stack and spills in bytes. None in PTX, where the
+    driver decides.
+    """
+
+    threads: int
+    shared_bytes: int
+    registers: int | None = None
+    stack_bytes: int | None = None
+    spill_stores: int | None = None
+    spill_loads: int | None = None
+
+
+class DeviceCodeEntry(_Strict, frozen=True):
+    """A blob of code for a GPU: a cubin for one sm (87 is compute capability 8.7), or PTX, which a driver
+    that knows its ISA compiles for that sm and for later ones.
+
+    cuda: release of the compiler. ptx: ISA of the PTX, and of what the cubin was made from. PTX ends with a
+    NUL, as drivers want it.
+    """
+
+    blob: Name
+    kind: Literal["cubin", "ptx"]
+    sm: int
+    ptx: Release
+    cuda: Release
+    nbytes: int
+    kernels: dict[Symbol, KernelEntry]
 
 
 class Vocabulary(_Strict, frozen=True):
@@ -158,6 +192,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     fingerprint: Fingerprint
     vocabulary: Vocabulary
     blobs: dict[Name, int]  # true length in bytes, before padding
+    device_code: tuple[DeviceCodeEntry, ...] = ()  # of a cuda engine: blobs among those
     quality: Quality | None
     provenance: Provenance
     known_answer: KnownAnswer | None

@@ -23,6 +23,8 @@ from edge_runtime.engine.manifest import (
     MEDUSA,
     SCHEMA,
     AdapterEntry,
+    DeviceCodeEntry,
+    KernelEntry,
     Manifest,
     PartEntry,
     medusa_parts,
@@ -37,6 +39,8 @@ ADAPTER = "adapter."  # and adapters are `adapter.<name>/<tensor>.<side>#w`
 MAX_BYTES = 1 << 44  # of any size named in a manifest: far above any device, far below 2**63
 MAX_STEP = 1 << 16  # tokens, sequences or rows of logits of one step
 MAX_BLOBS = 256
+MAX_DEVICE_CODE = 16  # blobs of it
+MAX_KERNELS = 4096
 MAX_ADAPTERS = 64
 MAX_SCALE = 1e30  # of an adapter: far above any that was trained, and f32 holds it
 MAX_BUFFERS = 2048  # laying out buffers takes quadratic time
@@ -67,6 +71,7 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
     for name, nbytes in manifest.blobs.items():
         _bounded(nbytes, f"length of blob {name!r}", least=1)
         sizes[f"{BLOB}/{name}"] = nbytes
+    _check_device_code(manifest)
     _check_ids(manifest)
     _check_quality(manifest)
     for name in sizes:
@@ -264,6 +269,47 @@ def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
         if not (math.isfinite(speed) and speed >= 0):
             raise BadEngineFile(f"prediction {speed} is not a positive number")
     _bounded(plan.predicted.prompt_tokens, "predicted.prompt_tokens")
+
+
+def _check_device_code(manifest: Manifest) -> None:
+    """Each entry is one of the blobs, of its size, and the plan has room for all of them."""
+    entries = manifest.device_code
+    if entries and manifest.fingerprint.backend != "cuda":
+        raise BadEngineFile(f"device code in an engine for backend {manifest.fingerprint.backend!r}")
+    if len(entries) > MAX_DEVICE_CODE:
+        raise BadEngineFile(f"{len(entries)} blobs of device code, expected at most {MAX_DEVICE_CODE}")
+    blobs = [entry.blob for entry in entries]
+    for entry in entries:
+        try:
+            if blobs.count(entry.blob) > 1:
+                raise BadEngineFile("it is named twice")
+            if entry.blob not in manifest.blobs:
+                raise BadEngineFile(f"there is no such blob; {_hint(entry.blob, manifest.blobs)}")
+            if manifest.blobs[entry.blob] != entry.nbytes:
+                raise BadEngineFile(
+                    f"it is said to have {entry.nbytes} bytes, the blob has {manifest.blobs[entry.blob]}"
+                )
+            _check_kernels(entry)
+        except BadEngineFile as error:
+            raise BadEngineFile(f"device code {entry.blob!r}: {error}") from error
+    total = sum(entry.nbytes for entry in entries)
+    room = sum(part.plan.memory.device_code for part in manifest.parts.values())
+    if total > room:
+        raise BadEngineFile(f"the plan says {room} bytes of device code, it takes {total}")
+
+
+def _check_kernels(entry: DeviceCodeEntry) -> None:
+    _bounded(entry.sm, "sm", least=10, most=999)
+    if not 1 <= len(entry.kernels) <= MAX_KERNELS:
+        raise BadEngineFile(f"{len(entry.kernels)} kernels, expected 1 to {MAX_KERNELS}")
+    for symbol, kernel in entry.kernels.items():
+        for field in KernelEntry.__struct_fields__:
+            value = getattr(kernel, field)
+            if value is not None:
+                _bounded(value, f"{field} of {symbol}", least=int(field == "threads"), most=1 << 20)
+        compiled = (kernel.registers, kernel.stack_bytes, kernel.spill_stores, kernel.spill_loads)
+        if any((value is None) != (entry.kind == "ptx") for value in compiled):
+            raise BadEngineFile(f"{symbol}: registers, stack and spills are of cubins, and of all of them")
 
 
 def _check_ids(manifest: Manifest) -> None:

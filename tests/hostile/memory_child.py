@@ -36,6 +36,11 @@ DENSE = {
     "targets": (b'"targets":{', b'"%x":{"rank":999,"scale":1.5}'),
     "adapters": (b'"adapters":{', b'"%x":{"part":"ab","targets":{}}'),
     "blobs": (b'"blobs":{', b'"%x":99999'),
+    "device_code": (
+        b'"device_code":[',
+        b'{"blob":"a","kind":"ptx","sm":9,"ptx":"1.0","cuda":"1.0","nbytes":9,"kernels":{"a":'
+        b'{"threads":1,"shared_bytes":0}}}',
+    ),
     "planes": (b'"planes":{', b'"%x":"' + b"0" * 64 + b'"'),
     "parts": (b'"parts":{', b""),
 }
@@ -58,7 +63,7 @@ def make(specimen: Specimen, name: str) -> bytes | None:
         case ["deep"]:
             raw = specimen.forged(b"[" * limit + b"}", rows=b'"}')
         case ["text"]:
-            raw = specimen.forged(b'{"schema":3,"name":"' + b"x" * limit + b'"}', rows=b'"}')
+            raw = specimen.forged(b'{"schema":4,"name":"' + b"x" * limit + b'"}', rows=b'"}')
         case [kind, nbytes]:
             raw = specimen.forged(dense(specimen.text, kind, int(nbytes)))
         case [kind, nbytes, _]:  # with spaces for as much as `check_text` asks for, so that it is decoded
