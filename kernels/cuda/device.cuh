@@ -69,6 +69,9 @@ EDGE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
 EDGE_DEVICE float rcp_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 EDGE_DEVICE float round_even(float x) { return __builtin_nearbyintf(x); }
 EDGE_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+// Rounded by themselves, whatever is added to them: a compiler may not fuse them.
+EDGE_DEVICE float product(float a, float b) { return a * b; }
+EDGE_DEVICE float quotient(float a, float b) { return a / b; }
 EDGE_DEVICE Words4 load_weights(const void* p) { return *static_cast<const Words4*>(p); }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
 
@@ -145,10 +148,12 @@ EDGE_DEVICE float exp2_fast(float x) {
 EDGE_DEVICE float rcp_root(float x) { return __fdiv_rn(1.0f, __fsqrt_rn(x)); }
 EDGE_DEVICE float round_even(float x) { return rintf(x); }
 EDGE_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+EDGE_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+EDGE_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 // 16 bytes that are read once: not kept in L1.
 EDGE_DEVICE Words4 load_weights(const void* p) {
     Words4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;
@@ -158,13 +163,13 @@ EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4
 template <bool kUnsigned>
 EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kUnsigned) {
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
@@ -175,13 +180,13 @@ EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t 
 template <bool kBfloat>
 EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kBfloat) {
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm volatile(
+        asm(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -28,17 +28,24 @@ enum edge_cuda_status {
     EDGE_CUDA_OUT_OF_RANGE = 2, /* a key or value that the KV format cannot hold */
 };
 
-enum edge_cuda_count { EDGE_TOKENS, EDGE_SEQUENCES, EDGE_LOGITS, EDGE_TABLE_STRIDE, EDGE_COUNTS = 16 };
+enum edge_cuda_count {
+    EDGE_TOKENS,
+    EDGE_SEQUENCES,
+    EDGE_LOGITS,
+    EDGE_TABLE_STRIDE,
+    EDGE_CHAIN_STEP, /* steps of the running chain that `advance` has ended: the next row of its history */
+    EDGE_COUNTS = 16
+};
 
 /* The running step, in device memory: what changes from step to step is read from here, so that a captured
  * graph serves every step of its size. Rows at and beyond counts[EDGE_TOKENS] hold nothing and are skipped.
  */
 struct EdgeStep {
-    const int32_t* counts;    /* (EDGE_COUNTS), by edge_cuda_count */
+    int32_t* counts;          /* (EDGE_COUNTS), by edge_cuda_count */
     int32_t* tokens;          /* (T) ids */
     int32_t* positions;       /* (T) */
     const int32_t* sequence;  /* (T) row of page_tables */
-    const int32_t* places;    /* (T) where the token's key lies; its position unless in a tree */
+    int32_t* places;          /* (T) where the token's key lies; its position unless in a tree */
     const int32_t* parents;   /* (T) row of the token one position before, -1 = it is in the cache */
     const int32_t* bends;     /* (T) first position whose key lies where an ancestor was put, INT_MAX = none */
     const int32_t* page_tables; /* (S, counts[EDGE_TABLE_STRIDE]) page of each run of a sequence */
@@ -158,17 +165,20 @@ struct EdgeAttention {
     float scale, softcap; /* softcap 0 = none */
 };
 
-/* Logits (L, vocab) brought to their end in place (soft cap, check) and their likeliest tokens. */
+/* Logits (L, vocab) brought to their end in place (check, soft cap), and their likeliest tokens: sample.cuh. */
+#define EDGE_SLICE 4096     /* logits of a row that one block looks at */
+#define EDGE_SLICES_MAX 128 /* of a row */
+#define EDGE_TOP_MAX 64     /* greatest k */
 struct EdgeSample {
     EdgeStep step;
     float* logits;
     int32_t* tokens;  /* (L) likeliest; lowest id of equals */
-    float* top;       /* (L, k) values, descending */
+    float* top;       /* (L, k) values, descending; NULL where k is 0 */
     int32_t* top_ids; /* (L, k) */
-    int32_t vocab, k;
-    float softcap;
-    int32_t advance; /* 1: the chosen become the step's tokens, at the next positions */
-    int32_t* history; /* (steps, L) of a chain, or NULL; written at row counts[EDGE_COUNTS - 1] */
+    uint64_t* keys;   /* (L, max(k, 1), slices), scratch: the likeliest of each slice */
+    int32_t* history; /* (steps, L) tokens of a chain, or NULL; `advance` writes row counts[EDGE_CHAIN_STEP] */
+    int32_t vocab, k, slices; /* slices = ceil(vocab / EDGE_SLICE); 0 <= k <= min(vocab, EDGE_TOP_MAX) */
+    float softcap;            /* 0 = none */
 };
 
 #endif

@@ -187,6 +187,12 @@ T atomicOr(T* p, T value) {
     return old;
 }
 template <class T>
+T atomicAdd(T* p, T value) {
+    const T old = *p;
+    *p += value;
+    return old;
+}
+template <class T>
 T atomicMax(T* p, T value) {
     const T old = *p;
     if (value > old) *p = value;
