@@ -16,7 +16,7 @@ lint: $(VENV)/.linted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p edge_runtime
-	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run --Werror $$(git ls-files 'kernels/**.cpp' 'kernels/**.h'); fi
+	@if [ -x $(BIN)/clang-format ]; then $(BIN)/clang-format --dry-run --Werror $$(git ls-files 'kernels/**.cpp' 'kernels/**.h' 'kernels/**.cuh'); fi
 
 bench: $(VENV)/.benched
 	$(BIN)/python bench/decode_llama_1b.py

@@ -45,6 +45,11 @@ def make_parser() -> Parser:
         action="store_true",
         help="replace a file there that is no engine; write an engine that breaks a quality limit",
     )
+    add(
+        "--no-device-code",
+        action="store_true",
+        help="compile no kernels into an engine for a GPU; no cuda device runs it then",
+    )
     many = parser.add_argument_group("many engines")
     add = many.add_argument
     add(

@@ -125,6 +125,7 @@ def build_options(args: argparse.Namespace) -> Options:
         keep_json=args.keep_json,
         recipe=_recipe(args),
         sensitivity=None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file),
+        device_code=not args.no_device_code,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from builders.device_code import DeviceCode
 from builders.parts import Contents
 from builders.planner import Plans
 from edge_runtime.engine.formats import abi_hash
@@ -63,7 +64,7 @@ def check_target(target: Path, model: Path, *, force: bool) -> None:
 
 def check_disk(target: Path, plans: Plans, contents: Contents) -> None:
     """Raise BuildError when the folder has no room for the engine beside the old one."""
-    need = sum(plan.memory.weights for plan in plans.values())
+    need = sum(plan.memory.weights + plan.memory.device_code for plan in plans.values())
     need += sum(update.nbytes for adapter in contents.adapters.values() for update in adapter.values())
     need += len(contents.target.source.tokenizer_json) + HEADER_LIMIT
     free = shutil.disk_usage(target.parent).free
@@ -76,7 +77,7 @@ def check_disk(target: Path, plans: Plans, contents: Contents) -> None:
 
 def header_reserve(contents: Contents, plans: Plans) -> int:
     """Bytes to keep free for the header of an engine with these parts and adapters."""
-    entries = (*_parts(contents, plans).values(), *_adapters(contents).values())
+    entries = (*part_entries(contents, plans).values(), *_adapters(contents).values())
     tensors = sum(len(plan.tensors) for plan in plans.values())
     planes = 4 * tensors + 2 * sum(map(len, contents.adapters.values()))
     return reserve_for(planes, sum(len(msgspec.json.encode(e)) for e in entries) + 48 * tensors)
@@ -96,6 +97,7 @@ class Record:
     recipe: dict[str, str]
     sha256: dict[str, str]
     calibration: CalibrationRecord | None = None
+    device_code: DeviceCode | None = None
 
 
 def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Record) -> Manifest:
@@ -108,12 +110,15 @@ def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Recor
     blobs = {"tokenizer.json": source.tokenizer_json}
     if source.chat_template:
         blobs["chat_template"] = source.chat_template.encode()
+    code = record.device_code
+    if code is not None:
+        blobs |= code.blobs
     for name, data in blobs.items():
         writer.add(f"blob/{name}", data)
     manifest = Manifest(
         schema=SCHEMA,
         name=engine_name(source.name),
-        parts=_parts(contents, plans),
+        parts=part_entries(contents, plans),
         adapters=_adapters(contents),
         fingerprint=Fingerprint(
             profile=profile.name,
@@ -123,6 +128,7 @@ def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Recor
         ),
         vocabulary=contents.target.vocabulary,
         blobs={name: len(data) for name, data in blobs.items()},
+        device_code=() if code is None else code.entries,
         quality=record.quality,
         provenance=Provenance(
             source=source.name,
@@ -139,7 +145,8 @@ def finish(writer: EngineWriter, contents: Contents, plans: Plans, record: Recor
     return writer.finish(manifest)
 
 
-def _parts(contents: Contents, plans: Plans) -> dict[str, PartEntry]:
+def part_entries(contents: Contents, plans: Plans) -> dict[str, PartEntry]:
+    """The parts as the manifest has them, by name."""
     return {
         p.name: PartEntry(program=p.program, plan=plans[p.name], origins=p.origins) for p in contents.parts
     }

@@ -3,8 +3,8 @@
 Every phase is one call of `build`, in this order, and leaves one inspectable JSON when `keep_json` names a
 folder; parts.py reads, calibrating.py calibrates, fitting.py plans, quantizing.py quantizes, quality.py
 measures, pack.py packs. The plan comes before the values: it needs what calibration measured, and decides
-every tensor's format. Planes stream tensor by tensor into the temporary file of the engine, so none of the
-phases holds a model.
+every tensor's format. Device code (device_code.py) is compiled before the long work, once programs are final.
+Planes stream tensor by tensor into the temporary file of the engine, so none of the phases holds a model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from builders import pack, planner
 from builders.activations import Kind, round_activations
 from builders.calibrating import CalibrationRequest, Calibrations
 from builders.corpus import BUILTIN, SELF
+from builders.device_code import DeviceCode, compile_device_code
 from builders.evaluate import EvaluationText, read_text
 from builders.explain import explain
 from builders.fitting import require_fit
 from builders.known_answer import known_answer
 from builders.limits import Limits, broken_limits
+from builders.nvrtc import compiler_for
 from builders.parts import Contents, Extras, Part, open_contents
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
@@ -79,6 +81,7 @@ class Options:
     keep_json: Path | None = None
     recipe: dict[str, str] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None  # what the planner spends bytes by; None: its model
+    device_code: bool = True  # for a cuda profile; an engine without runs on no cuda device
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     options.limits.check(measured=options.measure, task=options.task is not None)
     pack.check_target(options.output, options.model, force=options.force)
     profile = load_profile(options.profile)
+    compiles = options.device_code and profile.backend == "cuda"
+    if compiles:
+        compiler_for(profile)  # a missing one is said before any work
     algorithm = get_algorithm(options.algorithm)
     if options.static_scales and options.activations is None:
         raise BadConfig("static activation scales need --activations int8 or fp8_e4m3")
@@ -129,6 +135,12 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             if options.activations is not None and options.static_scales:
                 observer = options.observer or "minmax"
                 scaled = fix_scales(scaled, calibrations, options.activations, observer)
+        code = None
+        if compiles:
+            with _timed(seconds, "compile"):
+                code = device_code(scaled, plans, profile, watcher)
+            _keep(options, "device_code", code.entries)
+        with _timed(seconds, "quantize"):
             sqnr = quantize(
                 scaled, plans, algorithm, how, calibrations, writer, watcher, feedback=options.feedback
             )
@@ -140,7 +152,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             subject = Subject(contents.target, part, profile, plans[LANGUAGE], stored)
             quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
-        notices = list(contents.notices)
+        notices = [*contents.notices, *(() if code is None else code.notices)]
         if quality is not None and quality.broken:
             if not options.force:
                 raise broken_limits(quality)
@@ -155,6 +167,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
                 options.recipe,
                 digests(contents, options),
                 calibrations.record(),
+                code,
             )
             manifest = pack.finish(writer, scaled, plans, record)
             watcher.step(options.output.name)
@@ -255,6 +268,18 @@ def plan(
     return plans
 
 
+def device_code(contents: Contents, plans: Plans, profile: Profile, watcher: Watcher) -> DeviceCode:
+    """The kernels that the programs need, compiled for the profile. Raises BuildError, or Unsupported for
+    an op or format that the cuda backend has no kernel for."""
+    from edge_runtime.engine.device_code import device_kernels
+
+    watcher.phase("compile", 1)
+    room = sum(plan.memory.device_code for plan in plans.values())
+    code = compile_device_code(device_kernels(pack.part_entries(contents, plans)), profile, room)
+    watcher.step(f"{len(code.entries[0].kernels)} kernels for sm_{code.entries[0].sm}")
+    return code
+
+
 def digests(contents: Contents, options: Options) -> dict[str, str]:
     """Digest of every file that the engine was made, planned or measured with, by its name in the provenance.
 
@@ -322,7 +347,7 @@ def verify(
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     begin = monotonic()
     yield
-    seconds[phase] = monotonic() - begin
+    seconds[phase] = seconds.get(phase, 0.0) + monotonic() - begin
 
 
 def _keep(options: Options, phase: str, value: Any) -> None:

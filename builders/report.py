@@ -14,7 +14,7 @@ from builders.pipeline import Report
 from builders.planner import Plans, Request
 from builders.watcher import Watcher
 from edge_runtime.cli.output import size, table
-from edge_runtime.engine.manifest import LANGUAGE, Manifest, TaskQuality
+from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, TaskQuality
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
@@ -198,6 +198,7 @@ def build_data(report: Report) -> dict[str, Any]:
             "memory": {**msgspec.to_builtins(memory), "need": memory.need, "have": memory.have},
             "predicted": msgspec.to_builtins(entry.plan.predicted),
         },
+        "device_code": msgspec.to_builtins(manifest.device_code),
         "seconds": {phase: round(s, 3) for phase, s in report.seconds.items()},
         "notices": report.notices,
     }
@@ -243,8 +244,15 @@ def build_text(report: Report) -> str:
             rows.append(("task", task_text(quality.task)))
         worst = sorted(quality.sqnr_db.items(), key=lambda item: item[1])[:_WORST]
         rows += [("lowest SQNR" if i == 0 else "", f"{db:6.2f} dB  {n}") for i, (n, db) in enumerate(worst)]
+    rows += [("device code", device_code_text(entry)) for entry in manifest.device_code]
     rows.append(("time", ", ".join(f"{phase} {s:.1f} s" for phase, s in report.seconds.items())))
     return table(rows)
+
+
+def device_code_text(entry: DeviceCodeEntry) -> str:
+    """One line: ``device.sm_87.cubin, 40 kernels, 1.1 MiB, made by CUDA 12.6``."""
+    ptx = f", PTX {entry.ptx}" if entry.kind == "ptx" else ""
+    return f"{entry.blob}, {len(entry.kernels)} kernels, {size(entry.nbytes)}, made by CUDA {entry.cuda}{ptx}"
 
 
 def task_text(task: TaskQuality) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.cli.device_code_text import device_code_text
 from edge_runtime.cli.output import Answer, Parser, profiles_answer, run_command, size, table
 from edge_runtime.cli.quality_text import quality_text, report_text
 from edge_runtime.engine import packing
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> Answer:
         quality_text(manifest.quality),
         _provenance_text(manifest),
         _contents_text(manifest),
+        *device_code_text(manifest),
     ]
     if args.tensors:
         sections.append(_tensors_text(data))
@@ -83,7 +85,7 @@ def describe(engine: Engine, *, verified: bool, tensors: bool = False) -> dict[s
         },
         "vocabulary": msgspec.to_builtins(manifest.vocabulary),
         "blobs": dict(manifest.blobs),
-        "device_code": [],  # no backend of this version compiles code into an engine
+        "device_code": msgspec.to_builtins(manifest.device_code),
         "quality": msgspec.to_builtins(manifest.quality),
         "provenance": msgspec.to_builtins(manifest.provenance),
         "known_answer": msgspec.to_builtins(manifest.known_answer),
@@ -253,7 +255,7 @@ def _contents_text(manifest: Manifest) -> str:
     return table(
         [
             ("blobs", ", ".join(f"{name} ({size(n)})" for name, n in manifest.blobs.items()) or "none"),
-            ("device code", "none"),
+            ("device code", ", ".join(entry.blob for entry in manifest.device_code) or "none"),
             ("known answer", answer),
         ]
     )
