@@ -12,8 +12,10 @@ MATRICES = 4  # EDGE_MATRICES
 NOT_FINITE, OUT_OF_RANGE = 1, 2
 
 # enum edge_cuda_count
-TOKENS, SEQUENCES, LOGITS, TABLE_STRIDE = range(4)
+TOKENS, SEQUENCES, LOGITS, TABLE_STRIDE, CHAIN_STEP = range(5)
 COUNTS = 16
+
+SLICE, SLICES_MAX, TOP_MAX = 4096, 128, 64  # EDGE_SLICE, EDGE_SLICES_MAX, EDGE_TOP_MAX
 
 
 class Step(Structure):
@@ -94,4 +96,59 @@ class Embed(Structure):
         ("units", c_int32),
         ("scale", c_float),
         ("unused", c_int32),
+    ]
+
+
+class Prepare(Structure):
+    """EdgePrepare"""
+
+    _fields_ = [
+        ("step", Step),
+        ("inputs", Inputs),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("width", c_int32),
+        ("norm_group", c_int32),
+        ("eps", c_float),
+        ("rows", c_int32),
+    ]
+
+
+class Row(Structure):
+    """EdgeRow"""
+
+    _fields_ = [
+        ("step", Step),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("out", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("x_width", c_int32),
+        ("out_width", c_int32),
+        ("group", c_int32),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("unused", c_int32),
+    ]
+
+
+class Sample(Structure):
+    """EdgeSample"""
+
+    _fields_ = [
+        ("step", Step),
+        ("logits", c_void_p),
+        ("tokens", c_void_p),
+        ("top", c_void_p),
+        ("top_ids", c_void_p),
+        ("keys", c_void_p),
+        ("history", c_void_p),
+        ("vocab", c_int32),
+        ("k", c_int32),
+        ("slices", c_int32),
+        ("softcap", c_float),
     ]
