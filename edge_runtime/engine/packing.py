@@ -20,8 +20,8 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
     n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
 m16 (formats whose codes are one plane of 4, 8 or 16 bits), for the cuda backend
-    Rows are padded to panels of 16, columns to units of 64 or the group; padding codes, scales and zero points
-    are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a chunk.
+    Rows are padded to panels of 16, columns to units of 64 or the group; padding codes, scales and zero
+    points are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a chunk.
     Planes that weights share as below.
 
     planes that weights share (scale, zero, min, super, outlier): every n weights [panel][ceil(units*U/n)][16
@@ -201,7 +201,8 @@ def _pack_codes(fmt: Format, plane: Plane, planes: Planes, grid: _Grid) -> Array
     width = grid.width
     per_panel = PANEL * width // ENCODINGS[plane.encoding].items_per_byte
     fragments = grid.packing == "m16"
-    out = np.empty(grid.panels * per_panel, "u1" if plane.encoding == "i8" and not fragments else source.dtype)
+    unsigned = plane.encoding == "i8" and not fragments
+    out = np.empty(grid.panels * per_panel, "u1" if unsigned else source.dtype)
     below = 0 if plane == fmt.codes[0] else ENCODINGS[fmt.codes[0].encoding].bits  # bits of the plane before
     padding = 0 if fragments else _PADDING_CODE.get(fmt.codes[0].encoding, 0) >> below
     for panels, r in grid.chunks():
