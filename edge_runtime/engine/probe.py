@@ -320,12 +320,21 @@ def _unified(profile: Profile, root: Path) -> Profile:
     return msgspec.structs.replace(profile, memory=memory, memory_source=source)
 
 
-def _with_driver(profile: Profile, driver: str) -> Profile:
-    """The newest PTX ISA of a CUDA release: 7.x for 11.x, 9.x for 13.x; 12.6 kept the 8.5 of 12.5."""
+def newest_ptx(driver: str) -> str | None:
+    """The newest PTX ISA that a driver of a CUDA release ("12.6") compiles: 7.x for 11.x, 9.x for 13.x.
+
+    12.6 kept the 8.5 of 12.5. None before CUDA 11.
+    """
     major, minor = capability_of(driver)
-    if profile.cuda is None or major < 11:
+    if major < 11:
+        return None
+    return f"{major - 4}.{minor - 1 if major == 12 and minor > 5 else minor}"
+
+
+def _with_driver(profile: Profile, driver: str) -> Profile:
+    ptx = newest_ptx(driver)
+    if profile.cuda is None or ptx is None:
         return profile
-    ptx = f"{major - 4}.{minor - 1 if major == 12 and minor > 5 else minor}"
     return msgspec.structs.replace(
         profile, cuda=msgspec.structs.replace(profile.cuda, driver=driver, ptx=ptx)
     )
