@@ -74,46 +74,32 @@ EDGE_DEVICE float product(float a, float b) { return a * b; }
 EDGE_DEVICE float quotient(float a, float b) { return a / b; }
 EDGE_DEVICE Words4 load_weights(const void* p) { return *static_cast<const Words4*>(p); }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+// `bytes` (1, 2, 4, 8 or 16, aligned to it) that this kernel does not write, as words; above them zeros.
+template <int bytes>
+EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) emu::fail("a load of %d bytes at %p", bytes, p);
+    words[0] = 0;
+    __builtin_memcpy(words, p, bytes);
+}
+// 2^x; a result below 2^-126 is 0.
+EDGE_DEVICE float exp2_flushed(float x) {
+    const float y = __builtin_exp2f(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+EDGE_DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }  // of NaN and a number the number
+EDGE_DEVICE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+EDGE_DEVICE double product(double a, double b) { return a * b; }
+EDGE_DEVICE double round_even(double x) { return __builtin_nearbyint(x); }
+EDGE_DEVICE uint32_t pack_halves(float low, float high) {
+    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+}
 
 // d (16x8) += a (16x32) b (32x8): bytes of a unsigned (kUnsigned) or signed, of b signed; fragments as the PTX
-// ISA's m16n8k32 has them: with r = lane / 4 and q = lane % 4, a[0..3] hold rows r, r+8, r, r+8 at columns 4q..4q+3
-// and (a[2], a[3]) 16 more; b[0], b[1] column r at rows 4q..4q+3 and 16 more; d rows r, r, r+8, r+8 at columns 2q,
-// 2q+1.
-template <bool kUnsigned>
-EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emu::WarpWords w = emu::share_fragments(a, b);
-    const int r = emu::lane() / 4, q = emu::lane() % 4;
-    for (int i = 0; i < 4; ++i) {
-        const int row = r + i / 2 * 8, col = 2 * q + i % 2;
-        for (int k = 0; k < 32; ++k) {
-            const uint32_t aw = w.a[4 * (row % 8) + k % 16 / 4][row / 8 + k / 16 * 2];
-            const uint32_t bw = w.b[4 * col + k % 16 / 4][k / 16];
-            const uint8_t ab = static_cast<uint8_t>(aw >> 8 * (k % 4));
-            const int8_t bb = static_cast<int8_t>(bw >> 8 * (k % 4));
-            d[i] += (kUnsigned ? static_cast<int32_t>(ab) : static_cast<int8_t>(ab)) * bb;
-        }
-    }
-    emu::fragments_done();
-}
+// ISA's m16n8k32 has them (emulator/mma.h says how).
+using emu::mma_i8;
 
-// d (16x8) += a (16x16) b (16x8) in f16 or bf16, summed in f32: m16n8k16. a[0..3] hold rows r, r+8, r, r+8 at columns
-// 2q, 2q+1 and (a[2], a[3]) 8 more; b[0], b[1] column r at rows 2q, 2q+1 and 8 more.
-template <bool kBfloat>
-EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emu::WarpWords w = emu::share_fragments(a, b);
-    const int r = emu::lane() / 4, q = emu::lane() % 4;
-    const auto value = [](uint32_t word, int high) {
-        const uint16_t h = static_cast<uint16_t>(word >> 16 * high);
-        return kBfloat ? float_of(static_cast<uint32_t>(h) << 16) : half_to_float(h);
-    };
-    for (int i = 0; i < 4; ++i) {
-        const int row = r + i / 2 * 8, col = 2 * q + i % 2;
-        for (int k = 0; k < 16; ++k)
-            d[i] += value(w.a[4 * (row % 8) + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
-                    value(w.b[4 * col + k % 8 / 2][k / 8], k % 2);
-    }
-    emu::fragments_done();
-}
+// d (16x8) += a (16x16) b (16x8) in f16 or bf16, summed in f32: m16n8k16.
+using emu::mma_f16;
 
 #else
 
@@ -159,6 +145,37 @@ EDGE_DEVICE Words4 load_weights(const void* p) {
     return v;
 }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+template <int bytes>
+EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
+    if constexpr (bytes == 16) {
+        asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+            : "l"(p));
+    } else if constexpr (bytes == 8) {
+        asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+    } else if constexpr (bytes == 4) {
+        asm("ld.global.nc.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    } else if constexpr (bytes == 2) {
+        asm("ld.global.nc.u16 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    } else {
+        static_assert(bytes == 1);
+        asm("ld.global.nc.u8 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    }
+}
+EDGE_DEVICE float exp2_flushed(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+EDGE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+EDGE_DEVICE double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+EDGE_DEVICE double product(double a, double b) { return __dmul_rn(a, b); }
+EDGE_DEVICE double round_even(double x) { return rint(x); }
+EDGE_DEVICE uint32_t pack_halves(float low, float high) {
+    uint32_t d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
 
 template <bool kUnsigned>
 EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -198,9 +215,6 @@ EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 
 EDGE_DEVICE int lane() { return threadIdx.x % kWarp; }
 EDGE_DEVICE int warp() { return threadIdx.x / kWarp; }
-EDGE_DEVICE uint32_t pack_halves(float low, float high) {
-    return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
-}
 EDGE_DEVICE bool finite(float v) { return (bits_of(v) & 0x7fffffff) < 0x7f800000; }
 EDGE_DEVICE void raise_status(const EdgeStep& step, uint32_t bits) { atomicOr(step.status, bits); }
 

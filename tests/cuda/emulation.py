@@ -28,7 +28,7 @@ from edge_runtime.engine.formats.c_header import c_header
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels" / "cuda"
-WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
 # a * b + c is rounded twice on every machine; kernels say fused() where they mean it
 BASE = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
 # Kernel libraries share no symbol with each other, whatever their statics are called
@@ -135,7 +135,10 @@ def compile_kernels(source: str, *, asan: bool | None = None) -> Path:
     `asan`: with AddressSanitizer; by default as EDGE_EMU_ASAN says.
     """
     wanted = os.environ.get("EDGE_EMU_ASAN") == "1" if asan is None else asan
-    return compile_cached("kernels", source, ("-DEDGE_EMULATE", *PRIVATE, *(ASAN if wanted else ())))
+    unit = f'#include "emulator/emulator.h"\nnamespace {{\n#line 1 "kernels.cu"\n{source}\n}}\n'
+    return compile_cached(
+        "kernels", unit, ("-DEDGE_EMULATE", "-DEDGE_EMU_UNNAMED", *PRIVATE, *(ASAN if wanted else ()))
+    )
 
 
 class Emulated:
@@ -176,8 +179,9 @@ class Emulated:
         )
         run = getattr(self._library, f"emu_{symbol}")
         run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_char_p]
-        run.restype = None
-        run(x, y, z, shared, data)
+        run.restype = ctypes.c_char_p
+        if (wrong := run(x, y, z, shared, data)) is not None:
+            raise EmulationError(wrong.decode(errors="replace"))
 
 
 # Bytes around guarded memory: NaN as f32 and as f16, a value out of all range as bf16

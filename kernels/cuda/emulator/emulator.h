@@ -1,213 +1,172 @@
-// CUDA C++ on the host, for tests: each thread of a block is a fiber, blocks run one after another. Covers what
-// device.cuh and the kernels use: 1-D blocks, 3-D grids, shared memory, barriers, shuffles, votes, atomics and
-// the fragments of mma. A barrier that not all live threads reach ends the process with a message.
+// CUDA C++ on the host, for tests: each thread of a block is a fiber, blocks run one after another. Covers
+// what device.cuh and the kernels use: 1-D blocks, 3-D grids, shared memory, barriers, shuffles and votes of
+// whole warps, atomics and the fragments of mma. What a GPU leaves undefined (block.h) ends a launch with a
+// message.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <vector>
+
+#include "emulator/launch.h"
 
 #define EDGE_DEVICE inline
 #define EDGE_SHARED static  // blocks run one after another, so one copy is enough
 
-struct Dim3 {
-    unsigned x, y, z;
-};
+#define threadIdx (emu::state.thread)
+#define blockIdx (emu::state.block)
+#define blockDim (emu::state.size)
+#define gridDim (emu::state.blocks)
+
+// Where a call stands, as a default argument of what is called
+#define EDGE_EMU_WHERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace emu {
 
-struct Barrier {
-    int arrived = 0;
-    unsigned generation = 0;
-};
-struct WarpWords {
-    uint32_t a[32][4], b[32][2];
-};
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
-    unsigned thread;
-    bool done;
-};
-struct Warp {
-    Barrier barrier;
-    int live;
-    uint64_t slots[32];
-    WarpWords words;
-};
+inline int lane() { return state.lane; }
 
-inline Fiber* running;
-inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
-inline Barrier block;
-inline int live;
-inline bool progress;
-inline Dim3 grid, block_index, block_size;
-inline char* dynamic;
-inline void (*entry)(const void*);
-inline const void* entry_args;
-
-inline int lane() { return static_cast<int>(running->thread % 32); }
-inline Warp& warp() { return warps[running->thread / 32]; }
-
-inline void wait(Barrier& barrier, int need) {
-    const unsigned generation = barrier.generation;
-    if (++barrier.arrived >= need) {
-        barrier.arrived = 0;
-        ++barrier.generation;
-        progress = true;
-    }
-    while (barrier.generation == generation) swapcontext(&running->context, &scheduler);
+inline void check_mask(uint32_t mask, const char* what, const char* file, int line) {
+    if (mask != 0xffffffffu)
+        fail("%s (%s:%d) with mask %#x: the emulator knows whole warps only", what, base(file), line, mask);
 }
 
-inline void sync_warp() { wait(warp().barrier, warp().live); }
-
-inline void body() {
-    entry(entry_args);
-    Fiber* self = running;
-    self->done = true;
-    progress = true;
-    --live;
-    Warp& mine = warp();
-    --mine.live;
-    if (live > 0 && block.arrived >= live) {
-        block.arrived = 0;
-        ++block.generation;
-    }
-    if (mine.live > 0 && mine.barrier.arrived >= mine.live) {
-        mine.barrier.arrived = 0;
-        ++mine.barrier.generation;
-    }
-    swapcontext(&self->context, &scheduler);
-}
-
+// The value of another lane. Slots alternate, so who is late finds what was put there for it.
 template <class T>
-T exchange(T value, int source) {
+inline T exchange(const char* what, uint32_t mask, T value, int source, const char* file, int line) {
     static_assert(sizeof(T) <= 8);
-    std::memcpy(&warp().slots[lane()], &value, sizeof value);
-    sync_warp();
-    T found;
-    std::memcpy(&found, &warp().slots[source & 31], sizeof found);
-    sync_warp();
-    return found;
+    check_mask(mask, what, file, line);
+    uint64_t* slots = state.warp->slots[state.warp->meetings & 1];
+    std::memcpy(&slots[state.lane], &value, sizeof value);
+    meet({what, file, line, true});
+    std::memcpy(&value, &slots[source & 31], sizeof value);
+    return value;
 }
 
-inline WarpWords share_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    WarpWords& w = warp().words;
-    std::memcpy(w.a[lane()], a, sizeof a);
-    std::memcpy(w.b[lane()], b, sizeof b);
-    sync_warp();
-    return w;
-}
-inline void fragments_done() { sync_warp(); }
-
-inline void run_block() {
-    const int n = static_cast<int>(block_size.x);
-    if (static_cast<int>(fibers.size()) < n) fibers.resize(static_cast<size_t>(n));
-    warps.assign(static_cast<size_t>((n + 31) / 32), Warp{});
-    block = {};
-    live = n;
-    for (int i = 0; i < n; ++i) {
-        Fiber& f = fibers[static_cast<size_t>(i)];
-        if (f.stack.empty()) f.stack.resize(64 << 10);
-        f.done = false;
-        f.thread = static_cast<unsigned>(i);
-        ++warps[static_cast<size_t>(i / 32)].live;
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, body, 0);
-    }
-    while (live > 0) {
-        progress = false;
-        for (int i = 0; i < n; ++i) {
-            Fiber& f = fibers[static_cast<size_t>(i)];
-            if (f.done) continue;
-            running = &f;
-            swapcontext(&scheduler, &f.context);
-        }
-        if (!progress && live > 0) {
-            std::fprintf(stderr, "emulator: block %u,%u,%u is stuck: %d threads, %d at __syncthreads\n",
-                         block_index.x, block_index.y, block_index.z, live, block.arrived);
-            std::abort();
-        }
-    }
+inline uint32_t vote(const char* what, uint32_t mask, bool yes, const char* file, int line) {
+    check_mask(mask, what, file, line);
+    const uint32_t* votes = &state.warp->votes[state.warp->meetings & 1];
+    state.warp->votes[state.warp->meetings & 1] |= static_cast<uint32_t>(yes) << state.lane;
+    meet({what, file, line, false});
+    return *votes;
 }
 
-inline void launch(void (*kernel)(const void*), const void* args, Dim3 blocks, unsigned threads, size_t shared) {
-    std::vector<char> memory(shared + 128);
-    dynamic = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 127) & ~uintptr_t{127});
-    entry = kernel;
-    entry_args = args;
-    grid = blocks;
-    block_size = {threads, 1, 1};
-    for (unsigned z = 0; z < blocks.z; ++z)
-        for (unsigned y = 0; y < blocks.y; ++y)
-            for (unsigned x = 0; x < blocks.x; ++x) {
-                block_index = {x, y, z};
-                std::memset(dynamic, 0xCD, shared);
-                run_block();
-            }
+// d += a b by the whole warp: `product` does it for all lanes at once.
+template <class D>
+inline void multiply(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], void (*product)(Fragments&),
+                     const char* file, int line) {
+    Fragments* w = &state.warp->fragments[state.warp->meetings & 1];
+    std::memcpy(w->a[state.lane], a, sizeof a);
+    std::memcpy(w->b[state.lane], b, sizeof b);
+    std::memcpy(w->d.i[state.lane], d, sizeof d);
+    if (arrive({"mma", file, line, true})) product(*w);
+    pass();
+    std::memcpy(d, w->d.i[state.lane], sizeof d);
+}
+
+template <bool kUnsigned>
+inline void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EDGE_EMU_WHERE) {
+    multiply(d, a, b, product_i8<kUnsigned>, file, line);
+}
+template <bool kBfloat>
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EDGE_EMU_WHERE) {
+    multiply(d, a, b, product_f16<kBfloat>, file, line);
 }
 
 }  // namespace emu
 
-#define threadIdx (Dim3{emu::running->thread, 0, 0})
-#define blockIdx (emu::block_index)
-#define blockDim (emu::block_size)
-#define gridDim (emu::grid)
+inline void __syncthreads(EDGE_EMU_WHERE) { emu::wait_for_block({"__syncthreads", file, line, false}); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, EDGE_EMU_WHERE) {
+    emu::check_mask(mask, "__syncwarp", file, line);
+    emu::meet({"__syncwarp", file, line, false});
+}
+template <class T>
+inline T __shfl_sync(uint32_t mask, T value, int source, EDGE_EMU_WHERE) {
+    return emu::exchange("__shfl_sync", mask, value, source, file, line);
+}
+template <class T>
+inline T __shfl_xor_sync(uint32_t mask, T value, int bits, EDGE_EMU_WHERE) {
+    return emu::exchange("__shfl_xor_sync", mask, value, emu::lane() ^ bits, file, line);
+}
+template <class T>
+inline T __shfl_up_sync(uint32_t mask, T value, int by, EDGE_EMU_WHERE) {
+    const int source = emu::lane() - by;
+    return emu::exchange("__shfl_up_sync", mask, value, source < 0 ? emu::lane() : source, file, line);
+}
+template <class T>
+inline T __shfl_down_sync(uint32_t mask, T value, int by, EDGE_EMU_WHERE) {
+    const int source = emu::lane() + by;
+    return emu::exchange("__shfl_down_sync", mask, value, source > 31 ? emu::lane() : source, file, line);
+}
+inline uint32_t __ballot_sync(uint32_t mask, bool yes, EDGE_EMU_WHERE) {
+    return emu::vote("__ballot_sync", mask, yes, file, line);
+}
+inline bool __any_sync(uint32_t mask, bool yes, EDGE_EMU_WHERE) {
+    return emu::vote("__any_sync", mask, yes, file, line) != 0;
+}
+inline bool __all_sync(uint32_t mask, bool yes, EDGE_EMU_WHERE) {
+    return emu::vote("__all_sync", mask, !yes, file, line) == 0;
+}
 
-inline void __syncthreads() { emu::wait(emu::block, emu::live); }
-inline void __syncwarp(uint32_t = 0xffffffffu) { emu::sync_warp(); }
+// Threads take turns only where they wait, so nothing comes between these.
 template <class T>
-T __shfl_sync(uint32_t, T value, int source) {
-    return emu::exchange(value, source);
-}
-template <class T>
-T __shfl_xor_sync(uint32_t, T value, int mask) {
-    return emu::exchange(value, emu::lane() ^ mask);
-}
-inline uint32_t __ballot_sync(uint32_t, bool vote) {
-    uint32_t all = 0;
-    for (int i = 0; i < 32; ++i)
-        if (emu::exchange(static_cast<int>(vote), i)) all |= 1u << i;
-    return all;
-}
-template <class T>
-T atomicOr(T* p, T value) {
+inline T atomicOr(T* p, T value) {
     const T old = *p;
-    *p |= value;
+    *p = old | value;
     return old;
 }
 template <class T>
-T atomicAdd(T* p, T value) {
+inline T atomicAdd(T* p, T value) {
     const T old = *p;
-    *p += value;
+    *p = old + value;
     return old;
 }
 template <class T>
-T atomicMax(T* p, T value) {
+inline T atomicMax(T* p, T value) {
     const T old = *p;
     if (value > old) *p = value;
     return old;
 }
+template <class T>
+inline T atomicMin(T* p, T value) {
+    const T old = *p;
+    if (value < old) *p = value;
+    return old;
+}
+inline void __threadfence() {}
 
-// What a test calls in place of a launch. `emu_<symbol>` runs it; `emu_size_<symbol>` is its record's size.
-#define EDGE_KERNEL(symbol, threads, Args, ...)                                                             \
-    extern "C" __attribute__((visibility("default"))) const size_t emu_size_##symbol = sizeof(Args);                                               \
-    extern "C" __attribute__((visibility("default"))) const unsigned emu_threads_##symbol = threads;                                               \
-    extern "C" __attribute__((visibility("default"))) void emu_##symbol(unsigned gx, unsigned gy, unsigned gz, size_t shared, const void* args) {  \
-        emu::launch([](const void* a) { __VA_ARGS__(*static_cast<const Args*>(a)); }, args, {gx, gy, gz},   \
-                    threads, shared);                                                                       \
-    }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 
-namespace edge {
-EDGE_DEVICE char* dynamic_shared() { return emu::dynamic; }
-}  // namespace edge
+// The harness puts a translation unit into a namespace without a name, as AddressSanitizer guards no array of
+// an inline function with external linkage; exports stand outside of it.
+#ifdef EDGE_EMU_UNNAMED
+#define EDGE_EMU_OUTSIDE }
+#define EDGE_EMU_INSIDE namespace {
+#else
+#define EDGE_EMU_OUTSIDE
+#define EDGE_EMU_INSIDE
+#endif
+
+// What a test calls in place of a launch: `emu_<symbol>` runs it and gives NULL or what is wrong;
+// `emu_size_<symbol>` is its record's size, `emu_threads_<symbol>` that of its blocks.
+#define EDGE_EMU_EXPORT extern "C" __attribute__((visibility("default")))
+#define EDGE_KERNEL(symbol, threads, Args, ...)                                                      \
+    EDGE_EMU_OUTSIDE                                                                                 \
+    EDGE_EMU_EXPORT const size_t emu_size_##symbol = sizeof(Args);                                   \
+    EDGE_EMU_EXPORT const unsigned emu_threads_##symbol = threads;                                   \
+    EDGE_EMU_EXPORT const char* emu_##symbol(unsigned x, unsigned y, unsigned z, size_t shared,      \
+                                             const void* record) {                                   \
+        return emu::launch(                                                                          \
+            #symbol, [](const void* args) { __VA_ARGS__(*static_cast<const Args*>(args)); }, record, \
+            {x, y, z}, threads, shared);                                                             \
+    }                                                                                                \
+    EDGE_EMU_INSIDE
+
+// Fibers switched since the library was loaded, for measurements.
+EDGE_EMU_EXPORT uint64_t emu_switches() { return emu::state.switches; }
+
+inline char* dynamic_shared() { return emu::state.dynamic; }

@@ -1,0 +1,436 @@
+"""The emulator of cuda kernels: results in every order of threads, and broken rules are caught."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulation import Emulated, EmulationError, Guarded, asan_environment, compile_kernels
+
+HERE = Path(__file__).resolve().parent
+ORDERS = ("up", "down", "shuffled")
+SOURCE = """
+#include "device.cuh"
+
+namespace edge {
+
+struct Args {
+    const void* a;
+    const void* b;
+    void* out;
+    int32_t n;
+};
+
+// Sum of n values by one block: out[blockIdx.x] of the run of n that is its own.
+template <int kWarps, bool kBarrier>
+EDGE_DEVICE void block_sum(const Args& args) {
+    EDGE_SHARED float part[kWarps];
+    const float* x = static_cast<const float*>(args.a) + static_cast<int64_t>(blockIdx.x) * args.n;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < args.n; i += blockDim.x) sum += x[i];
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(kAll, sum, i);
+    if (lane() == 0) part[warp()] = sum;
+    if constexpr (kBarrier) __syncthreads();
+    if (threadIdx.x != 64) return;
+    float all = 0.0f;
+    for (int i = 0; i < kWarps; ++i) all += part[i];
+    static_cast<float*>(args.out)[blockIdx.x] = all;
+}
+
+// out[i] = x of the thread beside it, by way of shared memory, n times over.
+template <bool kSecond>
+EDGE_DEVICE void rotate(const Args& args) {
+    char* memory = dynamic_shared();
+    int32_t* values = static_cast<int32_t*>(static_cast<void*>(memory));
+    int32_t mine = static_cast<const int32_t*>(args.a)[threadIdx.x];
+    for (int i = 0; i < args.n; ++i) {
+        values[threadIdx.x] = mine;
+        __syncthreads();
+        mine = values[(threadIdx.x + 1) % blockDim.x];
+        if constexpr (kSecond) __syncthreads();
+    }
+    static_cast<int32_t*>(args.out)[threadIdx.x] = mine;
+}
+
+// a (32 lanes, 4 words), b (32, 2), out (32, 4): fragments as they are.
+template <bool kUnsigned>
+EDGE_DEVICE void product_i8(const Args& args) {
+    const uint32_t* a = static_cast<const uint32_t*>(args.a) + lane() * 4;
+    const uint32_t* b = static_cast<const uint32_t*>(args.b) + lane() * 2;
+    const uint32_t fa[4] = {a[0], a[1], a[2], a[3]}, fb[2] = {b[0], b[1]};
+    int32_t d[4] = {1, 1, 1, 1};
+    for (int i = 0; i < args.n; ++i) mma_i8<kUnsigned>(d, fa, fb);
+    for (int i = 0; i < 4; ++i) static_cast<int32_t*>(args.out)[lane() * 4 + i] = d[i];
+}
+template <bool kBfloat>
+EDGE_DEVICE void product_f16(const Args& args) {
+    const uint32_t* a = static_cast<const uint32_t*>(args.a) + lane() * 4;
+    const uint32_t* b = static_cast<const uint32_t*>(args.b) + lane() * 2;
+    const uint32_t fa[4] = {a[0], a[1], a[2], a[3]}, fb[2] = {b[0], b[1]};
+    float d[4] = {1, 1, 1, 1};
+    for (int i = 0; i < args.n; ++i) mma_f16<kBfloat>(d, fa, fb);
+    for (int i = 0; i < 4; ++i) static_cast<float*>(args.out)[lane() * 4 + i] = d[i];
+}
+
+// out (n, 32): what each lane gets from shuffles and votes.
+EDGE_DEVICE void exchanges(const Args& args) {
+    int32_t* out = static_cast<int32_t*>(args.out) + lane();
+    const int32_t me = 100 + lane();
+    out[0] = __shfl_sync(kAll, me, lane() / 4);
+    out[32] = __shfl_xor_sync(kAll, me, 5);
+    out[64] = __shfl_up_sync(kAll, me, 3);
+    out[96] = __shfl_down_sync(kAll, me, 7);
+    out[128] = static_cast<int32_t>(__ballot_sync(kAll, lane() % 3 == 0));
+    out[160] = __any_sync(kAll, lane() == 9) + 2 * __all_sync(kAll, lane() < 31);
+    out[192] = static_cast<int32_t>(__shfl_sync(kAll, static_cast<int64_t>(me) << 32, 31) >> 32);
+}
+
+// out (z, y, x): which block wrote there, counted from 1.
+EDGE_DEVICE void blocks(const Args& args) {
+    const uint32_t at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    int32_t* count = static_cast<int32_t*>(args.out);
+    static_cast<int32_t*>(args.out)[1 + at] = 1 + atomicAdd(count, threadIdx.x == 0 ? 1 : 0);
+}
+
+// Shared memory as it was when the block began.
+EDGE_DEVICE void fresh(const Args& args) {
+    EDGE_SHARED uint32_t words[64];
+    uint32_t* more = static_cast<uint32_t*>(static_cast<void*>(dynamic_shared()));
+    uint32_t* out = static_cast<uint32_t*>(args.out) + blockIdx.x * 64;
+    out[threadIdx.x] = words[threadIdx.x] | more[threadIdx.x];
+    words[threadIdx.x] = more[threadIdx.x] = 0;
+}
+
+EDGE_DEVICE void some_leave(const Args& args) {
+    if (threadIdx.x >= static_cast<uint32_t>(args.n)) return;
+    __syncthreads();
+    static_cast<int32_t*>(args.out)[threadIdx.x] = 1;
+}
+EDGE_DEVICE void never_met(const Args& args) {
+    if (threadIdx.x % 32 < 5 && args.n != 0) {
+        __syncthreads();
+    } else {
+        __syncwarp();
+    }
+}
+EDGE_DEVICE void two_places(const Args& args) {
+    if (threadIdx.x < 32 && args.n != 0)
+        __syncthreads();
+    else
+        __syncthreads();
+}
+EDGE_DEVICE void two_shuffles(const Args& args) {
+    int32_t v = args.n;
+    if (lane() < 16)
+        v = __shfl_sync(kAll, v, 0);
+    else
+        v = __shfl_sync(kAll, v, 1);
+    static_cast<int32_t*>(args.out)[threadIdx.x] = v;
+}
+EDGE_DEVICE void half_a_warp(const Args& args) {
+    if (lane() >= args.n) return;
+    static_cast<int32_t*>(args.out)[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
+}
+EDGE_DEVICE void half_a_mask(const Args& args) {
+    static_cast<int32_t*>(args.out)[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 1);
+}
+EDGE_DEVICE void beyond_shared(const Args& args) { dynamic_shared()[args.n] = 1; }
+EDGE_DEVICE void beyond_static(const Args& args) {
+    EDGE_SHARED float part[8];
+    part[args.n + threadIdx.x / 32] = 1.0f;
+    __syncthreads();
+    static_cast<float*>(args.out)[threadIdx.x] = part[0];
+}
+EDGE_DEVICE void write(const Args& args) { static_cast<uint8_t*>(args.out)[args.n] = 1; }
+
+}  // namespace edge
+
+EDGE_KERNEL(block_sum, 128, edge::Args, edge::block_sum<4, true>)
+EDGE_KERNEL(racing_sum, 128, edge::Args, edge::block_sum<4, false>)
+EDGE_KERNEL(rotate, 96, edge::Args, edge::rotate<true>)
+EDGE_KERNEL(racing_rotate, 96, edge::Args, edge::rotate<false>)
+EDGE_KERNEL(product_u8, 32, edge::Args, edge::product_i8<true>)
+EDGE_KERNEL(product_s8, 32, edge::Args, edge::product_i8<false>)
+EDGE_KERNEL(product_f16, 32, edge::Args, edge::product_f16<false>)
+EDGE_KERNEL(product_bf16, 32, edge::Args, edge::product_f16<true>)
+EDGE_KERNEL(exchanges, 32, edge::Args, edge::exchanges)
+EDGE_KERNEL(blocks, 33, edge::Args, edge::blocks)
+EDGE_KERNEL(fresh, 64, edge::Args, edge::fresh)
+EDGE_KERNEL(some_leave, 128, edge::Args, edge::some_leave)
+EDGE_KERNEL(never_met, 64, edge::Args, edge::never_met)
+EDGE_KERNEL(two_places, 64, edge::Args, edge::two_places)
+EDGE_KERNEL(two_shuffles, 32, edge::Args, edge::two_shuffles)
+EDGE_KERNEL(half_a_warp, 64, edge::Args, edge::half_a_warp)
+EDGE_KERNEL(tail_warp, 48, edge::Args, edge::half_a_warp)
+EDGE_KERNEL(half_a_mask, 32, edge::Args, edge::half_a_mask)
+EDGE_KERNEL(beyond_shared, 32, edge::Args, edge::beyond_shared)
+EDGE_KERNEL(beyond_static, 64, edge::Args, edge::beyond_static)
+EDGE_KERNEL(write, 1, edge::Args, edge::write)
+"""
+
+
+class Args(ctypes.Structure):
+    _fields_ = (
+        ("a", ctypes.c_uint64),
+        ("b", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("n", ctypes.c_int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def library() -> Emulated:
+    return Emulated(compile_kernels(SOURCE))
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EDGE_EMU_ORDER", request.param)
+    return str(request.param)
+
+
+def run(
+    library: Emulated,
+    symbol: str,
+    out: np.ndarray,
+    a: np.ndarray | None = None,
+    b: np.ndarray | None = None,
+    n: int = 0,
+    grid: int | tuple[int, ...] = 1,
+    shared: int = 0,
+) -> None:
+    """Launches a kernel on guarded copies of a and b, and with `out` filled in."""
+    memory = [Guarded.of(np.zeros(1) if array is None else array) for array in (a, b, out)]
+    library.launch(symbol, grid, Args(*(m.address for m in memory), n), shared)
+    for guarded in memory:
+        guarded.check()
+    out[...] = memory[2].view(out.dtype, out.shape)
+
+
+def test_a_block_sum_is_right_in_every_order(library: Emulated, order: str) -> None:
+    x = np.random.default_rng(1).integers(-8, 9, (5, 1000)).astype(np.float32)
+    out = np.zeros(5, np.float32)
+    run(library, "block_sum", out, x, n=1000, grid=5)
+    np.testing.assert_array_equal(out, x.sum(1))
+
+
+def test_a_missing_barrier_shows_in_every_order(library: Emulated, order: str) -> None:
+    """Thread 64 reads what warp 3 (up) or warp 0 (down) has yet to write: poison."""
+    x = np.ones((8, 1000), np.float32)
+    out = np.zeros(8, np.float32)
+    run(library, "racing_sum", out, x, n=1000, grid=8)
+    assert np.any(out != 1000)
+
+
+def test_a_missing_second_barrier_shows_in_some_order(
+    library: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.arange(96, dtype=np.int32)
+    wrong = []
+    for order in ORDERS:
+        monkeypatch.setenv("EDGE_EMU_ORDER", order)
+        right, racing = np.zeros(96, np.int32), np.zeros(96, np.int32)
+        run(library, "rotate", right, x, n=40, shared=384)
+        np.testing.assert_array_equal(right, np.roll(x, -40))
+        run(library, "racing_rotate", racing, x, n=40, shared=384)
+        wrong.append(not np.array_equal(racing, right))
+    assert any(wrong)
+
+
+def fragments_a(a: np.ndarray) -> np.ndarray:
+    """(32, 4) words of a (16, 32 bytes), by the PTX ISA's formula rather than the emulator's."""
+    out = np.zeros((32, 4), np.uint32)
+    for lane in range(32):
+        for word in range(4):
+            row = lane // 4 + (8 if word in (1, 3) else 0)
+            start = lane % 4 * 4 + (16 if word >= 2 else 0)
+            out[lane, word] = a[row, start : start + 4].copy().view(np.uint32)[0]
+    return out
+
+
+def fragments_b(b: np.ndarray) -> np.ndarray:
+    """(32, 2) words of b, given as its columns (8, 32 bytes)."""
+    out = np.zeros((32, 2), np.uint32)
+    for lane in range(32):
+        for word in range(2):
+            start = lane % 4 * 4 + 16 * word
+            out[lane, word] = b[lane // 4, start : start + 4].copy().view(np.uint32)[0]
+    return out
+
+
+def product_of(d: np.ndarray) -> np.ndarray:
+    """(16, 8) of what lanes hold (32, 4)."""
+    out = np.zeros((16, 8), d.dtype)
+    for lane in range(32):
+        for i in range(4):
+            out[lane // 4 + (8 if i >= 2 else 0), lane % 4 * 2 + i % 2] = d[lane, i]
+    return out
+
+
+@pytest.mark.parametrize("symbol", ["product_u8", "product_s8"])
+def test_the_product_of_bytes_is_exact(library: Emulated, order: str, symbol: str) -> None:
+    rng = np.random.default_rng(2)
+    kind = np.uint8 if symbol == "product_u8" else np.int8
+    info = np.iinfo(kind)
+    a = rng.integers(info.min, info.max + 1, (16, 32)).astype(kind)
+    b = rng.integers(-128, 128, (8, 32)).astype(np.int8)
+    d = np.zeros((32, 4), np.int32)
+    run(library, symbol, d, fragments_a(a.view(np.uint8)), fragments_b(b.view(np.uint8)), n=3)
+    np.testing.assert_array_equal(product_of(d), 1 + 3 * (a.astype(np.int64) @ b.astype(np.int64).T))
+
+
+@pytest.mark.parametrize("symbol", ["product_f16", "product_bf16"])
+def test_the_product_of_halves_is_within_rounding(library: Emulated, order: str, symbol: str) -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((16, 16)).astype(np.float32), rng.standard_normal((8, 16)).astype(np.float32)
+    if symbol == "product_f16":
+        stored_a, stored_b = a.astype(np.float16), b.astype(np.float16)
+        a, b = stored_a.astype(np.float64), stored_b.astype(np.float64)
+    else:
+        stored_a, stored_b = (
+            np.ascontiguousarray(v.view(np.uint32) >> 16, np.uint32).astype(np.uint16) for v in (a, b)
+        )
+        a, b = ((v.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for v in (stored_a, stored_b))
+    d = np.zeros((32, 4), np.float32)
+    run(library, symbol, d, fragments_a(stored_a.view(np.uint8)), fragments_b(stored_b.view(np.uint8)), n=1)
+    bound = 17 * 2**-24 * (1 + np.abs(a) @ np.abs(b).T)  # 16 additions, each rounded once
+    assert np.all(np.abs(product_of(d) - (1 + a @ b.T)) <= bound)
+
+
+def test_exchanges_and_votes(library: Emulated, order: str) -> None:
+    lane = np.arange(32)
+    out = np.zeros((7, 32), np.int32)
+    run(library, "exchanges", out)
+    up, down = np.where(lane < 3, lane, lane - 3), np.where(lane + 7 > 31, lane, lane + 7)
+    for row, source in zip(out, (lane // 4, lane ^ 5, up, down), strict=False):
+        np.testing.assert_array_equal(row, 100 + source)
+    assert np.all(out[4] == np.int32(np.uint32(sum(1 << i for i in range(0, 32, 3)))))
+    assert np.all(out[5] == 1) and np.all(out[6] == 131)
+
+
+def test_blocks_run_in_the_order_asked_for(library: Emulated, order: str) -> None:
+    out = np.zeros(1 + 24, np.int32)
+    run(library, "blocks", out, grid=(4, 3, 2))
+    assert out[0] == 24
+    turn = out[1:] - out[1:].min()
+    if order == "shuffled":
+        assert sorted(turn) == list(range(24)) and list(turn) != sorted(turn)
+    else:
+        assert list(turn) == sorted(turn, reverse=order == "down")
+
+
+def test_shared_memory_is_poisoned_before_every_block(library: Emulated, order: str) -> None:
+    out = np.zeros((3, 64), np.uint32)
+    run(library, "fresh", out, grid=3, shared=256)
+    assert np.all(out == 0xCDCDCDCD)
+
+
+def test_threads_that_have_ended_do_not_hold_a_barrier_up(library: Emulated, order: str) -> None:
+    out = np.zeros(128, np.int32)
+    run(library, "some_leave", out, n=40)
+    assert list(out) == [1] * 40 + [0] * 88
+
+
+@pytest.mark.parametrize(
+    ("symbol", "n", "words"),
+    [
+        ("never_met", 1, ("threads wait for ever", "__syncthreads", "__syncwarp")),
+        ("two_places", 1, ("at __syncthreads", "while others are at")),
+        ("two_shuffles", 1, ("__shfl_sync", "while lanes of its warp are at")),
+        ("half_a_warp", 16, ("__shfl_xor_sync", "lanes of its warp|all 32 must be alive")),
+        ("tail_warp", 32, ("by a warp of 16 lanes",)),
+        ("half_a_mask", 0, ("mask 0xffff", "whole warps only")),
+    ],
+)
+def test_what_cuda_leaves_undefined_ends_the_launch(
+    library: Emulated, order: str, symbol: str, n: int, words: tuple[str, ...]
+) -> None:
+    out = np.zeros(128, np.int32)
+    with pytest.raises(EmulationError) as caught:
+        run(library, symbol, out, n=n)
+    for word in words:
+        assert any(w in str(caught.value) for w in word.split("|")), caught.value
+    # and the library serves on
+    x = np.ones((1, 1000), np.float32)
+    total = np.zeros(1, np.float32)
+    run(library, "block_sum", total, x, n=1000)
+    assert total == 1000
+
+
+@pytest.mark.skipif(os.environ.get("EDGE_EMU_ASAN") == "1", reason="AddressSanitizer ends the process")
+def test_a_write_behind_shared_memory_is_caught(library: Emulated) -> None:
+    out = np.zeros(1, np.int32)
+    run(library, "beyond_shared", out, n=99, shared=100)
+    with pytest.raises(EmulationError, match="byte 5 behind 100 bytes of dynamic shared memory"):
+        run(library, "beyond_shared", out, n=105, shared=100)
+
+
+@pytest.mark.parametrize("n", [-1, -4096, 100, 100 + 4095])
+def test_a_write_beside_a_buffer_is_caught(library: Emulated, n: int) -> None:
+    out = np.zeros(100, np.uint8)
+    with pytest.raises(EmulationError, match=rf"1 guard bytes were written: byte {n} "):
+        run(library, "write", out, n=n)
+
+
+def test_wrong_launches_are_refused(library: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EmulationError, match="a record of 32 bytes, not 3"):
+        library.launch("blocks", 1, b"abc")
+    with pytest.raises(EmulationError, match="no kernel 'nothing'"):
+        library.launch("nothing", 1, b"")
+    with pytest.raises(EmulationError, match="at least one block"):
+        library.launch("blocks", (1, 0), Args())
+    monkeypatch.setenv("EDGE_EMU_ORDER", "sideways")
+    with pytest.raises(EmulationError, match="neither up, down nor shuffled"):
+        library.launch("blocks", 1, Args())
+    with pytest.raises(EmulationError, match="does not compile"):
+        compile_kernels("#error no")
+
+
+def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **asan_environment()}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280, cwd=HERE
+    )
+
+
+@pytest.mark.skipif(os.environ.get("EDGE_EMU_ASAN") == "1", reason="this is that run")
+def test_all_of_this_under_address_sanitizer() -> None:
+    done = sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / Path(__file__).name))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+BROKEN = """
+import numpy as np
+from test_emulator import Args, SOURCE
+from emulation import Emulated, compile_kernels
+library, out = Emulated(compile_kernels(SOURCE)), np.zeros(64, np.float32)
+record = Args(0, 0, out.ctypes.data, {n})
+library.launch("{symbol}", 1, record, {shared})
+print("ran to its end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("symbol", "n", "shared", "found"),
+    [
+        ("beyond_static", 6, 0, None),
+        ("beyond_static", 7, 0, "global-buffer-overflow"),
+        ("beyond_shared", 99, 100, None),
+        ("beyond_shared", 100 + 64, 100, "heap-buffer-overflow"),
+        ("write", 255, 0, None),
+        ("write", 256, 0, "heap-buffer-overflow"),
+    ],
+)
+def test_address_sanitizer_sees_what_a_kernel_does_wrong(
+    symbol: str, n: int, shared: int, found: str | None
+) -> None:
+    done = sanitized("-c", BROKEN.format(symbol=symbol, n=n, shared=shared))
+    if found is None:
+        assert done.returncode == 0 and "ran to its end" in done.stdout, done.stderr[-2000:]
+    else:
+        assert done.returncode != 0 and found in done.stderr, done.stderr[-2000:]
