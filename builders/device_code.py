@@ -47,7 +47,7 @@ def compile_device_code(kernels: Sequence[Kernel], profile: Profile, room: int) 
     source, and when the code is too large or newer than the device.
     """
     compiler = compiler_for(profile)
-    sm = sm_of(profile, compiler.cuda)
+    sm = sm_of(profile)
     compiled = _compile(compiler, sm, source(kernels))
     usage = read_report(compiled.log)
     ptx = check_code(compiled, kernels, usage, profile, sm)

@@ -126,11 +126,12 @@ def release(cuda: Cuda) -> str:
     return f"{cuda[0]}.{cuda[1]}"
 
 
-def sm_of(profile: Profile, cuda: Cuda) -> int:
-    """The profile's sm as that release names it: Thor (11.0) is sm_101 before 13.0. Raises Unsupported."""
+def sm_of(profile: Profile) -> int:
+    """The profile's sm as its driver names it: Thor (11.0) is sm_101 before CUDA 13.0, and neither loads what
+    is made for the other. Raises Unsupported."""
     if profile.sm is None:
         raise Unsupported(f"profile {profile.name!r} is no GPU; device code is for backend cuda")
-    return 101 if profile.sm == 110 and cuda < (13, 0) else profile.sm
+    return 101 if profile.sm == 110 and limit_of(profile) < (13, 0) else profile.sm
 
 
 def compiler_for(profile: Profile, found: Sequence[Nvrtc] | None = None) -> Nvrtc:
@@ -140,11 +141,10 @@ def compiler_for(profile: Profile, found: Sequence[Nvrtc] | None = None) -> Nvrt
     one.
     """
     found = find_compilers() if found is None else found
-    limit = limit_of(profile)
-    usable = [c for c in found if OLDEST <= c.cuda <= limit and sm_of(profile, c.cuda) in c.sms]
+    limit, sm = limit_of(profile), sm_of(profile)
+    usable = [c for c in found if OLDEST <= c.cuda <= limit and sm in c.sms]
     if usable:
         return max(usable, key=lambda c: c.cuda)
-    sm = sm_of(profile, limit)
     first = _FIRST.get(sm, OLDEST)
     if first > limit:
         raise Unsupported(

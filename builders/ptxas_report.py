@@ -37,8 +37,9 @@ def read_report(log: str) -> dict[str, Usage]:
     """symbol -> usage. Raises BuildError for a kernel of which the log does not tell all."""
     found: dict[str, Usage] = {}
     marks = list(_ENTRY.finditer(log))
-    for mark, after in zip(marks, [*marks[1:], None], strict=True):
-        text = log[mark.end() : after.start() if after else len(log)]
+    ends = [mark.start() for mark in marks[1:]] + [len(log)]
+    for mark, end in zip(marks, ends, strict=False):
+        text = log[mark.end() : end]
         # A function that is not inlined has a frame of its own, before or after the kernel's line "Used"
         frames, used = list(_FRAME.finditer(text)), _USED.search(text)
         if used is None or not frames:
