@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import mmap
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -48,7 +49,9 @@ def installed() -> bool:
 
 def _api() -> Any:
     try:
-        return importlib.import_module("pycuda.driver")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pycuda's guess at why; the error below has the reason itself
+            return importlib.import_module("pycuda.driver")
     except ImportError as error:
         what = "the NVIDIA driver (libcuda.so.1) is missing" if "libcuda" in str(error) else PIP
         raise BackendUnavailable(f"pycuda cannot be used ({error}): {what}") from error
@@ -197,7 +200,7 @@ class PycudaDriver:
         array = np.frombuffer(mmap.mmap(-1, size), np.uint8)[:nbytes]
         address, _ = host_bytes(array)
         self._guard()
-        register = _libcuda().cuMemHostRegister_v2  # pycuda's own ends in a SystemError with numpy 2
+        register = _libcuda().cuMemHostRegister_v2  # pycuda's own crashes with numpy 2
         with self.current:
             code = register(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(0))
         if code == OUT_OF_MEMORY:
