@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from device_engine import CODE, CUBIN, PTX, write_device_toy
 from toy_engine import BLOBS, toy_parts, write_toy
 
 from edge_runtime.cli import inspect
@@ -153,6 +154,45 @@ def test_tensors_are_listed_on_request(engine_path: Path, capsys: pytest.Capture
     assert " ".join(("language/layers.0.gate", "matrix", "64x32", "int4_g32", "n16k4", "1152")) in " ".join(
         text.split()
     )
+
+
+def test_device_code_is_listed_blob_by_blob_and_kernel_by_kernel(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_device_toy(tmp_path / "m.edge")
+    data = json.loads(shown(capsys, tmp_path / "m.edge", "--json"))
+    assert data["device_code"] == list(msgspec.to_builtins(manifest.device_code))
+    cubin, ptx = data["device_code"]
+    assert (cubin["blob"], cubin["kind"], cubin["sm"], cubin["ptx"], cubin["cuda"]) == (
+        *(CUBIN, "cubin", 87),
+        *("8.5", "12.6"),
+    )
+    assert cubin["nbytes"] == data["blobs"][CUBIN] == len(CODE[CUBIN])
+    assert cubin["kernels"]["linear_tile"] == {
+        "threads": 128,
+        "shared_bytes": 32768,
+        "registers": 255,
+        "stack_bytes": 16,
+        "spill_stores": 12,
+        "spill_loads": 24,
+    }
+    assert ptx["kind"] == "ptx" and ptx["kernels"]["norm_256"]["registers"] is None
+    lines = shown(capsys, tmp_path / "m.edge").splitlines()
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    for line in (
+        f"device code {CUBIN}, {PTX}",
+        "device code for PTX ISA compiler size kernels most registers spills",
+        f"{CUBIN} sm_87 8.5 CUDA 12.6 304 B 2 255 1 of 2",
+        f"{PTX} sm_87 and later 8.5 CUDA 12.6 30 B 2 by driver by driver",
+        f"kernels of {CUBIN}, bytes",
+        "norm_256 256 32 64 0 0 0",
+        "linear_tile 128 255 32768 16 12 24",
+    ):
+        assert line in text
+    write_device_toy(tmp_path / "bare.edge", ())
+    assert json.loads(shown(capsys, tmp_path / "bare.edge", "--json"))["device_code"] == []
+    text = shown(capsys, tmp_path / "bare.edge")
+    assert "device code: none (edge-build --no-device-code); no cuda device runs this engine" in text
 
 
 def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
