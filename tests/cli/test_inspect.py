@@ -183,7 +183,7 @@ def test_device_code_is_listed_blob_by_blob_and_kernel_by_kernel(
         f"device code {CUBIN}, {PTX}",
         "device code for PTX ISA compiler size kernels most registers spills",
         f"{CUBIN} sm_87 8.5 CUDA 12.6 304 B 2 255 1 of 2",
-        f"{PTX} sm_87 and later 8.5 CUDA 12.6 30 B 2 by driver by driver",
+        f"{PTX} sm_87 and later 8.5 CUDA 12.6 31 B 2 by driver by driver",
         f"kernels of {CUBIN}, bytes",
         "norm_256 256 32 64 0 0 0",
         "linear_tile 128 255 32768 16 12 24",
