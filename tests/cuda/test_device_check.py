@@ -109,7 +109,11 @@ def test_newest_ptx_of_a_driver(release: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("number", "kind", "says"),
     [
-        (2, DoesNotFit, "no memory for loading it: 4096 bytes wanted, 7 bytes free .the test."),
+        (
+            2,
+            DoesNotFit,
+            r"CUDA_ERROR_X while loading it: the GPU has not the 4096 bytes of 7 free \(the test\)",
+        ),
         (100, BackendUnavailable, "CUDA_ERROR_X while loading it: no GPU is visible"),
         (101, BackendUnavailable, "no GPU of that number"),
         (200, DeviceMismatch, "the engine's device code for sm_90 does not run on Orin"),

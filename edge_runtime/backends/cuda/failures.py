@@ -71,10 +71,10 @@ def failure(
     device code was compiled for.
     """
     if code == OUT_OF_MEMORY:
-        wanted = f"{need} bytes" if need else "memory of its own"
+        free = f" of {have} free ({source})" if source else ""
         return DoesNotFit(
-            f"the GPU has no memory for {doing}: {wanted} wanted, {have} bytes free ({source}); close what "
-            "else uses the GPU, or plan for fewer pages, tokens or a smaller context",
+            f"{name} while {doing}: the GPU has not the {f'{need} bytes' if need else 'memory'}{free}; close "
+            "what else uses the GPU, or plan for fewer pages, tokens or a smaller context",
             need=need,
             have=have,
             source=source,

@@ -262,6 +262,9 @@ class PycudaDriver:
             which = self._cu.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES
             doing = f"allowing kernel {symbol} {shared} bytes of shared memory"
             self._call(doing, handle.set_attribute, which, shared)
+        # asked for, so that a module that is loaded lazily takes its memory now and not at the first launch
+        local = self._cu.function_attribute.LOCAL_SIZE_BYTES
+        self._call(f"loading kernel {symbol}", handle.get_attribute, local)
         function = Function(handle, symbol)
         self._functions.append(function)
         return function
