@@ -34,6 +34,7 @@ from edge_runtime.engine.proof import adapter_plane
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BuildError
 
+_DEVICE_CODE_TEXT = 32 << 10  # bytes of a manifest: entries of about a hundred kernels, as cubin and PTX
 _TOOLS = ("edge-runtime", "numpy", "safetensors", "tokenizers")
 
 
@@ -80,7 +81,9 @@ def header_reserve(contents: Contents, plans: Plans) -> int:
     entries = (*part_entries(contents, plans).values(), *_adapters(contents).values())
     tensors = sum(len(plan.tensors) for plan in plans.values())
     planes = 4 * tensors + 2 * sum(map(len, contents.adapters.values()))
-    return reserve_for(planes, sum(len(msgspec.json.encode(e)) for e in entries) + 48 * tensors)
+    text = sum(len(msgspec.json.encode(e)) for e in entries) + 48 * tensors
+    compiled = any(plan.memory.device_code for plan in plans.values())
+    return reserve_for(planes, text + _DEVICE_CODE_TEXT * compiled)
 
 
 @dataclass(frozen=True, slots=True)
