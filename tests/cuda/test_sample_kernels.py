@@ -23,7 +23,7 @@ def library() -> Emulated:
 
 
 class Sampled:
-    """Logits (rows, vocab) and their best tokens as kernels left them, in a step with `count` rows of them."""
+    """Logits (rows, vocab) and their best tokens as kernels left them, in a step with `count` rows."""
 
     def __init__(self, logits: Array, k: int, *, softcap: float = 0.0, count: int | None = None) -> None:
         rows, vocab = logits.shape
