@@ -154,15 +154,20 @@ struct EdgeRopeAppend {
     int32_t heads, kv_heads, freqs, page_tokens;
 };
 
+/* Attention, see attention.cuh. `partial` has for each (token of the bucket, head) chunks * head_dim sums and
+ * (2 * chunks + 3) / 4 * 4 f32 of softmax; NULL in the looped form.
+ */
+#define EDGE_ATTENTION_CHUNK 256 /* positions whose keys are summed up by themselves */
 struct EdgeAttention {
     EdgeStep step;
     EdgeKv k, v;
     const float* q;
-    float* out;
-    float* partial; /* (T, heads, chunks, head_dim + 2): sums, maximum, total; NULL in the looped form */
-    int32_t kv_heads, page_tokens, chunks; /* chunks: of the longest context */
+    float* out; /* may be q */
+    float* partial;
+    int32_t heads, kv_heads, page_tokens;
+    int32_t chunks; /* of the longest context that the launch may meet */
     int32_t window; /* 0 = none */
-    float scale, softcap; /* softcap 0 = none */
+    float scale, softcap; /* softcap only in kernels that have one */
 };
 
 /* Logits (L, vocab) brought to their end in place (check, soft cap), and their likeliest tokens: sample.cuh. */
