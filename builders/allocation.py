@@ -20,7 +20,7 @@ from builders.losses import Losses
 from builders.mixed import Budget, Option, Problem, Solution, closest, solve
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE
-from edge_runtime.engine.packing import cpu_packing, packed_nbytes
+from edge_runtime.engine.packing import backend_packing, packed_nbytes
 from edge_runtime.engine.plan import Plan, TensorPlan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program, TensorSpec
@@ -96,8 +96,7 @@ class Allocation:
 
 def stored(profile: Profile, spec: TensorSpec, fmt: str) -> TensorPlan:
     """How a tensor in a format lies in an engine for a profile."""
-    rows = profile.backend != "cpu" or spec.role == "vector"
-    return TensorPlan(fmt, "rows" if rows else cpu_packing(fmt))
+    return TensorPlan(fmt, "rows" if spec.role == "vector" else backend_packing(profile.backend, fmt))
 
 
 def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocation:

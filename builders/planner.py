@@ -23,9 +23,10 @@ from builders.allocation import (
     stored,
 )
 from builders.companions import ALONE, Companions, check_companions, companion_shapes
+from builders.device_formats import caches, precision, running_pairs, runs
 from builders.losses import Losses, losses_of
 from builders.sensitivity import Sensitivity
-from edge_runtime.engine.formats import FORMATS, get_format
+from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import PAGE_TOKENS, kv_format, v_format
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE
 from edge_runtime.engine.memory import adapter_nbytes, memory_plan
@@ -97,16 +98,6 @@ class Request:
     kv_choices: tuple[Pair, ...] = ()
 
 
-def precision(format_name: str) -> str:
-    """The precision class that a profile lists: f32, f16, bf16, int2 to int6, int8, nf4, fp8, mxfp4, nvfp4.
-
-    A k-quant's is that of its codes: q4_k is int4.
-    """
-    get_format(format_name)
-    first, _, rest = format_name.partition("_")
-    return f"int{first[1:]}" if rest == "k" else first
-
-
 def default_context(longest: int, asked: int | None) -> int:
     """The context asked for, or what is planned when nobody asked."""
     return min(longest, DEFAULT_CONTEXT) if asked is None else asked
@@ -126,13 +117,18 @@ def resolve(program: Program, profile: Profile, request: Request, beside: Compan
     for name in formats:
         if name not in FORMATS:
             raise BadConfig(f"unknown weight format {name!r}; {nearest(str(name), [*FORMATS, AUTO])}")
-        if not profile.supports(precision(str(name))):
-            usable = ", ".join(f for f in FORMATS if profile.supports(precision(f)))
-            raise Unsupported(f"profile {profile.name!r} has no {precision(str(name))}; it runs: {usable}")
-    caches = [(request.kv_k, request.kv_v), *request.kv_choices]
-    for k, v in (*caches, *([request.draft_kv] if request.draft_kv else ())):
+        if not runs(profile, str(name)):
+            usable = ", ".join(f for f in FORMATS if runs(profile, f))
+            what = name if profile.supports(precision(str(name))) else precision(str(name))
+            raise Unsupported(f"profile {profile.name!r} has no {what}; it runs: {usable}")
+    request = replace(request, kv_choices=running_pairs(profile, request.kv_choices))
+    pairs = [(request.kv_k, request.kv_v), *request.kv_choices]
+    for k, v in (*pairs, *([request.draft_kv] if request.draft_kv else ())):
         kv_format(k)
         v_format(v)
+        if not running_pairs(profile, [(k, v)]):
+            usable = ", ".join(caches(profile))
+            raise Unsupported(f"profile {profile.name!r} has no KV cache {k},{v}; its caches: {usable}")
     context = default_context(program.max_context, request.context)
     if not 1 <= context <= program.max_context:
         raise BadConfig(f"context {context} is outside 1 to {program.max_context}, the model's longest")
@@ -217,6 +213,7 @@ def _plan(
         threads=_threads(profile),
         total=profile.memory.total_bytes,
         reserve=profile.memory.reserve_bytes,
+        backend=profile.backend,
         **beside,
     )
     return Plan(
@@ -238,7 +235,7 @@ def _companion_plans(
     for name, program in beside.programs().items():
         weights = (request.draft_weights or request.weights) if name == DRAFT else request.weights
         if weights in (KEEP, AUTO):
-            weights = DEFAULT_WEIGHTS if profile.supports(precision(DEFAULT_WEIGHTS)) else usable(profile)[-1]
+            weights = DEFAULT_WEIGHTS if runs(profile, DEFAULT_WEIGHTS) else usable(profile)[-1]
         tensors = _tensors(program, profile, weights, request.head_weights)
         cache, shape = companion_shapes(name, kv, step, request.draft_kv or (request.kv_k, request.kv_v))
         plans[name] = _plan(program, profile, request.power_mode, tensors, cache, shape)
@@ -296,7 +293,7 @@ def inputs_of(
 def candidates(profile: Profile, request: Request) -> tuple[str, ...]:
     """What `auto` chooses from: the formats asked for, or all that the device runs but f32, which no
     checkpoint needs."""
-    found = request.formats or [f for f in FORMATS if f != "f32" and profile.supports(precision(f))]
+    found = request.formats or [f for f in FORMATS if f != "f32" and runs(profile, f)]
     if not found:
         raise Unsupported(f"profile {profile.name!r} runs no format but f32; give --weights")
     return tuple(dict.fromkeys(found))
@@ -345,7 +342,7 @@ def fits(plans: Plans) -> bool:
 
 
 def usable(profile: Profile) -> list[str]:
-    return [name for name in QUALITY_ORDER if profile.supports(precision(name))]
+    return [name for name in QUALITY_ORDER if runs(profile, name)]
 
 
 def _threads(profile: Profile) -> int:
@@ -363,7 +360,7 @@ def _tensors(
     weights = DEFAULT_WEIGHTS if weights == KEEP else weights
     if head is None:
         head = weights if precision(weights) in ("f32", "f16", "bf16", "int8") else HEAD_FORMAT
-        if not profile.supports(precision(head)):
+        if not runs(profile, head):
             head = "f16"
     by_role = {"matrix": weights, "embedding": head, "head": head, "vector": "f32"}
     chosen = {name: kept.get(name, by_role[spec.role]) for name, spec in program.tensors.items()}

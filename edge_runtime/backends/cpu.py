@@ -17,9 +17,10 @@ import edge_runtime
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.cpu_executor import CpuExecutor
 from edge_runtime.backends.cpu_weights import kernel_shape
-from edge_runtime.backends.protocol import Part, Support
+from edge_runtime.backends.protocol import DeviceCode, Part, Support
 from edge_runtime.engine.formats import FORMATS, abi_hash
 from edge_runtime.engine.packing import cpu_packing
+from edge_runtime.engine.probe import available_memory
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BackendUnavailable, BadConfig, Unsupported, nearest
 
@@ -86,6 +87,12 @@ class CpuBackend:
                     False, f"the cpu backend has no kernel for format {name!r} (tensor {tensor!r})"
                 )
         return Support(True)
+
+    def check_code(self, code: DeviceCode) -> None:
+        """Nothing: no device code is used."""
+
+    def memory(self) -> tuple[int, str]:
+        return available_memory()
 
     def load(self, part: Part, *, threads: int = 0, simd: str = "auto") -> CpuExecutor:
         """`simd` picks an instruction set, for tests: results do not depend on it.

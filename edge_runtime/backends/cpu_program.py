@@ -14,10 +14,11 @@ import numpy as np
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.cpu_weights import ENCODING_ID, CpuWeights
 from edge_runtime.backends.protocol import Part
+from edge_runtime.engine.angles import angle_tables
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.kv import cache_arrays, kv_format, open_arrays, per_channel
 from edge_runtime.engine.layout import lay_out, round_up
-from edge_runtime.engine.memory import SMALLEST_GROUP, angle_tables, padded_cols, scratch_regions
+from edge_runtime.engine.memory import SMALLEST_GROUP, padded_cols, scratch_regions
 from edge_runtime.engine.ops import (
     Activation,
     Add,

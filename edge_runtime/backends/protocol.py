@@ -6,17 +6,18 @@ which page belongs to whom is `serving/pages.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.formats import Array
+from edge_runtime.engine.manifest import DeviceCodeEntry
 from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
-__all__ = ["Backend", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
+__all__ = ["Backend", "DeviceCode", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,22 @@ class Support:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceCode:
+    """What an engine carries for GPUs: its entries, and `read`, which gives the bytes of a blob."""
+
+    entries: tuple[DeviceCodeEntry, ...]
+    read: Callable[[str], memoryview]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
-    """A program with its weights and the plan's sizes: all a backend needs to load."""
+    """A program with its weights, the plan's sizes and device code where there is any: all that is loaded."""
 
     program: Program
     weights: Mapping[str, PackedTensor]
     kv: KvPlan
     step: StepShape
+    code: DeviceCode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +159,14 @@ class Backend(Protocol):
 
     def supports(self, program: Program, formats: Mapping[str, str]) -> Support:
         """Whether it runs every op of the program with these tensor formats (tensor name -> format name)."""
+        ...
+
+    def check_code(self, code: DeviceCode) -> None:
+        """Raise DeviceMismatch, naming both sides, where this machine's device does not run the code."""
+        ...
+
+    def memory(self) -> tuple[int, str]:
+        """(bytes, source): what may be allocated now where this backend keeps weights and pages."""
         ...
 
     def load(self, part: Part, *, threads: int = 0) -> Executor:

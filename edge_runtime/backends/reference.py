@@ -23,7 +23,7 @@ from edge_runtime.backends.batch import (
 from edge_runtime.backends.chain import run_chain
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
-from edge_runtime.backends.protocol import Part, StepBatch, Support
+from edge_runtime.backends.protocol import DeviceCode, Part, StepBatch, Support
 from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.adapter import Adapter, LowRank, check_adapter, free_number
 from edge_runtime.engine.formats import FORMATS, Array
@@ -44,6 +44,7 @@ from edge_runtime.engine.ops import (
     Round,
 )
 from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.probe import available_memory
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported, nearest
 
@@ -343,6 +344,12 @@ class ReferenceBackend:
         if missing:
             return Support(False, f"tensor {missing[0]!r} of the program has no format")
         return Support(True)
+
+    def check_code(self, code: DeviceCode) -> None:
+        """Nothing: no device code is used."""
+
+    def memory(self) -> tuple[int, str]:
+        return available_memory()
 
     def load(self, part: Part, *, threads: int = 0) -> ReferenceExecutor:
         """`threads` has no effect: BLAS has its own pool. Raises Unsupported, BadEngineFile (bad indices)."""

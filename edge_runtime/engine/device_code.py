@@ -11,13 +11,23 @@ from dataclasses import dataclass
 
 from edge_runtime.engine import mma_order
 from edge_runtime.engine.formats import FORMATS, Format, get_format
+from edge_runtime.engine.ops import Attention
+from edge_runtime.engine.plan import KvPlan
 from edge_runtime.errors import Unsupported
 
 SPLIT_THREADS, TILE_THREADS, ROW_THREADS = 256, 128, 256
+WARP = 32
+ATTENTION_THREADS = 128
+FRAGMENT = 16  # queries of a fragment
+SLICE = 4096  # EDGE_SLICE: logits that one block looks at
+TOP = 64  # EDGE_TOP_MAX: likeliest tokens of a row that the device finds
 SPLIT_BLOCKS = (1, 2, 4)  # blocks of 8 tokens that linear_split takes at once; more tokens go to linear_tile
 TOKEN_BLOCK = 8
 TILE_TOKENS = 64  # of a block of linear_tile
 INPUT_GROUP = 64  # columns with one input scale where integer weights have none of their own
+
+CACHES = ("f16", "int8", "int4", "fp8")  # KV formats that have kernels
+CHUNK = 256  # EDGE_ATTENTION_CHUNK: positions whose keys are summed up by themselves
 
 _CODES = {
     "u4": "kInt4",
@@ -100,6 +110,191 @@ def matrix_kernels(name: str) -> MatrixKernels:
         ),
         embed=Kernel(f"embed_{name}", "linear.cuh", "EdgeEmbed", f"edge::embed<{weights}>", ROW_THREADS),
     )
+
+
+def prepare_kernel(source: str, kind: str, width: int) -> Kernel:
+    """Rows made into inputs of linears: `source` is plain, rms, layer, an activation or gated_ with one."""
+    if source == "plain":
+        rows = "edge::PlainRows"
+    elif source in ("rms", "layer"):
+        rows = f"edge::NormRows<{_bool(source == 'layer')}>"
+    else:
+        rows = f"edge::ActivatedRows<{_activation(source)}>"
+    inputs = f"IntInputs<{kind[3:]}>" if kind.startswith("int") else f"{kind.capitalize()}Inputs"
+    kept = _kept(width, ROW_THREADS)
+    call = f"edge::prepare<{rows}, edge::{inputs}, {kept}>"
+    return Kernel(f"prepare_{source}_{kind}_{kept}", "prepare.cuh", "EdgePrepare", call, ROW_THREADS)
+
+
+def norm_kernel(kind: str, group: int) -> Kernel:
+    """Norm of runs of `group` values, kind rms or layer."""
+    threads = run_threads(group)
+    kept = _kept(group, threads)
+    call = f"edge::norm<{_bool(kind == 'layer')}, {threads}, {kept}>"
+    return _rows(f"norm_{kind}_{threads}_{kept}", call)
+
+
+def round_kernel(form: str, width: int) -> Kernel:
+    """Rows rounded to fp8_e4m3 or int8."""
+    threads = run_threads(width)
+    kept = _kept(width, threads)
+    call = f"edge::round_rows<{_bool(form == 'fp8_e4m3')}, {threads}, {kept}>"
+    return _rows(f"round_{form}_{threads}_{kept}", call)
+
+
+def run_threads(length: int) -> int:
+    """Threads that share a run of so many values: a warp, or a block."""
+    return WARP if length <= 8 * 4 * WARP else ROW_THREADS
+
+
+def activation_kernel(name: str) -> Kernel:
+    """An activation, or gated_ with one."""
+    return _rows(f"activate_{name}", f"edge::activate_rows<{_activation(name)}>")
+
+
+def add_kernel() -> Kernel:
+    return _rows("add", "edge::add")
+
+
+def gather_kernel() -> Kernel:
+    return _rows("gather", "edge::gather")
+
+
+def input_kernel() -> Kernel:
+    return _rows("input", "edge::input")
+
+
+def sample_kernels() -> tuple[Kernel, Kernel, Kernel]:
+    """What ends a step: logits finished in slices, tokens picked, a chain's next step."""
+    names = ("finish_logits", "pick_tokens", "advance")
+    finish, pick, advance = (Kernel(n, "sample.cuh", "EdgeSample", f"edge::{n}", ROW_THREADS) for n in names)
+    return finish, pick, advance
+
+
+def sample_slices(vocab: int) -> int:
+    """Blocks that look at a row of logits."""
+    return -(-vocab // SLICE)
+
+
+def angles_kernel() -> Kernel:
+    """Cosines and sines of the step's positions."""
+    return Kernel("angles", "rope_append.cuh", "EdgeAngles", "edge::angles", ATTENTION_THREADS)
+
+
+def append_kernel(kv: KvPlan, head_dim: int) -> Kernel:
+    """Rotation of q and k, and the store of k and v. Raises Unsupported for a KV format."""
+    return Kernel(
+        f"rope_append_{kv.k}_{kv.v}_{head_dim}",
+        "rope_append.cuh",
+        "EdgeRopeAppend",
+        f"edge::rope_append<{_cache(kv.k)}, {_cache(kv.v)}, {head_dim}>",
+        ATTENTION_THREADS,
+    )
+
+
+def rotate_kernel(head_dim: int) -> Kernel:
+    """Rotation of heads in place, and nothing else."""
+    call = f"edge::rope<{head_dim}>"
+    return Kernel(f"rope_{head_dim}", "rope_append.cuh", "EdgeRopeAppend", call, ATTENTION_THREADS)
+
+
+def move_kernel(kv: KvPlan, head_dim: int) -> Kernel:
+    """Rows of a layer's cache moved. Raises Unsupported for a KV format."""
+    call = f"edge::kv_move<{_cache(kv.k)}, {_cache(kv.v)}, {head_dim}>"
+    return Kernel(f"kv_move_{kv.k}_{kv.v}_{head_dim}", "kv_move.cuh", "EdgeMove", call, WARP)
+
+
+def angles_grid(tokens: int, freqs: int) -> tuple[int, int, int]:
+    return -(-tokens * freqs // ATTENTION_THREADS), 1, 1
+
+
+def heads_grid(tokens: int, heads: int) -> tuple[int, int, int]:
+    """A warp for each head of each token."""
+    return tokens, -(-heads // (ATTENTION_THREADS // WARP)), 1
+
+
+def attention_kernels(op: Attention, kv: KvPlan) -> tuple[Kernel, Kernel, Kernel]:
+    """Attention of a program's op over a cache: split, merge, looped. Raises Unsupported for a KV format."""
+    share = op.heads // op.kv_heads
+    capped = _bool(op.softcap is not None)
+
+    def one(form: str, tiles: int) -> Kernel:
+        args = f"{_cache(kv.k)}, {_cache(kv.v)}, {op.head_dim}, {tiles}, {capped}"
+        return Kernel(
+            f"attention_{form}_{kv.k}_{kv.v}_{op.head_dim}_{tiles}" + ("_capped" if op.softcap else ""),
+            "attention.cuh",
+            "EdgeAttention",
+            f"edge::attention_{form}<{args}>",
+            ATTENTION_THREADS,
+        )
+
+    merge = Kernel(
+        f"attention_merge_{op.head_dim}",
+        "attention.cuh",
+        "EdgeAttention",
+        f"edge::attention_merge<{op.head_dim}>",
+        ATTENTION_THREADS,
+    )
+    return one("split", 1 if share <= FRAGMENT else 2), merge, one("looped", looped_tiles(op))
+
+
+def looped_tiles(op: Attention) -> int:
+    """Fragments of 16 queries of a warp in the looped form: two, where registers hold their sums."""
+    return 2 if op.head_dim <= 128 else 1
+
+
+def attention_chunks(context: int) -> int:
+    """Chunks of a context."""
+    return -(-context // CHUNK)
+
+
+def partial_floats(op: Attention, context: int) -> int:
+    """f32 values that a token's partial results of split attention take."""
+    chunks = attention_chunks(context)
+    return op.heads * (chunks * op.head_dim + (2 * chunks + 3) // 4 * 4)
+
+
+def attention_grid(op: Attention, tokens: int, context: int | None) -> tuple[int, int, int]:
+    """Of the split form for a longest context, or with None of the looped one."""
+    share = op.heads // op.kv_heads
+    tiles = looped_tiles(op) if context is None else 1 if share <= FRAGMENT else 2
+    rows = FRAGMENT * tiles
+    parts = -(-share // rows)
+    warps = ATTENTION_THREADS // WARP
+    if context is not None:
+        return tokens * parts, op.kv_heads, -(-attention_chunks(context) // warps)
+    units = -(-tokens // max(1, rows // share)) * parts
+    return -(-units // warps), op.kv_heads, 1
+
+
+def merge_grid(op: Attention, tokens: int) -> tuple[int, int, int]:
+    return tokens, op.heads, 1
+
+
+def _cache(name: str) -> str:
+    """The name of kv_fragments.cuh for a KV format. Raises Unsupported."""
+    if name not in CACHES:
+        raise Unsupported(f"the cuda backend has no KV cache {name!r}; use {', '.join(CACHES)}")
+    return f"edge::Kv{name.capitalize()}"
+
+
+def _rows(symbol: str, call: str) -> Kernel:
+    return Kernel(symbol, "rows.cuh", "EdgeRow", call, ROW_THREADS)
+
+
+def _kept(length: int, threads: int) -> int:
+    """Vectors of four values of a row that a thread keeps in registers."""
+    return min(8, -(-length // (4 * threads)))
+
+
+def _activation(name: str) -> str:
+    kind = name.removeprefix("gated_")
+    camel = "".join(word.capitalize() for word in kind.split("_"))
+    return f"edge::Activation::k{camel}, {_bool(name != kind)}"
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def source(kernels: Iterable[Kernel]) -> str:

@@ -140,8 +140,14 @@ class Engine:
         at = self._offsets[plane]
         return self._data[at : at + self._sizes[plane]]
 
-    def _verify(self) -> None:
+    def verify(self) -> None:
         """Digests and zero padding of every plane and blob, in two threads. Raises BadEngineFile."""
+        try:
+            self._verify()
+        except BadEngineFile as error:
+            raise BadEngineFile(f"{self.path}: {str(error)[:_MESSAGE]}") from error
+
+    def _verify(self) -> None:
         if self.nbytes < _WORTH_THREADS:
             self._raise(zip(self._sizes, map(self._fault, self._sizes), strict=True))
             return

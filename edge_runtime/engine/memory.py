@@ -1,16 +1,19 @@
 """The one function that adds up what an engine needs; the planner and the loader both call it.
 
 Weights, KV arena and buffers follow from the program and the plan to the byte. Scratch is what a backend
-needs beside the layout, for a given number of threads; the cpu backend allocates exactly this.
+needs beside the layout: here of the cpu backend, for a given number of threads, which allocates exactly this;
+of the cuda backend in device_memory.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edge_runtime.engine.angles import angle_tables
+from edge_runtime.engine.device_memory import device_scratch_nbytes
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.layout import lay_out, round_up
-from edge_runtime.engine.ops import Attention, Linear, Logits, Rope
+from edge_runtime.engine.ops import Attention, Linear, Logits
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape, TensorPlan
 from edge_runtime.engine.program import Program
@@ -44,12 +47,6 @@ def attention_floats(heads_per_kv: int, head_dim: int) -> int:
     stride = -(-head_dim // TILE) * TILE
     queries = heads_per_kv * ATTENTION_TOKENS
     return -(-(2 * TILE * stride + queries * (2 * stride + 2 * TILE + 1)) // TILE) * TILE
-
-
-def angle_tables(program: Program) -> dict[tuple[str, float], int]:
-    """(inv_freq, scale) -> frequencies, of every table of cosines and sines that a step fills once."""
-    ropes = (op for op in program.ops if isinstance(op, Rope))
-    return {(op.inv_freq, op.scale): program.tensors[op.inv_freq].cols for op in ropes}
 
 
 def low_rank_layout(program: Program, ranks: Mapping[str, int]) -> tuple[dict[int, int], int]:
@@ -115,17 +112,36 @@ def scratch_nbytes(program: Program, step: StepShape, threads: int) -> int:
     return sum(scratch_regions(program, step, threads).values())
 
 
-def buffers_nbytes(program: Program, step: StepShape, threads: int) -> int:
-    """Activation buffers and scratch: everything a step writes except the KV cache."""
+def buffers_nbytes(
+    program: Program,
+    tensors: Mapping[str, TensorPlan],
+    kv: KvPlan,
+    step: StepShape,
+    *,
+    threads: int,
+    backend: str = "cpu",
+) -> int:
+    """Activation buffers and scratch: everything a step writes except the KV cache.
+
+    Raises Unsupported for what the cuda backend has no kernel for.
+    """
+    if backend == "cuda":
+        return device_scratch_nbytes(program, tensors, kv, step)
     return lay_out(program, step).nbytes + scratch_nbytes(program, step, threads)
 
 
 def part_nbytes(
-    program: Program, tensors: Mapping[str, TensorPlan], kv: KvPlan, step: StepShape, *, threads: int
+    program: Program,
+    tensors: Mapping[str, TensorPlan],
+    kv: KvPlan,
+    step: StepShape,
+    *,
+    threads: int,
+    backend: str = "cpu",
 ) -> int:
     """Bytes of a part that is loaded beside the language part: weights, KV cache and buffers."""
-    weights = weights_nbytes(program, tensors)
-    return weights + cache_nbytes(program, kv, step) + buffers_nbytes(program, step, threads)
+    buffers = buffers_nbytes(program, tensors, kv, step, threads=threads, backend=backend)
+    return weights_nbytes(program, tensors) + cache_nbytes(program, kv, step) + buffers
 
 
 def adapter_planes(rank: int, rows: int, cols: int) -> dict[str, int]:
@@ -153,13 +169,14 @@ def memory_plan(
     device_code: int = 0,
     draft: int = 0,
     adapters: int = 0,
+    backend: str = "cpu",
 ) -> MemoryPlan:
     """Add everything up. `total`, `reserve` and `context` (bytes) come from the profile or the probe; `draft`
     is the sum of `part_nbytes` of the draft and the Medusa heads, `adapters` that of `adapter_nbytes`."""
     return MemoryPlan(
         weights=weights_nbytes(program, tensors),
         kv=cache_nbytes(program, kv, step),
-        buffers=buffers_nbytes(program, step, threads),
+        buffers=buffers_nbytes(program, tensors, kv, step, threads=threads, backend=backend),
         draft=draft,
         adapters=adapters,
         device_code=device_code,

@@ -21,8 +21,8 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
                             A padding code is 7 (the table's zero).
 m16 (formats whose codes are one plane of 4, 8 or 16 bits), for the cuda backend
     Rows are padded to panels of 16, columns to units of 64 or the group; padding codes, scales and zero
-    points are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a chunk.
-    Planes that weights share as below.
+    points are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a
+    chunk. Planes that weights share as below.
 
     planes that weights share (scale, zero, min, super, outlier): every n weights [panel][ceil(units*U/n)][16
                             rows]; per row [panel][16 rows]; per tensor [1]; shared by all rows (index)

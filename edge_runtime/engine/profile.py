@@ -159,7 +159,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     title: Text
     aliases: tuple[Word, ...] = ()
     backend: Literal["cuda", "cpu"]
-    packing: Literal["rows", "n16k4"]
+    packing: Literal["m16", "n16k4"]
     compute_capability: Version | None = None
     cuda: CudaLimit | None = None
     memory: Memory

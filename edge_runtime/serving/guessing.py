@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge_runtime.backends.protocol import Backend, Part
+from edge_runtime.backends.protocol import Backend, DeviceCode, Part
 from edge_runtime.engine.file import Engine, EnginePart
 from edge_runtime.engine.manifest import DRAFT, medusa_parts
 from edge_runtime.engine.memory import part_nbytes, weights_nbytes
@@ -45,17 +45,26 @@ class Guessing:
         """Bytes of its parts' weights as they lie in the file."""
         return sum(weights_nbytes(part.program, part.plan.tensors) for part, _, _ in self.parts)
 
-    def nbytes(self, threads: int) -> int:
+    def nbytes(self, backend: str, threads: int) -> int:
         """Bytes of weights, KV cache and buffers beside the language part's."""
         return sum(
-            part_nbytes(part.program, part.plan.tensors, kv, step, threads=_threads(part, threads))
+            part_nbytes(
+                part.program,
+                part.plan.tensors,
+                kv,
+                step,
+                threads=_threads(part, threads),
+                backend=backend,
+            )
             for part, kv, step in self.parts
         )
 
-    def load(self, backend: Backend, threads: int, page_tokens: int, clock: Clock) -> Proposer | None:
+    def load(
+        self, backend: Backend, code: DeviceCode, threads: int, page_tokens: int, clock: Clock
+    ) -> Proposer | None:
         """Raises as Backend.load does."""
         executors = [
-            backend.load(Part(part.program, part.weights, kv, step), threads=_threads(part, threads))
+            backend.load(Part(part.program, part.weights, kv, step, code), threads=_threads(part, threads))
             for part, kv, step in self.parts
         ]
         match self.way:

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import msgspec
 
-from edge_runtime.backends.protocol import Backend, Part
+from edge_runtime.backends.protocol import Backend, DeviceCode, Part
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.file import Engine, EnginePart, read_engine
 from edge_runtime.engine.kv import kv_pair
@@ -19,7 +19,7 @@ from edge_runtime.engine.memory import adapter_nbytes, check_fits, memory_plan
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.peft import read_peft
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, StepShape
-from edge_runtime.engine.probe import Machine, available_memory
+from edge_runtime.engine.probe import Machine
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, BadEngineFile, BadPrefixFile, BadRequest
 from edge_runtime.serving.adapters import ReadAdapter
@@ -87,9 +87,9 @@ def open_engine(
         machine=machine,
         clock=clock,
     )
-    engine = read_engine(path, verify=verify)
+    engine = read_engine(path, verify=False)
     try:
-        session = _open(engine, options)
+        session = _open(engine, options, verify)
     except BaseException:
         engine.close()
         raise
@@ -126,11 +126,14 @@ class _Sizes:
     threads: int
 
 
-def _open(engine: Engine, options: _Options) -> Session:
+def _open(engine: Engine, options: _Options, verify: bool) -> Session:
+    """What the header says is settled first: device, kernels, sizes and memory, then the planes are read."""
     manifest = engine.manifest
     backend, notices = choose_backend(manifest.fingerprint, options.backend, options.machine)
     part = engine.part(options.part)
     check_supports(backend, part.program, part.plan.tensors)
+    code = DeviceCode(manifest.device_code, engine.blob)
+    backend.check_code(code)
     sizes = _sizes(part, options)
     adapters = _adapters(engine, part, options)
     repacked = _repacked(part, backend)
@@ -144,11 +147,13 @@ def _open(engine: Engine, options: _Options) -> Session:
         )
     speculate = options.speculate if options.part == LANGUAGE else "off"
     guessing = choose_guessing(engine, backend, speculate, options.draft_length, sizes.kv, sizes.step)
-    have, source = _have(options.memory_limit)
+    have, source = _have(options.memory_limit, backend)
     ranks = [{tensor: update.rank for tensor, update in a.items()} for a in adapters.values()]
     beside = sum(sum(_repacked(other, backend).values()) for other, _, _ in guessing.parts)
-    sizes, memory = _fit(part, sizes, guessing, sum(repacked.values()), beside, ranks, have)
+    sizes, memory = _fit(part, sizes, guessing, backend, sum(repacked.values()), beside, ranks, have)
     check_fits(memory, have, source)
+    if verify:
+        engine.verify()
     tokenizer_json = bytes(engine.blob("tokenizer.json"))
     tokenizer = Tokenizer(tokenizer_json, manifest.vocabulary)
     if manifest.vocabulary.size != part.program.vocab_size:
@@ -159,8 +164,10 @@ def _open(engine: Engine, options: _Options) -> Session:
         ChatTemplate(bytes(engine.blob("chat_template"))) if "chat_template" in manifest.blobs else None
     )
     grammars = GrammarCompiler(tokenizer_json, manifest.vocabulary)
-    executor = backend.load(Part(part.program, part.weights, sizes.kv, sizes.step), threads=sizes.threads)
-    proposer = guessing.load(backend, sizes.threads, sizes.kv.page_tokens, options.clock)
+    executor = backend.load(
+        Part(part.program, part.weights, sizes.kv, sizes.step, code), threads=sizes.threads
+    )
+    proposer = guessing.load(backend, code, sizes.threads, sizes.kv.page_tokens, options.clock)
 
     def close() -> None:
         grammars.close()
@@ -259,8 +266,8 @@ def _sizes(part: EnginePart, options: _Options) -> _Sizes:
 
 
 def _repacked(part: EnginePart, backend: Backend) -> dict[str, int]:
-    """Bytes of each matrix that the cpu backend must bring into its own packing; none on the others."""
-    if backend.name != "cpu":
+    """Bytes of each matrix that a backend must bring into its own packing; none on the reference."""
+    if backend.name == "reference":
         return {}
     return {
         name: packed_nbytes(t.format, backend.packing[t.format], t.rows, t.cols)
@@ -269,9 +276,9 @@ def _repacked(part: EnginePart, backend: Backend) -> dict[str, int]:
     }
 
 
-def _have(limit: int | None) -> tuple[int, str]:
+def _have(limit: int | None, backend: Backend) -> tuple[int, str]:
     if limit is None:
-        return available_memory()
+        return backend.memory()
     if limit < 1:
         raise BadConfig(f"memory_limit is {limit}, expected bytes above 0")
     return limit, "the memory limit"
@@ -281,6 +288,7 @@ def _fit(
     part: EnginePart,
     sizes: _Sizes,
     guessing: Guessing,
+    backend: Backend,
     repacked: int,
     beside: int,
     ranks: list[dict[str, int]],
@@ -300,8 +308,9 @@ def _fit(
         total=have,
         reserve=0,
         context=0,
-        draft=guessing.nbytes(sizes.threads) + beside,
+        draft=guessing.nbytes(backend.name, sizes.threads) + beside,
         adapters=sum(adapter_nbytes(part.program, step, r) for r in ranks),
+        backend=backend.name,
     )
     memory = msgspec.structs.replace(plan, weights=plan.weights + repacked)
     return _Sizes(sizes.kv, step, sizes.threads), memory

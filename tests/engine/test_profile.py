@@ -47,7 +47,7 @@ def test_shipped_file_is_sound(path: Path) -> None:
     profile = load_profile(path.stem)
     assert profile.name == path.stem
     assert 0 < profile.memory_available() < profile.memory.total_bytes
-    assert profile.packing == ("n16k4" if profile.backend == "cpu" else "rows")
+    assert profile.packing == ("n16k4" if profile.backend == "cpu" else "m16")
     assert profile.mode().mode_name == profile.default_mode
     assert profile.memory.unified == (profile.detect.soc is not None or profile.backend == "cpu")
     for mode in profile.power_modes.values():
@@ -144,7 +144,7 @@ def test_wrong_name_and_mode_name_the_nearest() -> None:
         ('compute_capability: "8.7"', "", ("compute_capability", "backend cuda")),
         ("backend: cuda", "backend: cud", ("backend", "'cud'", "'cuda'")),
         ("backend: cuda", "backend: cpu", ("backend", "no meaning")),
-        ("packing: rows", "packing: row", ("packing", "'rows'")),
+        ("packing: m16", "packing: m61", ("packing", "'m16'")),
         ("int4, nf4]", "int4, nf5]", ("precisions[5]", "'nf5'", "'nf4'")),
         ("int4, nf4]", "int4, fp8]", ("precisions", "fp8 needs compute capability 8.9, not 8.7")),
         ("int4, nf4]", "int4, int4]", ("precisions", "once")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import Structure, c_float, c_int32, c_void_p
 
 VERSION = 1  # EDGE_CUDA_VERSION
@@ -133,6 +132,78 @@ class Row(Structure):
         ("eps", c_float),
         ("scale", c_float),
         ("unused", c_int32),
+    ]
+
+
+class Angles(Structure):
+    """EdgeAngles"""
+
+    _fields_ = [
+        ("step", Step),
+        ("inv_freq", c_void_p),
+        ("angles", c_void_p),
+        ("freqs", c_int32),
+        ("scale", c_float),
+    ]
+
+
+class Kv(Structure):
+    """EdgeKv"""
+
+    _fields_ = [("codes", c_void_p), ("scale", c_void_p), ("zero", c_void_p)]
+
+
+class Append(Structure):
+    """EdgeRopeAppend"""
+
+    _fields_ = [
+        ("step", Step),
+        ("k", Kv),
+        ("v", Kv),
+        ("q", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("angles", c_void_p),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("freqs", c_int32),
+        ("page_tokens", c_int32),
+    ]
+
+
+class Move(Structure):
+    """EdgeMove"""
+
+    _fields_ = [
+        ("k", Kv),
+        ("v", Kv),
+        ("pages", c_void_p),
+        ("sources", c_void_p),
+        ("targets", c_void_p),
+        ("count", c_int32),
+        ("kv_heads", c_int32),
+        ("page_tokens", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class Attend(Structure):
+    """EdgeAttention"""
+
+    _fields_ = [
+        ("step", Step),
+        ("k", Kv),
+        ("v", Kv),
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("partial", c_void_p),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("page_tokens", c_int32),
+        ("chunks", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
     ]
 
 

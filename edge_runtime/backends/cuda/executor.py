@@ -1,0 +1,288 @@
+"""A loaded part on a GPU: each step one upload, one graph launch and one wait for its answer.
+
+Graphs are captured once for each size of step (tokens rounded up to a power of two), when the size first
+comes or by `warm_up`. Where the driver has no graphs the same launches are queued one by one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from edge_runtime.backends.batch import check_adapters, check_batch, check_move, check_page, refuse_tree
+from edge_runtime.backends.chain import check_chain
+from edge_runtime.backends.cuda import records as rec
+from edge_runtime.backends.cuda.driver import Driver, Graph, Launch, Module
+from edge_runtime.backends.cuda.launcher import Launcher
+from edge_runtime.backends.cuda.mover import Mover
+from edge_runtime.backends.cuda.placement import Placement
+from edge_runtime.backends.cuda.staged_step import StagedStep
+from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.engine.adapter import Adapter
+from edge_runtime.engine.device_code import TOP
+from edge_runtime.engine.formats import Array
+from edge_runtime.engine.launches import LOGITS, ROWS, Lowered
+from edge_runtime.engine.plan import MAX_DRAFT_LENGTH
+from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported
+
+
+class CudaExecutor:
+    """A loaded part. One forward at a time: a second caller waits."""
+
+    def __init__(self, driver: Driver, module: Module, lowered: Lowered, part: Part) -> None:
+        self._driver = driver
+        self._part = part
+        self._lock = threading.Lock()
+        self._place = Placement(driver, part, lowered)
+        step, program = part.step, part.program
+        answer = self._place.region("answer")
+        self._staged = StagedStep(driver, part, self._place.region("step"), answer)
+        self._launcher = Launcher(driver, module, lowered, part, self._place, self._staged.record)
+        self._mover = Mover(driver, part, lowered, self._place, self._launcher)
+        self._launches: dict[tuple[int, bool], list[Launch]] = {}
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._likeliest: dict[int, list[Launch]] = {}
+        self._answer = driver.pinned(4 * (1 + step.logits))
+        self._results = driver.pinned(
+            4 * max(step.logits * max(program.vocab_size, program.hidden_width, 2 * TOP), MAX_DRAFT_LENGTH)
+        )
+        self._row_count = 0
+        self._hidden = np.empty((0, program.hidden_width), np.float32)
+        self._open = True
+
+    def forward(self, batch: StepBatch) -> Array:
+        """Logits f32 (L, vocab), a view that the next call overwrites.
+
+        Raises BadRequest on an index out of range, NumericError on NaN/Inf (no logits are then valid).
+        """
+        with self._lock, self._driver.current:
+            self._step(batch)
+            logits = self._download(LOGITS, len(batch.logit_rows), self._part.program.vocab_size)
+            self._finish()
+            self._row_count = len(batch.logit_rows)
+            return logits
+
+    def likeliest(self, batch: StepBatch) -> Array:
+        """`forward` of which only the likeliest token of each logit row crosses to the host: int32 (L,).
+
+        Equals go to the lowest id. A view that the next call overwrites.
+        """
+        with self._lock, self._driver.current:
+            self._step(batch)
+            self._finish()
+            self._row_count = len(batch.logit_rows)
+            tokens: Array = self._answer.array.view(np.int32)[1 : 1 + self._row_count]
+            return tokens
+
+    def top(self, batch: StepBatch, k: int) -> tuple[Array, Array]:
+        """`forward` of which the `k` likeliest (1 to 64) of each row cross: ids int32 and logits f32 (L, k).
+
+        In descending order, equals by their lowest id. Raises BadRequest on another k.
+        """
+        if not 1 <= k <= min(TOP, self._part.program.vocab_size):
+            raise BadRequest(f"the {k} likeliest tokens; expected 1 to {TOP} of the vocabulary's")
+        with self._lock, self._driver.current:
+            self._step(batch)
+            if k not in self._likeliest:
+                self._likeliest[k] = self._launcher.likeliest(k)
+            for launch in self._likeliest[k]:
+                self._driver.run(launch)
+            rows = len(batch.logit_rows)
+            half = 4 * self._part.step.logits * TOP
+            at = self._place.region("top")
+            values = self._results.array[: 4 * rows * k]
+            ids = self._results.array[half : half + 4 * rows * k]
+            if rows:
+                self._driver.download_async(values, at)
+                self._driver.download_async(ids, at + half)
+            self._finish()
+            self._row_count = rows
+            return ids.view(np.int32).reshape(rows, k), values.view(np.float32).reshape(rows, k)
+
+    def chain(self, batch: StepBatch, count: int) -> Array:
+        """`count` greedy steps queued one behind the other: int32 (count, S), see `Executor.chain`."""
+        check_chain(batch)
+        out = np.empty((count, len(batch.tokens)), np.int32)
+        with self._lock, self._driver.current:
+            for begin in range(0, count, MAX_DRAFT_LENGTH):
+                some = out[begin : begin + MAX_DRAFT_LENGTH]
+                self._some_of_chain(batch, some)
+                batch = replace(batch, tokens=some[-1], positions=batch.positions + np.int32(len(some)))
+        return out
+
+    def _some_of_chain(self, batch: StepBatch, out: Array) -> None:
+        """As many steps of a chain as `out` (steps, S) has rows, for its tokens."""
+        size = self._begin(batch)
+        last = replace(batch, positions=batch.positions + np.int32(len(out) - 1))
+        for step in (batch, last):  # all between are then as good
+            check_batch(step, self._part.program, self._part.kv, self._part.step)
+        self._staged.stage(batch)
+        for _ in range(len(out)):
+            self._run(size, advancing=True)
+        history = self._results.array[: out.nbytes]
+        self._driver.download_async(history, self._place.region("history"))
+        self._finish()
+        out[:] = history.view(np.int32).reshape(out.shape)
+
+    def _begin(self, batch: StepBatch) -> int:
+        """The size of step that a batch runs as."""
+        self._check_open()
+        self._row_count = 0
+        self._hidden = self._hidden[:0]
+        refuse_tree(batch, self._part.kv)
+        check_adapters(batch.adapters, ())
+        return bucket(len(batch.tokens), self._part.step.tokens)
+
+    def _step(self, batch: StepBatch) -> None:
+        """Check, stage and queue a step."""
+        size = self._begin(batch)
+        check_batch(batch, self._part.program, self._part.kv, self._part.step)
+        self._staged.stage(batch)
+        if batch.inputs is not None:
+            self._staged.stage_inputs(self._place.region("inputs"), batch.inputs)
+        self._run(size, advancing=False)
+
+    def _run(self, size: int, *, advancing: bool) -> None:
+        key = size, advancing
+        if not self._driver.graphs:
+            self._queue(self._launches_of(key))
+            return
+        if key not in self._graphs:
+            launches = self._launches_of(key)
+            with self._driver.capture() as graph:
+                self._queue(launches)
+            self._graphs[key] = graph
+        self._driver.launch_graph(self._graphs[key])
+
+    def _launches_of(self, key: tuple[int, bool]) -> list[Launch]:
+        if key not in self._launches:
+            launches = self._launcher.step(key[0])
+            self._launches[key] = [*launches, self._launcher.advance()] if key[1] else launches
+        return self._launches[key]
+
+    def _queue(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            self._driver.run(launch)
+
+    def _download(self, region: str, rows: int, width: int) -> Array:
+        """Queue the copy of rows f32 (rows, width); they are valid after `_finish`."""
+        found: Array = self._results.array[: 4 * rows * width]
+        if rows:
+            self._driver.download_async(found, self._place.buffer(region))
+        return found.view(np.float32).reshape(rows, width)
+
+    def _finish(self) -> None:
+        """Wait for the step's answer. Raises NumericError where its status says so."""
+        self._driver.download_async(self._answer.array, self._place.region("answer"))
+        self._driver.synchronize()
+        status = int(self._answer.array.view(np.uint32)[0])
+        if not status:
+            return
+        self._driver.fill(self._place.region("answer"), 4)
+        if status & rec.NOT_FINITE:
+            raise NumericError("the step produced NaN or Inf; no token was emitted")
+        kv = self._part.kv
+        raise NumericError(f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use int8 or fp8")
+
+    def warm_up(self, sizes: Sequence[int] = ()) -> None:
+        """Capture the graphs of steps of so many tokens: the first of them then costs no more than others."""
+        with self._lock, self._driver.current:
+            self._check_open()
+            for tokens in sizes:
+                key = bucket(tokens, self._part.step.tokens), False
+                launches = self._launches_of(key)
+                if self._driver.graphs and key not in self._graphs:
+                    with self._driver.capture() as graph:
+                        self._queue(launches)
+                    self._graphs[key] = graph
+
+    @property
+    def hidden(self) -> Array:
+        """Inputs of the logits op f32 (L, width) of the last step, a view that the next one overwrites."""
+        with self._lock, self._driver.current:
+            self._check_open()
+            if len(self._hidden) != self._row_count:
+                width = self._part.program.hidden_width
+                self._hidden = np.empty((self._row_count, width), np.float32)
+                self._driver.download(self._hidden, self._place.buffer(ROWS))
+            return self._hidden
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one KV page in every layer. Raises BadRequest on a page that does not exist."""
+        for page in (source, target):
+            check_page(page, self._part.kv)
+        with self._lock, self._driver.current:
+            self._check_open()
+            self._mover.copy_page(source, target)
+
+    def move(self, pages: Array, sources: Array, targets: Array) -> None:
+        """Copy keys and values from places to places of one sequence. Raises BadRequest."""
+        check_move(pages, sources, targets, self._part.kv)
+        with self._lock, self._driver.current:
+            self._check_open()
+            self._mover.move(pages, sources, targets)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one KV page in all layers."""
+        self._check_open()
+        return sum(self._place.page_nbytes())
+
+    def read_page(self, page: int) -> Array:
+        """The bytes of a page, u8 (page_nbytes,), in the order that the other backends have too."""
+        check_page(page, self._part.kv)
+        with self._lock, self._driver.current:
+            self._check_open()
+            return self._mover.read_page(page)
+
+    def write_page(self, page: int, data: Array) -> None:
+        """What `read_page` of any backend gave. Raises BadRequest on a wrong page or size."""
+        check_page(page, self._part.kv)
+        size = sum(self._place.page_nbytes())
+        if data.dtype != np.uint8 or data.shape != (size,):
+            raise BadRequest(f"a page is uint8 ({size},) in this cache, not {data.dtype} {data.shape}")
+        with self._lock, self._driver.current:
+            self._check_open()
+            self._mover.write_page(page, data)
+
+    def add_adapter(self, adapter: Adapter) -> int:
+        """Raises Unsupported: adapters are served by the cpu and reference backends."""
+        raise Unsupported(
+            "the cuda backend serves no adapters; merge it into the weights, or use --backend cpu"
+        )
+
+    def drop_adapter(self, number: int) -> None:
+        raise BadRequest(f"adapter {number} is not loaded")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of device memory held beyond the weights: KV pages, buffers and scratch."""
+        return self._place.nbytes - self._place.weights_nbytes if self._open else 0
+
+    def close(self) -> None:
+        """Give the memory back and leave the context; a second close does nothing."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            self._graphs.clear()
+            self._launches.clear()
+            self._likeliest.clear()
+            self._hidden = np.empty((0, 0), np.float32)
+            self._driver.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise BackendUnavailable("this executor is closed")
+
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            self.close()
+
+
+def bucket(tokens: int, most: int) -> int:
+    """The size of step that so many tokens run as: a power of two, or the largest step."""
+    return min(1 << max(0, tokens - 1).bit_length(), most)
