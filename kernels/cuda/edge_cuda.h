@@ -154,6 +154,15 @@ struct EdgeRopeAppend {
     int32_t heads, kv_heads, freqs, page_tokens;
 };
 
+/* Rows of keys and values copied from places to places of a sequence, in this order: both ascend, and none moves up. */
+struct EdgeMove {
+    EdgeKv k, v;
+    const int32_t* pages;   /* the sequence's row of page tables */
+    const int32_t* sources; /* (count) places */
+    const int32_t* targets;
+    int32_t count, kv_heads, page_tokens, unused;
+};
+
 /* Attention, see attention.cuh. `partial` has for each (token of the bucket, head) chunks * head_dim sums and
  * (2 * chunks + 3) / 4 * 4 f32 of softmax; NULL in the looped form.
  */
