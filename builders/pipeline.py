@@ -47,6 +47,7 @@ from builders.texts import text_files
 from builders.watcher import Watcher
 from builders.weights import StoredPlanes
 from edge_runtime.engine.folder import sha256_of
+from edge_runtime.engine.lowering import device_kernels
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
@@ -271,8 +272,6 @@ def plan(
 def device_code(contents: Contents, plans: Plans, profile: Profile, watcher: Watcher) -> DeviceCode:
     """The kernels that the programs need, compiled for the profile. Raises BuildError, or Unsupported for
     an op or format that the cuda backend has no kernel for."""
-    from edge_runtime.engine.device_code import device_kernels
-
     watcher.phase("compile", 1)
     room = sum(plan.memory.device_code for plan in plans.values())
     code = compile_device_code(device_kernels(pack.part_entries(contents, plans)), profile, room)
