@@ -91,40 +91,39 @@ def asan_environment() -> dict[str, str]:
     return {"LD_PRELOAD": library, "ASAN_OPTIONS": options, "EDGE_EMU_ASAN": "1"}
 
 
-def _sources() -> dict[str, bytes]:
+def _sources(source: str) -> dict[str, bytes]:
+    """Files that a translation unit may include: those of the fake driver, or all others of kernels/cuda."""
+    of_fake = '"emulator/fake_' in source
     files = sorted(p for p in KERNELS.rglob("*") if p.suffix in (".h", ".cuh", ".cpp"))
-    return {str(p.relative_to(KERNELS)): p.read_bytes() for p in files} | {
-        "edge_formats.h": c_header().encode()
+    found = {
+        str(p.relative_to(KERNELS)): p.read_bytes() for p in files if p.name.startswith("fake_") == of_fake
     }
+    return found if of_fake else found | {"edge_formats.h": c_header().encode()}
 
 
 def compile_cached(name: str, source: str, flags: tuple[str, ...], link: tuple[str, ...] = ()) -> Path:
-    """Library of a translation unit that may include what lies in kernels/cuda; from the cache if there.
+    """Library of a translation unit, which may include files of kernels/cuda; from the cache if it is there.
 
     Raises EmulationError with the compiler's words if it does not compile.
     """
     found, version = compiler()
     command = [found, *BASE, *WARNINGS, *_cpu_flags(), *flags]
     digest = hashlib.sha256("\0".join([source, version, *command, *link]).encode())
-    for path, text in _sources().items():
+    for path, text in _sources(source).items():
         digest.update(path.encode() + b"\0" + text)
     out = cache_folder() / f"{name}-{digest.hexdigest()[:24]}.so"
     if out.is_file():
         return out
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{name}-") as folder:
-        unit, header, made = (
-            Path(folder, f"{name}.cpp"),
-            Path(folder, "edge_formats.h"),
-            Path(folder, out.name),
-        )
+        unit, made = Path(folder, f"{name}.cpp"), Path(folder, out.name)
         unit.write_text(source)
-        header.write_text(c_header())
+        Path(folder, "edge_formats.h").write_text(c_header())
         include = (f"-I{KERNELS}", f"-I{folder}")
         done = subprocess.run(
             [*command, *include, str(unit), "-o", str(made), *link], capture_output=True, text=True
         )
         if done.returncode:
-            raise EmulationError(f"{name} does not compile for the emulator:\n{done.stderr[:6000]}")
+            raise EmulationError(f"{name} does not compile:\n{done.stderr[:6000]}")
         os.replace(made, out)  # whoever comes second replaces it by the same
     return out
 
