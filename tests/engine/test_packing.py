@@ -174,16 +174,16 @@ def test_integers_take_lanes_and_the_rest_takes_inputs() -> None:
     whole = ("int", "q", "mxfp4", "nvfp4")
     assert {cpu_packing(n) for n in NAMES if n.startswith(whole)} == {"n16k4"}
     assert {cpu_packing(n) for n in NAMES if not n.startswith(whole)} == {"n16"}
-    assert set(PACKINGS) == {"rows", "n16", "n16k4"}
+    assert set(PACKINGS) == {"rows", "n16", "n16k4", "m16"}
 
 
 def test_errors_name_what_is_wrong() -> None:
     planes = random_planes("int4_g64", 16, 64)
     with pytest.raises(BadConfig, match=r"unknown packing 'n16k8'; did you mean 'n16k4'\?"):
         pack("int4_g64", "n16k8", planes, 16, 64)
-    with pytest.raises(Unsupported, match="int4_g64 has no packing 'n16'; use rows or n16k4"):
+    with pytest.raises(Unsupported, match="int4_g64 has no packing 'n16'; use rows or n16k4 or m16"):
         plane_items("int4_g64", "n16", 16, 64)
-    with pytest.raises(Unsupported, match="nf4_g64 has no packing 'n16k4'; use rows or n16"):
+    with pytest.raises(Unsupported, match="nf4_g64 has no packing 'n16k4'; use rows or n16 or m16"):
         packed_nbytes("nf4_g64", "n16k4", 16, 64)
     with pytest.raises(BadConfig, match="unknown format 'int7'"):
         cpu_packing("int7")
