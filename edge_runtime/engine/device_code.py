@@ -121,25 +121,27 @@ def prepare_kernel(source: str, kind: str, width: int) -> Kernel:
     else:
         rows = f"edge::ActivatedRows<{_activation(source)}>"
     inputs = f"IntInputs<{kind[3:]}>" if kind.startswith("int") else f"{kind.capitalize()}Inputs"
-    kept = _kept(width, ROW_THREADS)
-    call = f"edge::prepare<{rows}, edge::{inputs}, {kept}>"
-    return Kernel(f"prepare_{source}_{kind}_{kept}", "prepare.cuh", "EdgePrepare", call, ROW_THREADS)
+    shared = source not in ("rms", "layer") and kind != "half"  # a row among blocks: see prepare.cuh
+    kept = 1 if shared else _kept(width, ROW_THREADS)
+    call = f"edge::prepare<{rows}, edge::{inputs}, {kept}, {_whole(width)}>"
+    name = f"prepare_{source}_{kind}_{kept}_{_whole(width)}"
+    return Kernel(name, "prepare.cuh", "EdgePrepare", call, ROW_THREADS)
 
 
 def norm_kernel(kind: str, group: int) -> Kernel:
     """Norm of runs of `group` values, kind rms or layer."""
     threads = run_threads(group)
     kept = _kept(group, threads)
-    call = f"edge::norm<{_bool(kind == 'layer')}, {threads}, {kept}>"
-    return _rows(f"norm_{kind}_{threads}_{kept}", call)
+    call = f"edge::norm<{_bool(kind == 'layer')}, {threads}, {kept}, {_whole(group)}>"
+    return _rows(f"norm_{kind}_{threads}_{kept}_{_whole(group)}", call)
 
 
 def round_kernel(form: str, width: int) -> Kernel:
     """Rows rounded to fp8_e4m3 or int8."""
     threads = run_threads(width)
     kept = _kept(width, threads)
-    call = f"edge::round_rows<{_bool(form == 'fp8_e4m3')}, {threads}, {kept}>"
-    return _rows(f"round_{form}_{threads}_{kept}", call)
+    call = f"edge::round_rows<{_bool(form == 'fp8_e4m3')}, {threads}, {kept}, {_whole(width)}>"
+    return _rows(f"round_{form}_{threads}_{kept}_{_whole(width)}", call)
 
 
 def run_threads(length: int) -> int:
@@ -285,6 +287,11 @@ def _rows(symbol: str, call: str) -> Kernel:
 def _kept(length: int, threads: int) -> int:
     """Vectors of four values of a row that a thread keeps in registers."""
     return min(8, -(-length // (4 * threads)))
+
+
+def _whole(length: int) -> str:
+    """Whether rows consist of whole vectors of four values."""
+    return _bool(length % 4 == 0)
 
 
 def _activation(name: str) -> str:

@@ -1,5 +1,6 @@
 // Rows of f32 values turned into inputs of linear ops (EdgeInputs), with what comes before them computed on
-// the way: prepare<Source, Kind, kVectors>, a block of kRowThreads threads for each row of the grid's x.
+// the way: prepare<Source, Kind, kVectors, kWhole>, a block of kRowThreads threads for each row of the grid's
+// x.
 //   Source  PlainRows, NormRows<layer>, ActivatedRows<kind, gated>
 //   Kind    IntInputs<group>, HalfInputs, BfloatInputs, FloatInputs
 //   kVectors  vectors of a row that a thread keeps in registers: best ceil(width / 1024), at most 8; any is
@@ -146,77 +147,90 @@ struct FloatInputs {
 
 // The rows as they are.
 struct PlainRows {
-    using Item = Floats4;
-    Row x;
+    template <bool kWhole>
+    struct Of {
+        using Item = Floats4;
+        RowIn<kWhole> x;
 
-    EDGE_DEVICE PlainRows(const EdgePrepare& p, int64_t token) : x(p.x + token * p.width, p.width) {}
-    EDGE_DEVICE Item load(int at) const { return x.load(at); }
-    template <class Run, class Load>
-    EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
-        return true;
-    }
-    EDGE_DEVICE Floats4 value(int, const Item& i) const { return i; }
+        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token) : x{p.x + token * p.width, p.width} {}
+        EDGE_DEVICE Item load(int at) const { return x.load(at); }
+        template <class Run, class Load>
+        EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
+            return true;
+        }
+        EDGE_DEVICE Floats4 value(int, const Item& i) const { return i; }
+    };
 };
 
 // Their norm, over the whole row.
 template <bool kLayer>
 struct NormRows {
-    using Item = NormItem;
-    Row x, weight, bias;
-    Norm<kLayer, kRowThreads> norm;
+    template <bool kWhole>
+    struct Of {
+        using Item = NormItem;
+        RowIn<kWhole> x, weight, bias;
+        Norm<kLayer, kRowThreads> norm;
 
-    EDGE_DEVICE NormRows(const EdgePrepare& p, int64_t token)
-        : x(p.x + token * p.width, p.width), weight(p.weight, p.width), bias(p.bias, p.width) {}
-    EDGE_DEVICE Item load(int at) const { return {x.load(at), weight.load(at)}; }
-    template <class Run, class Load>
-    EDGE_DEVICE bool look(const Run& kept, const Load& load, const EdgePrepare& p) {
-        EDGE_SHARED float shared[2 * kRowWarps];
-        return norm.look(kept, load, p.width, p.eps, shared);
-    }
-    EDGE_DEVICE Floats4 value(int at, const Item& i) const {
-        const Floats4 v = norm.value(i);
-        return bias.values == nullptr ? v : sum(v, bias.load(at));
-    }
+        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token)
+            : x{p.x + token * p.width, p.width}, weight{p.weight, p.width}, bias{p.bias, p.width} {}
+        EDGE_DEVICE Item load(int at) const { return {x.load(at), weight.load(at)}; }
+        template <class Run, class Load>
+        EDGE_DEVICE bool look(const Run& kept, const Load& load, const EdgePrepare& p) {
+            EDGE_SHARED float shared[2 * kRowWarps];
+            return norm.look(kept, load, p.width, p.eps, shared);
+        }
+        EDGE_DEVICE Floats4 value(int at, const Item& i) const {
+            const Floats4 v = norm.value(i);
+            return bias.values == nullptr ? v : sum(v, bias.load(at));
+        }
+    };
 };
 
 // kKind(x), times y where it is gated.
 template <Activation kKind, bool kGated>
 struct ActivatedRows {
-    using Item = Floats4;
-    Row x, y;
+    template <bool kWhole>
+    struct Of {
+        using Item = Floats4;
+        RowIn<kWhole> x, y;
 
-    EDGE_DEVICE ActivatedRows(const EdgePrepare& p, int64_t token)
-        : x(p.x + token * p.width, p.width), y((kGated ? p.y : p.x) + token * p.width, p.width) {}
-    EDGE_DEVICE Item load(int at) const {
-        const Floats4 v = x.load(at);
-        const Floats4 u = kGated ? y.load(at) : Floats4{};
-        const Floats4 a = {activate<kKind>(v.x), activate<kKind>(v.y), activate<kKind>(v.z),
-                           activate<kKind>(v.w)};
-        if constexpr (!kGated) return a;
-        return {product(a.x, u.x), product(a.y, u.y), product(a.z, u.z), product(a.w, u.w)};
-    }
-    template <class Run, class Load>
-    EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
-        return true;
-    }
-    EDGE_DEVICE Floats4 value(int, const Item& i) const { return i; }
+        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token)
+            : x{p.x + token * p.width, p.width}, y{(kGated ? p.y : p.x) + token * p.width, p.width} {}
+        EDGE_DEVICE Item load(int at) const {
+            const Floats4 v = x.load(at);
+            const Floats4 u = kGated ? y.load(at) : Floats4{};
+            const Floats4 a = {activate<kKind>(v.x), activate<kKind>(v.y), activate<kKind>(v.z),
+                               activate<kKind>(v.w)};
+            if constexpr (!kGated) return a;
+            return {product(a.x, u.x), product(a.y, u.y), product(a.z, u.z), product(a.w, u.w)};
+        }
+        template <class Run, class Load>
+        EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
+            return true;
+        }
+        EDGE_DEVICE Floats4 value(int, const Item& i) const { return i; }
+    };
 };
 
 // rows 0: row t is token t; 1: row j is token logit_rows[j], for j < counts[EDGE_LOGITS]. Columns from width
 // to the end of the chunks become zeros. Raises NOT_FINITE.
-template <class Source, class Kind, int kVectors>
+template <class Source, class Kind, int kVectors, bool kWhole>
 EDGE_DEVICE void prepare(const EdgePrepare& p) {
     EDGE_SHARED uint32_t tops[kRowWarps];
     const int row = static_cast<int>(blockIdx.x);
-    if (row >= p.step.counts[p.rows == 0 ? EDGE_TOKENS : EDGE_LOGITS]) return;
+    const int count = p.step.counts[p.rows == 0 ? EDGE_TOKENS : EDGE_LOGITS];
+    // A row of tokens is read before it is known to be one: buffers hold as many as the grid has, and the
+    // wait for the count is not added to theirs.
+    if (p.rows != 0 && row >= count) return;
     const int64_t token = p.rows == 0 ? row : p.step.logit_rows[row];
 
-    Source source(p, token);
-    using Item = typename Source::Item;
+    typename Source::template Of<kWhole> source(p, token);
+    using Item = typename Source::template Of<kWhole>::Item;
     const auto load = [&](int at) { return source.load(at); };
     const int first = static_cast<int>(blockIdx.y) * kRowThreads + static_cast<int>(threadIdx.x);
     const int step = static_cast<int>(gridDim.y) * kRowThreads;
     const Kept<kVectors, Item> kept(first, step, p.inputs.chunks * Kind::kChunkVectors, load);
+    if (row >= count) return;
 
     uint32_t worst = source.look(kept, load, p) ? 0 : kInfinite;
     int e = 0;
@@ -228,9 +242,10 @@ EDGE_DEVICE void prepare(const EdgePrepare& p) {
         e = top == 0 || top >= kInfinite ? 0 : exponent_of(float_of(top));
     }
     const TokenInputs inputs(p.inputs, row);
+    const RowOut<kWhole> out{p.out + static_cast<int64_t>(row) * p.width, p.width};
     kept.each(load, [&](int at, const Item& i) {
         const Floats4 v = source.value(at, i);
-        if (p.out != nullptr) store_vector(p.out + static_cast<int64_t>(row) * p.width, p.width, at, v);
+        if (p.out != nullptr) out.store(at, v);
         worst = larger(worst, Kind::store(inputs, at, v, e));
     });
     if (first == 0) Kind::store_scale(inputs, e);

@@ -16,40 +16,39 @@ EDGE_DEVICE uint32_t magnitude(const Floats4& v) {
     return larger(larger(magnitude(v.x), magnitude(v.y)), larger(magnitude(v.z), magnitude(v.w)));
 }
 
-EDGE_DEVICE bool aligned(const void* p) { return p == nullptr || (reinterpret_cast<uint64_t>(p) & 15) == 0; }
-
-// A row that vectors can be read from and written to; `whole`: each vector lies in it wholly and aligned.
+// A row of `width` values that vectors are read from and written to. kWhole, fixed by who builds the kernel:
+// width is a multiple of 4 and rows are aligned to 16 bytes, so that a vector is one access.
+template <bool kWhole, class T>
 struct Row {
-    const float* values;
+    T* values;
     int width;
-    bool whole;
-
-    EDGE_DEVICE Row(const float* row, int columns)
-        : values(row), width(columns), whole(columns % 4 == 0 && aligned(row)) {}
 
     // Values 4 * at and on; zeros beyond the row.
     EDGE_DEVICE Floats4 load(int at) const {
         const int left = width - 4 * at;
         if (left <= 0) return {};
         const float* from = values + 4 * at;
-        if (whole) return *reinterpret_cast<const Floats4*>(from);
+        if constexpr (kWhole) return *reinterpret_cast<const Floats4*>(from);
         return {from[0], left > 1 ? from[1] : 0.0f, left > 2 ? from[2] : 0.0f, left > 3 ? from[3] : 0.0f};
     }
-};
-
-EDGE_DEVICE void store_vector(float* row, int width, int at, const Floats4& v) {
-    const int left = width - 4 * at;
-    if (left <= 0) return;
-    float* to = row + 4 * at;
-    if (width % 4 == 0 && aligned(row)) {
-        *reinterpret_cast<Floats4*>(to) = v;
-        return;
+    EDGE_DEVICE void store(int at, const Floats4& v) const {
+        const int left = width - 4 * at;
+        if (left <= 0) return;
+        float* to = values + 4 * at;
+        if constexpr (kWhole) {
+            *reinterpret_cast<Floats4*>(to) = v;
+            return;
+        }
+        to[0] = v.x;
+        if (left > 1) to[1] = v.y;
+        if (left > 2) to[2] = v.z;
+        if (left > 3) to[3] = v.w;
     }
-    to[0] = v.x;
-    if (left > 1) to[1] = v.y;
-    if (left > 2) to[2] = v.z;
-    if (left > 3) to[3] = v.w;
-}
+};
+template <bool kWhole>
+using RowIn = Row<kWhole, const float>;
+template <bool kWhole>
+using RowOut = Row<kWhole, float>;
 
 // A thread's vectors first, first + step, ... of a row: the first kVectors are read once and stay in
 // registers, those after them are read anew by each pass. Warps pass whole, so that `visit` may shuffle.
@@ -62,8 +61,7 @@ struct Kept {
     EDGE_DEVICE Kept(int first_, int step_, int end_, const Load& load)
         : first(first_), step(step_), end(end_) {
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i)
-            if (here(i)) items[i] = load(first + i * step);
+        for (int i = 0; i < kVectors; ++i) items[i] = load(first + i * step);
     }
     EDGE_DEVICE bool here(int i) const { return first - lane() + i * step < end; }
 

@@ -16,7 +16,7 @@ EDGE_DEVICE void check(const EdgeStep& step, uint32_t worst) {
 
 // x (T, x_width), normalised in runs of `group` values. kThreads: kWarp for short runs, kRowThreads for long
 // ones; kVectors: see Kept. Raises NOT_FINITE.
-template <bool kLayer, int kThreads, int kVectors>
+template <bool kLayer, int kThreads, int kVectors, bool kWhole>
 EDGE_DEVICE void norm(const EdgeRow& p) {
     EDGE_SHARED float shared[2 * kRowWarps];
     constexpr int kRuns = kRowThreads / kThreads;
@@ -24,7 +24,8 @@ EDGE_DEVICE void norm(const EdgeRow& p) {
     const int64_t run = static_cast<int64_t>(blockIdx.x) * kRuns + static_cast<int>(threadIdx.x) / kThreads;
     const int64_t runs = static_cast<int64_t>(p.step.counts[EDGE_TOKENS]) * (p.x_width / p.group);
     if (run >= runs) return;
-    const Row x(p.x + run * p.group, p.group), weight(p.weight, p.group), bias(p.bias, p.group);
+    const RowIn<kWhole> x{p.x + run * p.group, p.group}, weight{p.weight, p.group}, bias{p.bias, p.group};
+    const RowOut<kWhole> out{p.out + run * p.group, p.group};
     const auto load = [&](int at) { return NormItem{x.load(at), weight.load(at)}; };
     const Kept<kVectors, NormItem> kept(thread, kThreads, (p.group + 3) / 4, load);
     Norm<kLayer, kThreads> norm;
@@ -33,7 +34,7 @@ EDGE_DEVICE void norm(const EdgeRow& p) {
         Floats4 v = norm.value(i);
         if (p.bias != nullptr) v = sum(v, bias.load(at));
         worst = larger(worst, magnitude(v));
-        store_vector(p.out + run * p.group, p.group, at, v);
+        out.store(at, v);
     });
     check(p.step, worst);
 }
@@ -124,14 +125,15 @@ EDGE_DEVICE int32_t nearest_i8(float y) {
 
 // x (T, x_width) rounded by the codec of fp8_e4m3_row or int8_row: with the scale given, or for 0 the token's
 // own. Raises NOT_FINITE.
-template <bool kE4m3, int kThreads, int kVectors>
+template <bool kE4m3, int kThreads, int kVectors, bool kWhole>
 EDGE_DEVICE void round_rows(const EdgeRow& p) {
     EDGE_SHARED uint32_t shared[kRowWarps];
     constexpr int kRuns = kRowThreads / kThreads;
     const int thread = static_cast<int>(threadIdx.x) % kThreads;
     const int64_t token = static_cast<int64_t>(blockIdx.x) * kRuns + static_cast<int>(threadIdx.x) / kThreads;
     if (token >= p.step.counts[EDGE_TOKENS]) return;
-    const Row x(p.x + token * p.x_width, p.x_width);
+    const RowIn<kWhole> x{p.x + token * p.x_width, p.x_width};
+    const RowOut<kWhole> out{p.out + token * p.x_width, p.x_width};
     const auto load = [&](int at) { return x.load(at); };
     const Kept<kVectors, Floats4> kept(thread, kThreads, (p.x_width + 3) / 4, load);
     uint32_t worst = 0;
@@ -146,8 +148,7 @@ EDGE_DEVICE void round_rows(const EdgeRow& p) {
         return product(kE4m3 ? nearest_e4m3(y) : static_cast<float>(nearest_i8(y)), scale);
     };
     kept.each(load, [&](int at, const Floats4& v) {
-        store_vector(p.out + token * p.x_width, p.x_width, at,
-                     {value(v.x), value(v.y), value(v.z), value(v.w)});
+        out.store(at, {value(v.x), value(v.y), value(v.z), value(v.w)});
     });
 }
 

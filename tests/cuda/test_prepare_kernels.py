@@ -44,16 +44,18 @@ CASES = [
 ]
 
 
-def _symbol(source: str, kind: str, vectors: int) -> str:
-    return f"{source}_{kind}_{vectors}"
+def _symbol(source: str, kind: str, vectors: int, whole: bool) -> str:
+    return f"{source}_{kind}_{vectors}_{int(whole)}"
 
 
 @lru_cache(maxsize=1)
 def library() -> Emulated:
     lines = ['#include "prepare.cuh"']
-    for source, kind, vectors in CASES:
-        call = f"edge::prepare<{SOURCES[source]}, {KINDS[kind]}, {vectors}>"
-        lines.append(f"EDGE_KERNEL({_symbol(source, kind, vectors)}, 256, EdgePrepare, {call})")
+    for case in CASES:
+        source, kind, vectors = case
+        for whole in (False, True):
+            call = f"edge::prepare<{SOURCES[source]}, {KINDS[kind]}, {vectors}, {int(whole)}>"
+            lines.append(f"EDGE_KERNEL({_symbol(*case, whole)}, 256, EdgePrepare, {call})")
     return Emulated(compile_kernels("\n".join(lines)))
 
 
@@ -74,6 +76,7 @@ class Prepared:
         blocks: int = 1,
         spare: int = 0,
         in_place: bool = False,
+        whole: bool = True,  # vectors, where the width allows them
     ) -> None:
         _, self.kind, _ = case
         tokens, self.width = x.shape
@@ -109,7 +112,7 @@ class Prepared:
         )
         for name, memory in held.items():
             setattr(record, name, memory.address)
-        library().launch(_symbol(*case), (BUCKET, blocks), record)
+        library().launch(_symbol(*case, whole and self.width % 4 == 0), (BUCKET, blocks), record)
         self.step.check()
         for memory in (*held.values(), out, codes, scales, sums):
             memory.check()
@@ -194,7 +197,8 @@ def test_plain_rows(kind: str, width: int) -> None:
     x = rows_of(width, 11, width)
     x[3] = 0
     x[5, width // 2 :] = 0  # groups of zeros
-    x[7] = np.round(x[7] / np.abs(x[7]).max() * 127) / 2  # quotients halfway between codes
+    x[7] = np.arange(width) % 253 - 126.5  # quotients halfway between codes,
+    x[7, ::16] = 127  # as the scales are 1
     made = Prepared(("plain", kind, 1), x, spare=1)
     made.check_inputs(x)
     np.testing.assert_array_equal(made.out[:11], x)
@@ -259,6 +263,15 @@ def test_registers_change_no_bit(kind: str, width: int) -> None:
         again = Prepared(("rms", kind, vectors), x, weight=weight)
         for name in ("out", "codes", "scales"):
             assert getattr(again, name)[:1].tobytes() == getattr(first, name)[:1].tobytes()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: _symbol(*case, True))
+def test_vectors_change_no_bit(case: tuple[str, str, int]) -> None:
+    x, y, weight = rows_of(5, 3, 1292), rows_of(6, BUCKET, 1292), rows_of(7, 1, 1292)[0]
+    fast, slow = (Prepared(case, x, y=y, weight=weight, whole=whole) for whole in (True, False))
+    for name in ("out", "codes", "scales", "sums"):
+        assert getattr(fast, name).tobytes() == getattr(slow, name).tobytes()
+    fast.check_inputs(fast.out[:3])
 
 
 def test_in_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Any
@@ -42,12 +43,11 @@ def library() -> Emulated:
     for name, kind in ACTIVATIONS.items():
         for up in (0, 1):
             calls[f"{name}_{up}"] = f"edge::activate_rows<edge::Activation::{kind}, {up}>"
-    for threads in (32, 256):
-        for vectors in (0, 2):
-            for layer in (0, 1):
-                calls[f"norm_{layer}_{threads}_{vectors}"] = f"edge::norm<{layer}, {threads}, {vectors}>"
-            for e4m3 in (0, 1):
-                calls[f"round_{e4m3}_{threads}_{vectors}"] = f"edge::round_rows<{e4m3}, {threads}, {vectors}>"
+    for threads, vectors, whole in itertools.product((32, 256), (0, 2), (0, 1)):
+        for way in (0, 1):
+            tail = f"{way}, {threads}, {vectors}, {whole}"
+            calls[f"norm_{way}_{threads}_{vectors}_{whole}"] = f"edge::norm<{tail}>"
+            calls[f"round_{way}_{threads}_{vectors}_{whole}"] = f"edge::round_rows<{tail}>"
     lines = [f"EDGE_KERNEL({symbol}, 256, EdgeRow, {call})" for symbol, call in calls.items()]
     return Emulated(compile_kernels('#include "rows.cuh"\n' + FUNCTIONS + "\n".join(lines)))
 
@@ -175,10 +175,10 @@ def test_what_is_not_finite_is_told(bad: float) -> None:
             for threads in (32, 256):
                 grid = -(-2 * threads // 256)
                 for way in (0, 1):
-                    norm = Ran(f"norm_{way}_{threads}_2", grid, x, group=67, weight=weight, count=count)
+                    norm = Ran(f"norm_{way}_{threads}_2_0", grid, x, group=67, weight=weight, count=count)
                     assert norm.status == status
                     for scale in (0.0, 0.5):
-                        made = Ran(f"round_{way}_{threads}_2", grid, x, scale=scale, count=count)
+                        made = Ran(f"round_{way}_{threads}_2_0", grid, x, scale=scale, count=count)
                         assert made.status == status
 
 
@@ -223,7 +223,8 @@ def test_norm(layer: int, width: int, group: int, threads: int) -> None:
     if layer:
         given["bias"] = bias
     grid = -(-5 * (width // group) * threads // 256)
-    made = Ran(f"norm_{layer}_{threads}_2", grid, x, count=4, **given)
+    whole = int(group % 4 == 0)
+    made = Ran(f"norm_{layer}_{threads}_2_{whole}", grid, x, count=4, **given)
     runs = x[:4].astype(np.float64).reshape(-1, group)
     mean = runs.mean(axis=1, keepdims=True) if layer else np.zeros((len(runs), 1))
     inverse = 1 / np.sqrt(np.square(runs - mean).mean(axis=1, keepdims=True) + 1e-3)
@@ -240,11 +241,9 @@ def test_norm(layer: int, width: int, group: int, threads: int) -> None:
         x[:4], weight, bias if layer else None, 1e-3, "layer" if layer else "rms", group
     )
     np.testing.assert_allclose(made.out, reference, rtol=1e-4, atol=1e-4)
-    for again in (
-        Ran(f"norm_{layer}_{threads}_0", grid, x, count=4, **given),
-        Ran(f"norm_{layer}_{threads}_2", grid, x, count=4, in_place=True, **given),
-        Ran(f"norm_{layer}_{threads}_0", grid, x, count=4, in_place=True, **given),
-    ):
+    for vectors, other, in_place in itertools.product((0, 2), {0, whole}, (False, True)):
+        symbol = f"norm_{layer}_{threads}_{vectors}_{other}"
+        again = Ran(symbol, grid, x, count=4, in_place=in_place, **given)
         assert again.out.tobytes() == made.out.tobytes()
 
 
@@ -256,8 +255,8 @@ def test_norm_of_squares_beyond_f32() -> None:
     for layer in (0, 1):
         for threads in (32, 256):
             given: dict[str, Any] = {"weight": weight, "group": 64, "eps": 1e-5}
-            assert Ran(f"norm_{layer}_{threads}_2", 3, x, **given).status == rec.NOT_FINITE
-            assert Ran(f"norm_{layer}_{threads}_2", 3, x, count=2, **given).status == 0
+            assert Ran(f"norm_{layer}_{threads}_2_1", 3, x, **given).status == rec.NOT_FINITE
+            assert Ran(f"norm_{layer}_{threads}_2_1", 3, x, count=2, **given).status == 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -275,9 +274,9 @@ def test_round(kind: Any, width: int) -> None:
         for scale in (None, 0.03125, 0.7, 1e-30, 3e38):
             with np.errstate(over="ignore"):
                 want = numpy_ops.rounded(x[:8], kind, scale)
-            for vectors in (0, 2):
-                symbol = f"round_{int(kind != 'int8')}_{threads}_{vectors}"
-                for in_place in (False, True):
-                    made = Ran(symbol, grid, x, count=8, scale=scale or 0.0, in_place=in_place)
-                    assert made.out.tobytes() == want.tobytes()
-                    assert made.status == 0
+            ways = itertools.product((0, 2), {0, int(width % 4 == 0)}, (False, True))
+            for vectors, whole, in_place in ways:
+                symbol = f"round_{int(kind != 'int8')}_{threads}_{vectors}_{whole}"
+                made = Ran(symbol, grid, x, count=8, scale=scale or 0.0, in_place=in_place)
+                assert made.out.tobytes() == want.tobytes()
+                assert made.status == 0
