@@ -267,6 +267,7 @@ class BindingsDriver:
     def prepare(
         self, function: Function, grid: tuple[int, int, int], threads: int, shared: int, args: bytes
     ) -> Launch:
+        self._guard()
         record = ctypes.create_string_buffer(args, len(args))
         params = (ctypes.c_void_p * 2)(ctypes.addressof(record), None)
         call = functools.partial(
@@ -327,6 +328,8 @@ class BindingsDriver:
             self._graphs.append(graph)
 
     def launch_graph(self, graph: Graph) -> None:
+        if graph.handle is None and self._trouble is None:
+            raise ValueError("the graph is released, or its capture failed")
         self._start(functools.partial(self._cu.cuGraphLaunch, graph.handle, self._stream), "a graph")
 
     def release_graph(self, graph: Graph) -> None:

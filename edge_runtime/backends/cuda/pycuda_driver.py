@@ -107,6 +107,11 @@ def _quiet(api: Any, function: Callable[..., Any], *args: object) -> bool:
     return True
 
 
+def _never_free(held: object) -> None:
+    """Keep pycuda from destroying an object of its own, which would fail in a way that cannot be caught."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+
+
 class PycudaDriver:
     """See `Driver`."""
 
@@ -142,7 +147,9 @@ class PycudaDriver:
             raise
 
     def _retain(self, device: int) -> Any:
-        gpu = self._cu.Device(device)
+        found, gpu = ctypes.c_int(), self._cu.Device(device)
+        _libcuda().cuDeviceGet(ctypes.byref(found), device)
+        self._ordinal, self._opener = found.value, threading.get_ident()
         return _ask(self._cu, "joining the GPU's primary context", gpu.retain_primary_context)
 
     @staticmethod
@@ -338,27 +345,37 @@ class PycudaDriver:
             cu = self._cu
             below = cu.Context.get_current() is not None
             entered = _quiet(cu, self._context.push)
-            if self._stream is not None:
-                _quiet(cu, self._stream.synchronize)
-            for memory in self._pinned.values():
-                _libcuda().cuMemHostUnregister(ctypes.c_void_p(memory.address))
-                memory.pinned = False
-            for allocation in self._allocations.values():
-                _quiet(cu, allocation.free)
+            if entered:
+                if self._stream is not None:
+                    _quiet(cu, self._stream.synchronize)
+                for memory in self._pinned.values():
+                    _libcuda().cuMemHostUnregister(ctypes.c_void_p(memory.address))
+                for allocation in self._allocations.values():
+                    _quiet(cu, allocation.free)
+            elif self._joined:  # lost, and not ours to detach
+                for lost in (self._stream, *self._allocations.values()):
+                    _never_free(lost)
+                for held in (*self._functions, *self._events, *self._modules):
+                    _never_free(held.handle)
+            else:
+                self._release_lost()
             for held in (*self._functions, *self._events, *self._modules):
-                held.handle = None  # the last reference: pycuda frees it in the context that is current
+                held.handle = None  # the last reference: pycuda frees it while the context is current
+            for memory in self._pinned.values():
+                memory.pinned = False
             self._allocations, self._sizes, self._pinned = {}, {}, {}
             self._functions, self._events, self._modules = [], [], []
             self._stream = None
             if entered and self._joined:
                 _quiet(cu, cu.Context.pop)
             elif entered:
-                self._release_primary(below)
+                self._release_current(below)
             self._trouble = CLOSED
 
-    def _release_primary(self, below: bool) -> None:
-        """Give the primary context back, while it is current: else pycuda would only do so in its own thread.
+    def _release_current(self, below: bool) -> None:
+        """Give the primary context back while it is current: pycuda does so from any thread only then.
 
+        Detached, so that pycuda leaves alone what is destroyed later, such as what a traceback holds.
         below: whether another of pycuda's contexts was current before.
         """
         _quiet(self._cu, self._context.detach)
@@ -368,6 +385,12 @@ class PycudaDriver:
         if below:
             cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
             cuda.cuCtxPushCurrent_v2(top)
+
+    def _release_lost(self) -> None:
+        """Give back a primary context that cannot be made current; pycuda then destroys nothing in it."""
+        _quiet(self._cu, self._context.detach)
+        if threading.get_ident() != self._opener:  # pycuda has only marked it as gone
+            _libcuda().cuDevicePrimaryCtxRelease_v2(self._ordinal)
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

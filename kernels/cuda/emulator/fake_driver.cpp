@@ -171,6 +171,8 @@ API Result cuCtxDestroy_v2(void* context) {
     delete c;
     return kOk;
 }
+// As pycuda ends a context; each has but one user here.
+API Result cuCtxDetach(void* context) { return cuCtxDestroy_v2(context); }
 API Result cuCtxPushCurrent_v2(void* context) {
     ENTER("cuCtxPushCurrent", false);
     if (!alive(static_cast<Context*>(context))) return kInvalidContext;

@@ -214,6 +214,9 @@ API Result cuEventElapsedTime(float* ms, void* first, void* last) {
     *ms = std::chrono::duration<float, std::milli>(b->when - a->when).count();
     return kOk;
 }
+API Result cuEventElapsedTime_v2(float* ms, void* first, void* last) {
+    return cuEventElapsedTime(ms, first, last);
+}
 
 // --- graphs ---
 

@@ -83,6 +83,7 @@ const Symbol kSymbols[] = {
     PLAIN(cuEventSynchronize),
     PLAIN(cuEventQuery),
     PLAIN(cuEventElapsedTime),
+    FORM(cuEventElapsedTime, 12080, cuEventElapsedTime_v2),
     FORM(cuStreamBeginCapture, 10010, cuStreamBeginCapture_v2),
     FORM(cuStreamEndCapture, 10000, cuStreamEndCapture),
     FORM(cuGraphCreate, 10000, cuGraphCreate),
