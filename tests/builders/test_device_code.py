@@ -18,6 +18,7 @@ from builders import device_code, nvrtc, pipeline
 from builders.cli import main
 from builders.device_code import check_code, compile_device_code, headers, sources
 from builders.nvrtc import compiler_for, find_compilers
+from builders.planner import Request
 from builders.ptxas_report import read_report
 from edge_runtime.cli import inspect
 from edge_runtime.engine.device_code import Kernel, matrix_kernels, source
@@ -168,8 +169,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("device") / "toy")
 
 
+WEIGHTS = "int4_g32"  # of every build here, so that a device's kernels are compiled once
+
+
 def built(model: Path, target: Path, profile: str, *more: str) -> int:
-    return main(["--profile", profile, "--no-eval", "-o", str(target), "--json", *more, str(model)])
+    options = ["--profile", profile, "--weights", WEIGHTS, "--no-eval", "-o", str(target), "--json"]
+    return main([*options, *more, str(model)])
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -177,7 +182,7 @@ def test_edge_build_puts_the_code_into_the_engine(
     model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sm, cuda, ptx = DEVICES[name]
-    assert built(model, tmp_path / "m.edge", name, "--weights", "int4_g32") == 0
+    assert built(model, tmp_path / "m.edge", name) == 0
     said = json.loads(capsys.readouterr().out)
     assert inspect.main([str(tmp_path / "m.edge"), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -202,9 +207,9 @@ def test_edge_build_puts_the_code_into_the_engine(
 def test_the_same_build_gives_the_same_engine(model: Path, tmp_path: Path) -> None:
     digests = set()
     for name in ("a", "b"):
-        device_code._compiled.cache_clear()
         assert built(model, tmp_path / f"{name}.edge", "orin") == 0
         digests.add(hashlib.sha256((tmp_path / f"{name}.edge").read_bytes()).hexdigest())
+        device_code._compiled.cache_clear()
     assert len(digests) == 1
 
 
@@ -221,8 +226,11 @@ def test_a_build_says_that_it_compiles_and_leaves_what_it_found(model: Path, tmp
                 self.heard.append(what)
 
     watcher = Hearing()
+    request = Request(weights=WEIGHTS)
     done = pipeline.build(
-        pipeline.Options(model, tmp_path / "m.edge", "orin", measure=False, keep_json=tmp_path / "json"),
+        pipeline.Options(
+            model, tmp_path / "m.edge", "orin", request, measure=False, keep_json=tmp_path / "json"
+        ),
         watcher,
     )
     count = len(done.manifest.device_code[0].kernels)
