@@ -112,8 +112,12 @@ inline Result release(uintptr_t address) {
     return wrong != kOk ? wrong : late;
 }
 
+// All of it, the freed too, unmapped.
 inline void release_all() {
     while (!blocks.empty()) release(blocks.begin()->first);
+    for (const Block& block : freed) munmap(block.memory, block.mapped);
+    freed.clear();
+    freed_bytes = 0;
 }
 
 inline bool within(uintptr_t address, size_t bytes) {

@@ -126,6 +126,12 @@ API Result cuGetProcAddress(const char* name, void** out, int version, uint64_t 
     return cuGetProcAddress_v2(name, out, version, flags, nullptr);
 }
 
+// NVRTC looks for a cache of the driver's in one of these tables, and takes it for granted that it may ask.
+API Result cuGetExportTable(const void** table, const void*) {
+    *table = nullptr;
+    return kNotFound;
+}
+
 // Calls so far of an API function (without _v2), or of: "kernels" run, "kernel <symbol>", "syncs" (calls that
 // wait), "HtoD", "DtoH", "DtoD", "fills" (run), "leaked allocations" (at a context's end).
 API uint64_t edge_fake_count(const char* name) {
