@@ -6,13 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-import threading
-import time
-from typing import Any
 
 import numpy as np
 import pytest
-from driver_contract import DriverContract, fake, in_thread, record
+from driver_contract import DriverContract, in_thread, record
+from fake_cuda import FakeCuda
 
 from edge_runtime.backends.cuda import bindings_driver, pycuda_driver
 from edge_runtime.backends.cuda import driver as driver_module
@@ -20,24 +18,25 @@ from edge_runtime.backends.cuda.bindings_driver import BindingsDriver
 from edge_runtime.backends.cuda.driver import Driver, open_driver
 from edge_runtime.errors import BackendUnavailable, EdgeError
 
-__all__ = ["fake"]  # the fixture
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 
 
 class TestBindings(DriverContract):
     api = "cuda-bindings"
 
-    def test_auto_takes_it(self, fake: Any) -> None:
+    def test_auto_takes_it(self, fake_gpu: FakeCuda) -> None:
         driver = open_driver()
         assert driver.facts.api == self.api and driver.graphs and driver.stream
         driver.close()
 
     # --- graphs ---
 
-    def test_a_graph_runs_what_was_captured_with_the_values_of_now(self, driver: Driver, fake: Any) -> None:
+    def test_a_graph_runs_what_was_captured_with_the_values_of_now(
+        self, driver: Driver, fake_gpu: FakeCuda
+    ) -> None:
         x = np.arange(64, dtype=np.float32)
         at, out = driver.allocate(x.nbytes), driver.allocate(x.nbytes)
-        kernel = driver.function(self.kernels(driver, fake), "edge_scaled")
+        kernel = driver.function(self.kernels(driver), "edge_scaled")
         staged, answer = driver.pinned(x.nbytes), driver.pinned(x.nbytes)
         args = bytearray(record(out, at, 2, 64))
         with driver.capture() as graph:
@@ -55,7 +54,7 @@ class TestBindings(DriverContract):
             driver.synchronize()
             np.testing.assert_array_equal(answer.array.view(np.float32), 2 * (x + turn))
 
-    def test_an_error_within_a_capture_ends_it(self, driver: Driver, fake: Any) -> None:
+    def test_an_error_within_a_capture_ends_it(self, driver: Driver, fake_gpu: FakeCuda) -> None:
         at = driver.allocate(64)
         with pytest.raises(KeyError), driver.capture():
             driver.fill(at, 64, 1)
@@ -63,7 +62,7 @@ class TestBindings(DriverContract):
         driver.fill(at, 64, 2)  # the stream runs again
         found = np.zeros(64, np.uint8)
         driver.download(found, at)
-        assert (found == 2).all() and fake.count("cuGraphInstantiate") == 0
+        assert (found == 2).all() and fake_gpu.count("cuGraphInstantiate") == 0
         with (
             pytest.raises(EdgeError, match="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED while waiting for the GPU"),
             driver.capture(),
@@ -73,7 +72,7 @@ class TestBindings(DriverContract):
         driver.download(found, at)
         assert (found == 3).all()
 
-    def test_graphs_are_destroyed_with_what_they_were_made_of(self, fake: Any) -> None:
+    def test_graphs_are_destroyed_with_what_they_were_made_of(self, fake_gpu: FakeCuda) -> None:
         driver = open_driver(self.api)
         at = driver.allocate(64)
         made = []
@@ -86,28 +85,28 @@ class TestBindings(DriverContract):
         with pytest.raises(ValueError, match="the graph is released"):
             driver.launch_graph(made[0])
         driver.close()
-        assert fake.count("cuGraphExecDestroy") == 3 == fake.count("cuGraphDestroy")
+        assert fake_gpu.count("cuGraphExecDestroy") == 3 == fake_gpu.count("cuGraphDestroy")
         with pytest.raises(BackendUnavailable, match="closed"):
             driver.launch_graph(made[1])
 
-    def test_no_memory_for_a_graph(self, driver: Driver, fake: Any) -> None:
+    def test_no_memory_for_a_graph(self, driver: Driver, fake_gpu: FakeCuda) -> None:
         at = driver.allocate(64)
-        fake.fail("cuGraphInstantiate", 2)
+        fake_gpu.fail("cuGraphInstantiate:1:2")
         said = "CUDA_ERROR_OUT_OF_MEMORY while making a graph"
         with pytest.raises(EdgeError, match=said), driver.capture():
             driver.fill(at, 64, 1)
-        assert fake.count("cuGraphDestroy") == 1
+        assert fake_gpu.count("cuGraphDestroy") == 1
 
     # --- contexts of others ---
 
-    def test_the_callers_context_is_joined_and_left(self, fake: Any) -> None:
+    def test_the_callers_context_is_joined_and_left(self, fake_gpu: FakeCuda) -> None:
         from cuda.bindings import driver as cu
 
         cu.cuInit(0)
         own = cu.cuCtxCreate(None, 0, 0)[1] if own_takes_parameters() else cu.cuCtxCreate(0, 0)[1]
         driver = open_driver(self.api)
         assert int(cu.cuCtxGetCurrent()[1]) == int(own)
-        assert fake.count("cuDevicePrimaryCtxRetain") == fake.count("cuDevicePrimaryCtxRelease")
+        assert fake_gpu.count("cuDevicePrimaryCtxRetain") == fake_gpu.count("cuDevicePrimaryCtxRelease")
         driver.free(driver.allocate(4))
 
         def elsewhere() -> None:
@@ -119,7 +118,7 @@ class TestBindings(DriverContract):
         assert int(cu.cuCtxGetCurrent()[1]) == int(own)
         cu.cuCtxDestroy(own)
 
-    def test_a_thread_with_another_context_keeps_it(self, fake: Any) -> None:
+    def test_a_thread_with_another_context_keeps_it(self, fake_gpu: FakeCuda) -> None:
         from cuda.bindings import driver as cu
 
         driver = open_driver(self.api)
@@ -132,32 +131,10 @@ class TestBindings(DriverContract):
 
     # --- what cuda-bindings itself may fail at ---
 
-    def test_a_code_that_the_bindings_do_not_know(self, driver: Driver, fake: Any) -> None:
-        fake.fail("cuMemAlloc", 12345)
+    def test_a_code_that_the_bindings_do_not_know(self, driver: Driver, fake_gpu: FakeCuda) -> None:
+        fake_gpu.fail("cuMemAlloc:1:12345")
         with pytest.raises(BackendUnavailable, match="unknown to cuda-bindings while allocating 4 bytes"):
             driver.allocate(4)
-
-    def test_python_goes_on_while_the_gpu_is_waited_for(self, driver: Driver, fake: Any) -> None:
-        at = driver.allocate(64 << 20)
-        counted = 0
-        done = threading.Event()
-
-        def count() -> None:
-            nonlocal counted
-            while not done.is_set():
-                counted += 1
-                time.sleep(0.0005)
-
-        thread = threading.Thread(target=count)
-        thread.start()
-        start = time.perf_counter()
-        while time.perf_counter() - start < 0.2:
-            for _ in range(20):
-                driver.fill(at, 64 << 20, 1)
-            driver.synchronize()
-        done.set()
-        thread.join()
-        assert counted > 20
 
 
 def own_takes_parameters() -> bool:

@@ -8,17 +8,16 @@ import importlib.util
 import re
 import subprocess
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-from driver_contract import DriverContract, fake, fake_driver, in_thread
+from driver_contract import DriverContract, in_thread
 from emulation import compile_cached
+from fake_cuda import FakeCuda, fake_driver, load_fake
 
 from edge_runtime.backends.cuda.driver import Driver, open_driver
 from edge_runtime.errors import BackendUnavailable
 
-__all__ = ["fake"]  # the fixture
 if importlib.util.find_spec("pycuda") is None:
     pytest.skip("pycuda is not installed (pip install pycuda needs nvcc)", allow_module_level=True)
 
@@ -28,13 +27,21 @@ NM = re.compile(r"^\s+U (cu[A-Z]\w+)", re.MULTILINE)
 @pytest.fixture(scope="module", autouse=True)
 def other_symbols() -> None:
     """pycuda links every function of CUDA; those that the fake lacks (textures, arrays) refuse."""
-    fake_driver()
+    load_fake()
+    library = ctypes.CDLL(str(fake_driver()))
     origin = importlib.util.find_spec("pycuda._driver")
     assert origin is not None and origin.origin is not None
     names = subprocess.run(["nm", "-D", origin.origin], capture_output=True, text=True, check=True).stdout
-    lacking = [name for name in sorted(set(NM.findall(names))) if not hasattr(fake_driver(), name)]
+    lacking = [name for name in sorted(set(NM.findall(names))) if not hasattr(library, name)]
     source = "".join(f'extern "C" int {name}() {{ return 801; }}\n' for name in lacking)
     ctypes.CDLL(str(compile_cached("pycuda_rest", source, ())), mode=ctypes.RTLD_GLOBAL)
+
+
+def current() -> int:
+    """The context that is current in this thread for CUDA, 0 for none."""
+    found = ctypes.c_void_p()
+    assert not ctypes.CDLL(str(fake_driver())).cuCtxGetCurrent(ctypes.byref(found))
+    return found.value or 0
 
 
 class TestPycuda(DriverContract):
@@ -52,15 +59,15 @@ class TestPycuda(DriverContract):
         with pytest.raises(BackendUnavailable, match="pycuda has no CUDA graphs; for those pip install"):
             driver.capture()
 
-    def test_the_callers_context_is_joined_and_left(self, fake: Any) -> None:
+    def test_the_callers_context_is_joined_and_left(self, fake_gpu: FakeCuda) -> None:
         import pycuda.driver as cu
 
         cu.init()
         own = cu.Device(0).make_context()
         try:
-            retained = fake.count("cuDevicePrimaryCtxRetain")
+            retained = fake_gpu.count("cuDevicePrimaryCtxRetain")
             driver = open_driver(self.api)
-            assert fake.count("cuDevicePrimaryCtxRetain") == retained
+            assert fake_gpu.count("cuDevicePrimaryCtxRetain") == retained
             at = driver.allocate(16)
             driver.upload(at, np.ones(16, np.uint8))
             theirs = cu.mem_alloc(16)
@@ -77,7 +84,7 @@ class TestPycuda(DriverContract):
             own.pop()
             own.detach()
 
-    def test_a_context_made_later_stays_current(self, fake: Any) -> None:
+    def test_a_context_made_later_stays_current(self, fake_gpu: FakeCuda) -> None:
         import pycuda.driver as cu
 
         driver = open_driver(self.api)
@@ -91,7 +98,7 @@ class TestPycuda(DriverContract):
         own.pop()
         own.detach()
         assert cu.Context.get_current() is None
-        assert fake.current() == 0, "CUDA's own stack is empty as well"
+        assert current() == 0, "CUDA's own stack is empty as well"
 
     def test_arrays_of_pycuda_are_taken(self, driver: Driver) -> None:
         from pycuda import gpuarray

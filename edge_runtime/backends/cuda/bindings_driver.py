@@ -1,4 +1,7 @@
-"""CUDA's driver API through cuda-bindings 12.x and 13.x: stream capture, graphs, cheapest launches."""
+"""CUDA's driver API through cuda-bindings 12.x and 13.x: stream capture, graphs, cheapest launches.
+
+From 12.9 on it lets other Python threads run while it waits for the GPU.
+"""
 
 from __future__ import annotations
 

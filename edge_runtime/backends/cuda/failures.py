@@ -48,7 +48,7 @@ _NO_DEVICE = {
 }
 CLOSED = "this CUDA driver is closed"
 PIP = (
-    "pip install 'cuda-bindings==12.*' for a CUDA 12 driver, 'cuda-bindings>=13' for a newer one, "
+    "pip install 'cuda-bindings==12.9.*' for a CUDA 12 driver, 'cuda-bindings>=13' for a newer one, "
     "or pip install pycuda"
 )
 
