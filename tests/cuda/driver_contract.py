@@ -1,25 +1,18 @@
-"""What both drivers must do, on the fake libcuda: the tests of test_driver.py and test_pycuda_driver.py.
-
-A subclass says which API is opened (`api`). Kernels of these tests run in the emulator.
-"""
+"""What both drivers must do, on the fake libcuda: test_driver.py and test_pycuda_driver.py run it."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
 import threading
-from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda, add_module, ptx
+from fake_cuda import FakeCuda, ptx
+from opened_driver import OpenedDriver, Worker, in_thread, record
 
 from edge_runtime.backends.cuda.device_array import DeviceArray
-from edge_runtime.backends.cuda.driver import Driver, Module, device_facts, open_driver
+from edge_runtime.backends.cuda.driver import Driver, device_facts, open_driver
 from edge_runtime.backends.cuda.memory import DeviceArena
 from edge_runtime.errors import (
     BackendUnavailable,
@@ -27,69 +20,10 @@ from edge_runtime.errors import (
     BadRequest,
     DeviceMismatch,
     DoesNotFit,
-    EdgeError,
 )
 
-SOURCE = """
-#include <unistd.h>
-#include "device.cuh"
-struct Scaled { float* out; const float* x; float by; int32_t n; };
-namespace edge {
-EDGE_DEVICE void scaled(const Scaled& a) {
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < a.n) a.out[i] = a.x[i] * a.by;
-}
-// Each block's numbers in reverse, by way of shared memory.
-EDGE_DEVICE void reversed(const Scaled& a) {
-    float* memory = reinterpret_cast<float*>(dynamic_shared());
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    memory[threadIdx.x] = a.x[i];
-    __syncthreads();
-    a.out[i] = memory[blockDim.x - 1 - threadIdx.x];
-}
-// Waits for the host to write x, at most 5 s; says what it found.
-EDGE_DEVICE void waiting(const Scaled& a) {
-    const volatile float* x = a.x;
-    for (int i = 0; i < 5000 && *x == 0; ++i) usleep(1000);
-    *a.out = *x;
-}
-}  // namespace edge
-EDGE_KERNEL(edge_waiting, 1, Scaled, edge::waiting)
-EDGE_KERNEL(edge_scaled, 64, Scaled, edge::scaled)
-EDGE_KERNEL(edge_reversed, 64, Scaled, edge::reversed)
-"""
 
-
-class Scaled(ctypes.Structure):
-    _fields_ = (
-        ("out", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("by", ctypes.c_float),
-        ("n", ctypes.c_int32),
-    )
-
-
-def record(out: int, x: int, by: float, n: int) -> bytes:
-    return bytes(Scaled(out, x, by, n))
-
-
-class DriverContract:
-    """`api`: the driver under test."""
-
-    api = ""
-
-    @pytest.fixture
-    def driver(self, fake_gpu: FakeCuda) -> Iterator[Driver]:
-        made = open_driver(self.api)
-        yield made
-        made.close()
-        assert fake_gpu.used == 0, "memory is left after close"
-
-    def kernels(self, driver: Driver) -> Module:
-        image = ptx(content="// the kernels of driver_contract.py")
-        add_module(Path(os.environ["EDGE_FAKE_MODULES"]), image, SOURCE)
-        return driver.load_module(image, "sm_87, CUDA 12.6")
-
+class DriverContract(OpenedDriver):
     # --- what it says ---
 
     def test_facts_are_the_devices(self, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +185,19 @@ class DriverContract:
             DeviceArena(driver, [("small", 16, 64), ("large", 4097, 256)])
         assert caught.value.need == 4097 and fake_gpu.used == 0
 
+    def test_an_integrated_gpu_refuses_by_the_systems_figure(
+        self, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("EDGE_FAKE_INTEGRATED", "1")
+        monkeypatch.setenv("EDGE_FAKE_MEMORY", str(1 << 50))  # what CUDA says, were it asked
+        driver = open_driver(self.api)
+        have, source = driver.free_bytes()
+        with pytest.raises(DoesNotFit, match="free") as caught:
+            DeviceArena(driver, [("all", 2 * have, 256)])
+        assert caught.value.source == source and caught.value.need == 2 * have
+        assert fake_gpu.count("cuMemAlloc") == 0, "it would have been given, and the system killed"
+        driver.close()
+
     # --- kernels ---
 
     def test_kernels_run_with_their_record(self, driver: Driver, fake_gpu: FakeCuda) -> None:
@@ -343,6 +290,30 @@ class DriverContract:
             in_thread(work)
         np.testing.assert_array_equal(found, x * 4**3)
 
+    def test_two_drivers_run_in_two_threads(self, fake_gpu: FakeCuda) -> None:
+        drivers = [open_driver(self.api) for _ in range(2)]
+        kernels = [d.function(self.kernels(d), "edge_scaled") for d in drivers]
+        found = [np.zeros(64, np.float32) for _ in drivers]
+
+        def work(i: int) -> None:
+            driver, x = drivers[i], np.arange(64, dtype=np.float32)
+            at = driver.allocate(x.nbytes)
+            driver.upload(at, x)
+            for _ in range(10):
+                driver.launch(kernels[i], (1, 1, 1), 64, 0, record(at, at, 2 + i, 64))
+                driver.synchronize()
+            driver.download(found[i], at)
+
+        threads = [Worker(lambda i=i: work(i)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.finish()
+        for i, driver in enumerate(drivers):
+            np.testing.assert_array_equal(found[i], np.arange(64) * np.float32(2 + i) ** 10)
+            driver.close()
+        assert fake_gpu.used == 0
+
     def test_python_goes_on_while_the_gpu_is_waited_for(self, driver: Driver) -> None:
         if lets_nobody_else_run(driver):
             pytest.skip("cuda-bindings before 12.9 keeps Python's lock while it waits")
@@ -357,175 +328,8 @@ class DriverContract:
         timer.join()
         assert found[0] == 7, "the timer's thread could not run before the wait ended"
 
-    # --- failures ---
-
-    @pytest.mark.parametrize("function", ["cuInit", "cuDeviceGet"])
-    def test_no_device(self, fake_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-        if function == "cuInit":
-            monkeypatch.setenv("EDGE_FAKE_DEVICES", "0")
-            with pytest.raises(BackendUnavailable, match=r"CUDA_ERROR_NO_DEVICE while .*no GPU is visible"):
-                open_driver(self.api)
-        else:
-            with pytest.raises(BackendUnavailable, match=r"CUDA_ERROR_INVALID_DEVICE while opening GPU 3"):
-                open_driver(self.api, 3)
-
-    def test_no_memory_for_a_context(self, fake_gpu: FakeCuda) -> None:
-        fake_gpu.fail("cuDevicePrimaryCtxRetain:1:2")
-        with pytest.raises(DoesNotFit, match=r"CUDA_ERROR_OUT_OF_MEMORY while joining the GPU's primary"):
-            open_driver(self.api)
-
-    def test_a_failure_while_opening_leaves_nothing(self, fake_gpu: FakeCuda) -> None:
-        fake_gpu.fail("cuStreamCreate:1:999")
-        with pytest.raises(BackendUnavailable, match="CUDA_ERROR_UNKNOWN while making a stream"):
-            open_driver(self.api)
-        assert fake_gpu.count("cuDevicePrimaryCtxRetain") == fake_gpu.count("cuDevicePrimaryCtxRelease") > 0
-
-    @pytest.mark.parametrize("code", [700, 719])
-    def test_a_lost_context_says_so_at_every_call(self, faulty_gpu: FakeCuda, code: int) -> None:
-        driver = open_driver(self.api)
-        kernel = driver.function(self.kernels(driver), "edge_scaled")
-        at = driver.allocate(256)
-        launch = driver.prepare(kernel, (1, 1, 1), 64, 0, record(at, at, 1, 0))
-        name = {700: "CUDA_ERROR_ILLEGAL_ADDRESS", 719: "CUDA_ERROR_LAUNCH_FAILED"}[code]
-        faulty_gpu.fail(f"cuLaunchKernel:1:{code}")
-        said = f"{name} while launching .*edge_scaled: the CUDA context is lost; close the engine and open it"
-        with pytest.raises(BackendUnavailable, match=said):
-            driver.run(launch)
-        calls = (
-            lambda: driver.run(launch),
-            lambda: driver.allocate(4),
-            lambda: driver.free(at),
-            lambda: driver.fill(at, 4),
-            driver.synchronize,
-            lambda: driver.pinned(4),
-            driver.event,
-        )
-        for call in calls:
-            with pytest.raises(BackendUnavailable, match=name):
-                call()
-        driver.close()
-        again = open_driver(self.api)  # a new context works
-        again.free(again.allocate(4))
-        again.close()
-
-    def test_a_fault_of_a_kernel_is_found_where_it_is_waited_for(self, faulty_gpu: FakeCuda) -> None:
-        driver = open_driver(self.api)
-        kernel = driver.function(self.kernels(driver), "edge_scaled")
-        at = driver.allocate(64)
-        x = driver.allocate(128)
-        driver.fill(x, 128)
-        driver.launch(kernel, (1, 1, 1), 64, 0, record(at, x, 1, 17))  # one float too many
-        with pytest.raises(BackendUnavailable, match="CUDA_ERROR_ILLEGAL_ADDRESS while waiting for the GPU"):
-            driver.synchronize()
-        driver.close()
-
-    @pytest.mark.parametrize(
-        ("function", "act"),
-        [
-            ("cuMemcpyHtoDAsync", lambda d, at: d.upload(at, np.zeros(4, np.uint8))),
-            ("cuMemcpyDtoHAsync", lambda d, at: d.download(np.zeros(4, np.uint8), at)),
-            ("cuMemcpyDtoDAsync", lambda d, at: d.copy(at, at + 16, 4)),
-            ("cuMemsetD8Async", lambda d, at: d.fill(at, 4)),
-            ("cuStreamSynchronize", lambda d, at: d.synchronize()),
-            ("cuMemFree", lambda d, at: d.free(at)),
-            ("cuEventCreate", lambda d, at: d.event()),
-            ("cuEventRecord", lambda d, at: d.record(d.event())),
-            ("cuMemGetInfo", lambda d, at: d.free_bytes()),
-        ],
-    )
-    def test_every_call_names_its_failure(
-        self, driver: Driver, fake_gpu: FakeCuda, function: str, act: Any
-    ) -> None:
-        at = driver.allocate(64)
-        fake_gpu.fail(f"{function}:1:400")
-        if function == "cuMemFree" and self.api == "pycuda":
-            pytest.skip("pycuda only warns of it")
-        with pytest.raises(EdgeError, match=r"CUDA_ERROR_INVALID_HANDLE while \w+"):
-            act(driver, at)
-
-    # --- the end ---
-
-    def test_close_gives_everything_back_and_twice_does_nothing(self, fake_gpu: FakeCuda) -> None:
-        driver = open_driver(self.api)
-        kernel = driver.function(self.kernels(driver), "edge_scaled")
-        at = driver.allocate(1000)
-        driver.allocate(2000)
-        memory = driver.pinned(3000)
-        event = driver.event()
-        launch = driver.prepare(kernel, (1, 1, 1), 64, 0, record(at, at, 1, 0))
-        assert fake_gpu.used == 3000 == driver.memory_used
-        driver.close()
-        driver.close()
-        modules = "cuModuleLoadDataEx" if self.api == "pycuda" else "cuModuleLoadData"
-        assert fake_gpu.used == 0 == driver.memory_used == driver.pinned_used
-        for made, ended in (
-            ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
-            ("cuStreamCreate", "cuStreamDestroy"),
-            ("cuEventCreate", "cuEventDestroy"),
-            ("cuMemHostRegister", "cuMemHostUnregister"),
-            (modules, "cuModuleUnload"),
-            ("cuCtxPushCurrent", "cuCtxPopCurrent"),
-        ):
-            assert fake_gpu.count(made) == fake_gpu.count(ended) > 0, f"{made} without {ended}"
-        for call in (
-            lambda: driver.run(launch),
-            lambda: driver.allocate(4),
-            lambda: driver.record(event),
-            lambda: driver.prepare(kernel, (1, 1, 1), 64, 0, b""),
-            lambda: driver.free(at),
-            lambda: driver.pinned(4),
-            driver.synchronize,
-        ):
-            with pytest.raises(BackendUnavailable, match="this CUDA driver is closed"):
-                call()
-        driver.release_pinned(memory)
-
-    def test_close_in_another_thread(self, fake_gpu: FakeCuda) -> None:
-        driver = open_driver(self.api)
-        driver.allocate(100)
-        driver.pinned(100)
-        in_thread(driver.close)
-        assert fake_gpu.used == 0
-        assert fake_gpu.count("cuDevicePrimaryCtxRetain") == fake_gpu.count("cuDevicePrimaryCtxRelease")
-
-    def test_a_driver_that_is_forgotten_gives_back_too(self, fake_gpu: FakeCuda) -> None:
-        driver = open_driver(self.api)
-        driver.allocate(100)
-        del driver
-        gc.collect()
-        assert fake_gpu.used == 0
-
-    def test_two_drivers_share_the_primary_context(self, fake_gpu: FakeCuda) -> None:
-        first, second = open_driver(self.api), open_driver(self.api)
-        at = first.allocate(64)
-        first.fill(at, 64, 4)
-        first.synchronize()
-        found = np.zeros(64, np.uint8)
-        second.download(found, at)
-        assert (found == 4).all()
-        first.close()
-        second.free(second.allocate(4))
-        second.close()
-
 
 def lets_nobody_else_run(driver: Driver) -> bool:
     if driver.facts.api != "cuda-bindings":
         return False
     return tuple(map(int, version("cuda-bindings").split(".")[:2])) < (12, 9)
-
-
-def in_thread(work: Any) -> None:
-    """Runs it in a thread of its own, and raises what it raised."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]

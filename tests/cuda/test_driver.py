@@ -9,8 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-from driver_contract import DriverContract, in_thread, record
+from driver_contract import DriverContract
+from failure_contract import FailureContract
 from fake_cuda import FakeCuda
+from opened_driver import in_thread, record
 
 from edge_runtime.backends.cuda import bindings_driver, pycuda_driver
 from edge_runtime.backends.cuda import driver as driver_module
@@ -21,7 +23,7 @@ from edge_runtime.errors import BackendUnavailable, EdgeError
 pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
 
 
-class TestBindings(DriverContract):
+class TestBindings(DriverContract, FailureContract):
     api = "cuda-bindings"
 
     def test_auto_takes_it(self, fake_gpu: FakeCuda) -> None:

@@ -1,4 +1,8 @@
-"""The driver seam through pycuda, on the fake libcuda: the contract of both drivers, contexts of pycuda."""
+"""The driver seam through pycuda, on the fake libcuda: the contract of both drivers, contexts of pycuda.
+
+pycuda has no wheels. To run these without a GPU: build its sdist against the toolkit, with an empty library
+in place of libcuda (gcc -shared -Wl,--no-as-needed,-soname,libcuda.so.1), into an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from driver_contract import DriverContract, in_thread
+from driver_contract import DriverContract
 from emulation import compile_cached
+from failure_contract import FailureContract
 from fake_cuda import FakeCuda, fake_driver, load_fake
+from opened_driver import in_thread
 
 from edge_runtime.backends.cuda.driver import Driver, open_driver
 from edge_runtime.errors import BackendUnavailable
@@ -44,7 +50,7 @@ def current() -> int:
     return found.value or 0
 
 
-class TestPycuda(DriverContract):
+class TestPycuda(DriverContract, FailureContract):
     api = "pycuda"
 
     @pytest.fixture(autouse=True)
