@@ -45,13 +45,17 @@ _INTEGERS = ("u4", "u4o8", "i8")
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One instance: its name in the device code, header, record and function of kernels/cuda, block size."""
+    """One instance: its name in the device code, header, record and function of kernels/cuda, block size.
+
+    early: it waits by itself for the launch before it, and has something to do until then.
+    """
 
     symbol: str
     header: str
     args: str
     call: str
     threads: int
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,14 @@ class MatrixKernels:
 
     kind: what their inputs are made into, "int32" … "int128" (int8 in groups of so many), "half" or "bfloat".
     unit: columns taken at once. tile_panels: panels of 16 rows of a block of `tile`. split: by blocks of
-    tokens.
+    tokens; deep: for one block, with more weights on their way. All give the same numbers.
     """
 
     kind: str
     unit: int
     tile_panels: int
     split: dict[int, Kernel]
+    deep: Kernel
     tile: Kernel
     embed: Kernel
 
@@ -91,20 +96,18 @@ def matrix_kernels(name: str) -> MatrixKernels:
     weights = f"edge::Weights<edge::Code::{_CODES[code]}, edge::Scale::{scale}, {group}>"
     kind = f"int{group}" if integer else "bfloat" if code == "bf16" else "half"
     wide = unit == mma_order.UNIT and (group == mma_order.UNIT or not grouped)  # Weights::kTilePanels
+    ahead = 2 if fmt.codes[0].encoding in ("f16", "bf16") else 4
+
+    def split(symbol: str, blocks: int, units: int) -> Kernel:
+        call = f"edge::linear_split<{weights}, {blocks}, {units}>"
+        return Kernel(symbol, "linear.cuh", "EdgeLinear", call, SPLIT_THREADS, early=True)
+
     return MatrixKernels(
         kind=kind,
         unit=unit,
         tile_panels=8 if wide else 4,
-        split={
-            n: Kernel(
-                f"linear_split{n}_{name}",
-                "linear.cuh",
-                "EdgeLinear",
-                f"edge::linear_split<{weights}, {n}>",
-                SPLIT_THREADS,
-            )
-            for n in SPLIT_BLOCKS
-        },
+        split={n: split(f"linear_split{n}_{name}", n, ahead) for n in SPLIT_BLOCKS},
+        deep=split(f"linear_deep_{name}", 1, 2 * ahead),
         tile=Kernel(
             f"linear_tile_{name}", "linear.cuh", "EdgeLinear", f"edge::linear_tile<{weights}>", TILE_THREADS
         ),
@@ -309,7 +312,10 @@ def source(kernels: Iterable[Kernel]) -> str:
     found = {kernel.symbol: kernel for kernel in kernels}
     headers = sorted({kernel.header for kernel in found.values()})
     lines = [f'#include "{header}"' for header in headers]
-    lines += [f"EDGE_KERNEL({k.symbol}, {k.threads}, {k.args}, {k.call})" for _, k in sorted(found.items())]
+    lines += [
+        f"EDGE_KERNEL{'_EARLY' if k.early else ''}({k.symbol}, {k.threads}, {k.args}, {k.call})"
+        for _, k in sorted(found.items())
+    ]
     return "\n".join(lines) + "\n"
 
 

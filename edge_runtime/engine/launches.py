@@ -179,7 +179,7 @@ def padded_columns(cols: int) -> int:
 def _kernels(launch: Launch) -> Iterable[Kernel]:
     match launch:
         case LinearLaunch():
-            return (*launch.kernels.split.values(), launch.kernels.tile)
+            return (*launch.kernels.split.values(), launch.kernels.deep, launch.kernels.tile)
         case AttentionLaunch():
             return (launch.split, launch.merge, launch.looped)
         case _:

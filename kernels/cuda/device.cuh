@@ -6,12 +6,38 @@
 
 #ifdef EDGE_EMULATE
 #include "emulator/emulator.h"
+#define EDGE_KERNEL_EARLY EDGE_KERNEL
+namespace edge {
+EDGE_DEVICE void wait_for_inputs() {}
+}  // namespace edge
 #else
 #define EDGE_DEVICE __device__ __forceinline__
 #define EDGE_SHARED __shared__
+namespace edge {
+// From sm_90 on a launch may begin while the one before it still runs (programmatic dependent launch). Every
+// kernel waits for that one's end, and so for all before it, before it reads what they wrote or writes; one that
+// has something to do until then calls wait_for_inputs() itself.
+EDGE_DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+EDGE_DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+}  // namespace edge
 // A kernel named `symbol`: the device function after it, called with one record.
-#define EDGE_KERNEL(symbol, threads, Args, ...)                                                      \
+#define EDGE_KERNEL_EARLY(symbol, threads, Args, ...)                                                 \
     extern "C" __global__ void __launch_bounds__(threads) symbol(const __grid_constant__ Args args) { \
+        edge::let_next_begin();                                                                       \
+        __VA_ARGS__(args);                                                                            \
+    }
+#define EDGE_KERNEL(symbol, threads, Args, ...)                                                       \
+    extern "C" __global__ void __launch_bounds__(threads) symbol(const __grid_constant__ Args args) { \
+        edge::let_next_begin();                                                                       \
+        edge::wait_for_inputs();                                                                      \
         __VA_ARGS__(args);                                                                            \
     }
 namespace edge {

@@ -144,38 +144,40 @@ EDGE_DEVICE void finish(const EdgeLinear& args, const EdgeMatrix& m, int row, in
     m.out[at] = v;
 }
 
-// Grid (panels, ceil(tokens / (8 * kBlocks))), 256 threads.
-template <class W, int kBlocks>
+// Grid (panels, ceil(tokens / (8 * kBlocks))), 256 threads. kAhead units of a warp's weights are on their way
+// at any time; the first ones are asked for before the launch that makes the inputs has ended.
+template <class W, int kBlocks, int kAhead>
 EDGE_DEVICE void linear_split(const EdgeLinear& args) {
-    constexpr int kAhead = W::kLoads >= 4 ? 2 : 4;  // units whose codes are on their way at once
     EDGE_SHARED float spans[kSpans][kBlocks * 4 * kWarp];
     EDGE_SHARED uint32_t table[W::kTable ? 256 : 1];
-    const int count = args.step.counts[args.row_count];
-    const int first = static_cast<int>(blockIdx.y) * kBlocks;
-    if (first * kTokenBlock >= count) return;
-    W::fill_table(table);
     int panel = static_cast<int>(blockIdx.x);
     const EdgeMatrix& m = matrix_of(args, panel);
     const int own = span_units(args.units), begin = warp() * own;
     const int end = begin + own < args.units ? begin + own : args.units;
+    typename W::Unit w[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+        if (begin + i < end) W::fetch(w[i], m, panel, begin + i, args.units);
+    wait_for_inputs();
+    const int count = args.step.counts[args.row_count];
+    const int first = static_cast<int>(blockIdx.y) * kBlocks;
+    if (first * kTokenBlock >= count) return;
+    W::fill_table(table);
     float sum[kBlocks][4];
     for (int n = 0; n < kBlocks; ++n)
         for (int i = 0; i < 4; ++i) sum[n][i] = 0.0f;
     for (int at = begin; at < end; at += kAhead) {
-        typename W::Unit w[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (at + i < end) W::fetch(w[i], m, panel, at + i, args.units);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (at + i < end) {
-                Inputs<W> x[kBlocks];
+            const int unit = at + i;
+            if (unit >= end) continue;
+            Inputs<W> x[kBlocks];
 #pragma unroll
-                for (int n = 0; n < kBlocks; ++n)
-                    fetch_inputs(x[n], args.inputs, first + n, at + i,
-                                 (first + n) * kTokenBlock + lane() / 4 < count);
-                multiply<W, kBlocks>(w[i], x, table, sum);
-            }
+            for (int n = 0; n < kBlocks; ++n)
+                fetch_inputs(x[n], args.inputs, first + n, unit,
+                             (first + n) * kTokenBlock + lane() / 4 < count);
+            multiply<W, kBlocks>(w[i], x, table, sum);
+            if (unit + kAhead < end) W::fetch(w[i], m, panel, unit + kAhead, args.units);
         }
     }
 #pragma unroll

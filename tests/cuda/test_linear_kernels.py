@@ -34,7 +34,7 @@ def library() -> Emulated:
 
 
 def _all(kernels: MatrixKernels) -> list[Any]:
-    return [*kernels.split.values(), kernels.tile, kernels.embed]
+    return [*kernels.split.values(), kernels.deep, kernels.tile, kernels.embed]
 
 
 class Case:
@@ -132,6 +132,10 @@ class Case:
         grid = (-(-self.rows // 16), -(-self.tokens // (TOKEN_BLOCK * blocks)))
         return self.run(self.kernels.split[blocks].symbol, grid, count, **more)
 
+    def deep(self, count: int) -> Array:
+        grid = (-(-self.rows // 16), -(-self.tokens // TOKEN_BLOCK))
+        return self.run(self.kernels.deep.symbol, grid, count)
+
     def tile(self, count: int, **more: bool) -> Array:
         panels = -(-self.rows // 16)
         grid = (-(-panels // self.kernels.tile_panels), -(-self.tokens // TILE_TOKENS))
@@ -173,6 +177,7 @@ def test_every_kernel_gives_a_token_the_same_bits(name: str) -> None:
     assert (np.abs(whole - exact) <= bound).all()
     for blocks in SPLIT_BLOCKS:
         assert case.split(blocks, 70).tobytes() == whole.tobytes()
+    assert case.deep(70).tobytes() == whole.tobytes()
     for count in (1, 3, 8, 9, 33, 69):
         for got in (case.split(1, count), case.split(4, count), case.tile(count)):
             assert got[:count].tobytes() == whole[:count].tobytes()
