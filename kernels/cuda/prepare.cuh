@@ -1,12 +1,11 @@
-// Rows of f32 values turned into inputs of linear ops (EdgeInputs), with what comes before them computed on
-// the way: prepare<Source, Kind, kVectors, kWhole>, a block of kRowThreads threads for each row of the grid's
-// x.
-//   Source  PlainRows, NormRows<layer>, ActivatedRows<kind, gated>
-//   Kind    IntInputs<group>, HalfInputs, BfloatInputs, FloatInputs
-//   kVectors  vectors of a row that a thread keeps in registers: best ceil(width / 1024), at most 8; any is
-//   right
-// Where nothing is needed of the whole row - no norm, no HalfInputs - the grid's y may share a row among
-// blocks, best ceil(padded width / 1024) of them; otherwise it is 1.
+// Rows of f32 values turned into inputs of linear ops (EdgeInputs), with what comes before them on the way:
+// prepare<Source, Kind, kVectors, kWhole>, a block of kRowThreads threads for each row of the grid's x.
+//  - Source: PlainRows, NormRows<layer>, ActivatedRows<kind, gated>
+//  - Kind: IntInputs<group>, HalfInputs, BfloatInputs, FloatInputs
+//  - kVectors: of a row that a thread keeps; best ceil(width / 1024), at most 8, but any is right
+//  - kWhole: width is a multiple of 4, and rows, weight and bias are aligned to 16 bytes
+// Where nothing is needed of the whole row (no norm, no HalfInputs) the grid's y may share it among blocks,
+// best ceil(padded width / 1024) of them with kVectors 1; otherwise it is 1.
 #pragma once
 
 #include "rows.cuh"
@@ -142,8 +141,8 @@ struct FloatInputs {
     static EDGE_DEVICE void store_scale(const TokenInputs& in, int) { in.scales[0] = 1.0f; }
 };
 
-// A source gives a row's vectors: `load` what is read, `value` what it becomes, once `look` has seen the
-// whole row.
+// A source gives a row's vectors: `early` reads what no kernel writes, `complete` the rest, and `value` is
+// what becomes of it, once `look` has seen the whole row.
 
 // The rows as they are.
 struct PlainRows {
@@ -152,8 +151,10 @@ struct PlainRows {
         using Item = Floats4;
         RowIn<kWhole> x;
 
-        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token) : x{p.x + token * p.width, p.width} {}
-        EDGE_DEVICE Item load(int at) const { return x.load(at); }
+        EDGE_DEVICE explicit Of(const EdgePrepare& p) : x{p.x, p.width} {}
+        EDGE_DEVICE void choose(int64_t token) { x.values += token * x.width; }
+        EDGE_DEVICE void early(int, Item&) const {}
+        EDGE_DEVICE void complete(int at, Item& i) const { i = x.load(at); }
         template <class Run, class Load>
         EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
             return true;
@@ -171,9 +172,11 @@ struct NormRows {
         RowIn<kWhole> x, weight, bias;
         Norm<kLayer, kRowThreads> norm;
 
-        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token)
-            : x{p.x + token * p.width, p.width}, weight{p.weight, p.width}, bias{p.bias, p.width} {}
-        EDGE_DEVICE Item load(int at) const { return {x.load(at), weight.load(at)}; }
+        EDGE_DEVICE explicit Of(const EdgePrepare& p)
+            : x{p.x, p.width}, weight{p.weight, p.width}, bias{p.bias, p.width} {}
+        EDGE_DEVICE void choose(int64_t token) { x.values += token * x.width; }
+        EDGE_DEVICE void early(int at, Item& i) const { i.weight = weight.load(at); }
+        EDGE_DEVICE void complete(int at, Item& i) const { i.x = x.load(at); }
         template <class Run, class Load>
         EDGE_DEVICE bool look(const Run& kept, const Load& load, const EdgePrepare& p) {
             EDGE_SHARED float shared[2 * kRowWarps];
@@ -194,15 +197,18 @@ struct ActivatedRows {
         using Item = Floats4;
         RowIn<kWhole> x, y;
 
-        EDGE_DEVICE Of(const EdgePrepare& p, int64_t token)
-            : x{p.x + token * p.width, p.width}, y{(kGated ? p.y : p.x) + token * p.width, p.width} {}
-        EDGE_DEVICE Item load(int at) const {
+        EDGE_DEVICE explicit Of(const EdgePrepare& p) : x{p.x, p.width}, y{p.y, p.width} {}
+        EDGE_DEVICE void choose(int64_t token) {
+            x.values += token * x.width;
+            if constexpr (kGated) y.values += token * y.width;
+        }
+        EDGE_DEVICE void early(int, Item&) const {}
+        EDGE_DEVICE void complete(int at, Item& i) const {
             const Floats4 v = x.load(at);
             const Floats4 u = kGated ? y.load(at) : Floats4{};
-            const Floats4 a = {activate<kKind>(v.x), activate<kKind>(v.y), activate<kKind>(v.z),
-                               activate<kKind>(v.w)};
-            if constexpr (!kGated) return a;
-            return {product(a.x, u.x), product(a.y, u.y), product(a.z, u.z), product(a.w, u.w)};
+            i = {activate<kKind>(v.x), activate<kKind>(v.y), activate<kKind>(v.z), activate<kKind>(v.w)};
+            if constexpr (kGated)
+                i = {product(i.x, u.x), product(i.y, u.y), product(i.z, u.z), product(i.w, u.w)};
         }
         template <class Run, class Load>
         EDGE_DEVICE bool look(const Run&, const Load&, const EdgePrepare&) {
@@ -217,21 +223,30 @@ struct ActivatedRows {
 template <class Source, class Kind, int kVectors, bool kWhole>
 EDGE_DEVICE void prepare(const EdgePrepare& p) {
     EDGE_SHARED uint32_t tops[kRowWarps];
+    using From = typename Source::template Of<kWhole>;
+    using Item = typename From::Item;
+    From source(p);
+    const int first = static_cast<int>(blockIdx.y) * kRowThreads + static_cast<int>(threadIdx.x);
+    const int step = static_cast<int>(gridDim.y) * kRowThreads;
+    Kept<kVectors, Item> kept(first, step, p.inputs.chunks * Kind::kChunkVectors);
+    kept.keep([&](int at, Item& i) { source.early(at, i); });
+    wait_for_inputs();
+
     const int row = static_cast<int>(blockIdx.x);
     const int count = p.step.counts[p.rows == 0 ? EDGE_TOKENS : EDGE_LOGITS];
     // A row of tokens is read before it is known to be one: buffers hold as many as the grid has, and the
     // wait for the count is not added to theirs.
     if (p.rows != 0 && row >= count) return;
-    const int64_t token = p.rows == 0 ? row : p.step.logit_rows[row];
-
-    typename Source::template Of<kWhole> source(p, token);
-    using Item = typename Source::template Of<kWhole>::Item;
-    const auto load = [&](int at) { return source.load(at); };
-    const int first = static_cast<int>(blockIdx.y) * kRowThreads + static_cast<int>(threadIdx.x);
-    const int step = static_cast<int>(gridDim.y) * kRowThreads;
-    const Kept<kVectors, Item> kept(first, step, p.inputs.chunks * Kind::kChunkVectors, load);
+    source.choose(p.rows == 0 ? row : p.step.logit_rows[row]);
+    kept.keep([&](int at, Item& i) { source.complete(at, i); });
     if (row >= count) return;
 
+    const auto load = [&](int at) {
+        Item i;
+        source.early(at, i);
+        source.complete(at, i);
+        return i;
+    };
     uint32_t worst = source.look(kept, load, p) ? 0 : kInfinite;
     int e = 0;
     if constexpr (Kind::kWholeRow) {

@@ -57,11 +57,13 @@ struct Kept {
     Item items[kVectors > 0 ? kVectors : 1];
     int first, step, end;  // end: the row's vectors
 
-    template <class Load>
-    EDGE_DEVICE Kept(int first_, int step_, int end_, const Load& load)
-        : first(first_), step(step_), end(end_) {
+    EDGE_DEVICE Kept(int first_, int step_, int end_) : first(first_), step(step_), end(end_) {}
+
+    // fill(at, item) of each vector that stays.
+    template <class Fill>
+    EDGE_DEVICE void keep(const Fill& fill) {
 #pragma unroll
-        for (int i = 0; i < kVectors; ++i) items[i] = load(first + i * step);
+        for (int i = 0; i < kVectors; ++i) fill(first + i * step, items[i]);
     }
     EDGE_DEVICE bool here(int i) const { return first - lane() + i * step < end; }
 

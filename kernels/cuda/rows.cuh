@@ -1,8 +1,7 @@
 // Ops on rows of f32 values, as numpy_ops.py and reference.py mean them. Blocks have kRowThreads threads.
-//   norm, round        a run of values for each kThreads threads: grid ceil(T * runs / (kRowThreads /
-//   kThreads)) activate_rows, add, input    1024 values of all rows a block; any smaller grid works too, in
-//   turns gather             a token a block
-// Every kernel but `norm` may work in place, `norm` too; `gather` may not.
+//  - norm, round_rows: kThreads threads for a run of values; grid ceil(T * runs / (kRowThreads / kThreads))
+//  - activate_rows, add, input: 1024 values of all rows a block; a smaller grid does them in turns
+//  - gather: a block for a token; not in place, as all others may be
 #pragma once
 
 #include "math.cuh"
@@ -19,15 +18,18 @@ EDGE_DEVICE void check(const EdgeStep& step, uint32_t worst) {
 template <bool kLayer, int kThreads, int kVectors, bool kWhole>
 EDGE_DEVICE void norm(const EdgeRow& p) {
     EDGE_SHARED float shared[2 * kRowWarps];
+    const RowIn<kWhole> weight{p.weight, p.group}, bias{p.bias, p.group};
     constexpr int kRuns = kRowThreads / kThreads;
     const int thread = static_cast<int>(threadIdx.x) % kThreads;
     const int64_t run = static_cast<int64_t>(blockIdx.x) * kRuns + static_cast<int>(threadIdx.x) / kThreads;
-    const int64_t runs = static_cast<int64_t>(p.step.counts[EDGE_TOKENS]) * (p.x_width / p.group);
-    if (run >= runs) return;
-    const RowIn<kWhole> x{p.x + run * p.group, p.group}, weight{p.weight, p.group}, bias{p.bias, p.group};
+    Kept<kVectors, NormItem> kept(thread, kThreads, (p.group + 3) / 4);
+    kept.keep([&](int at, NormItem& i) { i.weight = weight.load(at); });
+    wait_for_inputs();
+    if (run >= static_cast<int64_t>(p.step.counts[EDGE_TOKENS]) * (p.x_width / p.group)) return;
+    const RowIn<kWhole> x{p.x + run * p.group, p.group};
     const RowOut<kWhole> out{p.out + run * p.group, p.group};
+    kept.keep([&](int at, NormItem& i) { i.x = x.load(at); });
     const auto load = [&](int at) { return NormItem{x.load(at), weight.load(at)}; };
-    const Kept<kVectors, NormItem> kept(thread, kThreads, (p.group + 3) / 4, load);
     Norm<kLayer, kThreads> norm;
     uint32_t worst = norm.look(kept, load, p.group, p.eps, shared) ? 0 : kInfinite;
     kept.each(load, [&](int at, const NormItem& i) {
@@ -135,7 +137,8 @@ EDGE_DEVICE void round_rows(const EdgeRow& p) {
     const RowIn<kWhole> x{p.x + token * p.x_width, p.x_width};
     const RowOut<kWhole> out{p.out + token * p.x_width, p.x_width};
     const auto load = [&](int at) { return x.load(at); };
-    const Kept<kVectors, Floats4> kept(thread, kThreads, (p.x_width + 3) / 4, load);
+    Kept<kVectors, Floats4> kept(thread, kThreads, (p.x_width + 3) / 4);
+    kept.keep([&](int at, Floats4& v) { v = load(at); });
     uint32_t worst = 0;
     kept.each(load, [&](int, const Floats4& v) { worst = larger(worst, magnitude(v)); });
     worst = row_max<kThreads>(worst, shared);
