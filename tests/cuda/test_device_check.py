@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import types
 from typing import Any
 
 import numpy as np
@@ -221,6 +223,15 @@ def test_a_push_that_fails_leaves_nothing_to_pop() -> None:
     with pytest.raises(BackendUnavailable), current:
         pass
     assert current.depth == 0
+
+
+def test_a_pycuda_without_what_is_needed_is_said_to_be_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = types.ModuleType("pycuda.driver")
+    old.Device = type("Device", (), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pycuda", types.ModuleType("pycuda"))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", old)
+    with pytest.raises(BackendUnavailable, match=r"Device has no retain_primary_context; build pycuda 2024"):
+        open_driver("pycuda")
 
 
 def test_an_unknown_api_is_named() -> None:

@@ -46,6 +46,7 @@ _NO_DEVICE = {
     803: "libcuda.so.1 and the kernel module are of different releases; restart after a driver update",
     804: "this GPU does not take the forward compatibility package; remove it from LD_LIBRARY_PATH",
 }
+_MORE = "the system log, dmesg, may say more: look for NVRM and Xid"
 CLOSED = "this CUDA driver is closed"
 PIP = (
     "pip install 'cuda-bindings==12.9.*' for a CUDA 12 driver, 'cuda-bindings>=13' for a newer one, "
@@ -88,7 +89,7 @@ def failure(
     if code in LOST:
         return BackendUnavailable(
             f"{name} while {doing}: the CUDA context is lost; close the engine and open it again, "
-            "in a new process if that fails too"
+            f"in a new process if that fails too ({_MORE})"
         )
     if code in _NO_DEVICE:
         return BackendUnavailable(f"{name} while {doing}: {_NO_DEVICE[code]}")
@@ -96,7 +97,7 @@ def failure(
         return BadEngineFile(
             f"{name} while {doing}: the engine's device code lacks it; build the engine again"
         )
-    return BackendUnavailable(f"{name} while {doing}")
+    return BackendUnavailable(f"{name} while {doing} ({_MORE})")
 
 
 def is_lost(code: int) -> bool:

@@ -39,6 +39,13 @@ from edge_runtime.engine.probe import available_memory
 from edge_runtime.errors import BackendUnavailable, EdgeError
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+# What came late to pycuda, or depends on the CUDA that it was built for
+_NEEDED = {
+    "Device": ("retain_primary_context",),
+    "Function": ("set_attribute", "_launch_kernel"),
+    "device_attribute": ("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", "L2_CACHE_SIZE"),
+    "function_attribute": ("MAX_DYNAMIC_SHARED_SIZE_BYTES", "LOCAL_SIZE_BYTES"),
+}
 _MAX_CODE = 1000  # result codes end at 999, CUDA_ERROR_UNKNOWN
 
 
@@ -51,10 +58,18 @@ def _api() -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pycuda's guess at why; the error below has the reason itself
-            return importlib.import_module("pycuda.driver")
+            api = importlib.import_module("pycuda.driver")
     except ImportError as error:
         what = "the NVIDIA driver (libcuda.so.1) is missing" if "libcuda" in str(error) else PIP
         raise BackendUnavailable(f"pycuda cannot be used ({error}): {what}") from error
+    for owner, names in _NEEDED.items():
+        lacking = [name for name in names if not hasattr(getattr(api, owner, None), name)]
+        if lacking:
+            raise BackendUnavailable(
+                f"this pycuda is too old or was built for an old CUDA: {owner} has no {', '.join(lacking)}; "
+                "build pycuda 2024.1 or newer against CUDA 12 or newer, or install cuda-bindings"
+            )
+    return api
 
 
 @functools.lru_cache(1)
