@@ -128,7 +128,7 @@ def prepare_kernel(source: str, kind: str, width: int) -> Kernel:
     kept = 1 if shared else _kept(width, ROW_THREADS)
     call = f"edge::prepare<{rows}, edge::{inputs}, {kept}, {_whole(width)}>"
     name = f"prepare_{source}_{kind}_{kept}_{_whole(width)}"
-    return Kernel(name, "prepare.cuh", "EdgePrepare", call, ROW_THREADS)
+    return Kernel(name, "prepare.cuh", "EdgePrepare", call, ROW_THREADS, early=True)
 
 
 def norm_kernel(kind: str, group: int) -> Kernel:
@@ -136,7 +136,7 @@ def norm_kernel(kind: str, group: int) -> Kernel:
     threads = run_threads(group)
     kept = _kept(group, threads)
     call = f"edge::norm<{_bool(kind == 'layer')}, {threads}, {kept}, {_whole(group)}>"
-    return _rows(f"norm_{kind}_{threads}_{kept}_{_whole(group)}", call)
+    return _rows(f"norm_{kind}_{threads}_{kept}_{_whole(group)}", call, early=True)
 
 
 def round_kernel(form: str, width: int) -> Kernel:
@@ -283,8 +283,8 @@ def _cache(name: str) -> str:
     return f"edge::Kv{name.capitalize()}"
 
 
-def _rows(symbol: str, call: str) -> Kernel:
-    return Kernel(symbol, "rows.cuh", "EdgeRow", call, ROW_THREADS)
+def _rows(symbol: str, call: str, *, early: bool = False) -> Kernel:
+    return Kernel(symbol, "rows.cuh", "EdgeRow", call, ROW_THREADS, early=early)
 
 
 def _kept(length: int, threads: int) -> int:
