@@ -128,7 +128,7 @@ def compile_cached(name: str, source: str, flags: tuple[str, ...], link: tuple[s
     return out
 
 
-def compile_kernels(source: str, *, asan: bool | None = None) -> Path:
+def compile_emulated(source: str, *, asan: bool | None = None) -> Path:
     """Emulated kernels of a translation unit of CUDA C++: `#include "x.cuh"` and EDGE_KERNEL lines.
 
     `asan`: with AddressSanitizer; by default as EDGE_EMU_ASAN says.
@@ -138,6 +138,9 @@ def compile_kernels(source: str, *, asan: bool | None = None) -> Path:
     return compile_cached(
         "kernels", unit, ("-DEDGE_EMULATE", "-DEDGE_EMU_UNNAMED", *PRIVATE, *(ASAN if wanted else ()))
     )
+
+
+compile_kernels = compile_emulated
 
 
 class Emulated:
@@ -230,3 +233,7 @@ class Guarded:
 
 def guarded(nbytes: int) -> Guarded:
     return Guarded(nbytes)
+
+
+if os.environ.get("EDGE_KERNELS_ON") == "gpu":  # the same tests on a device
+    from device_kernels import Emulated, Guarded, compile_kernels, guarded  # noqa: F401

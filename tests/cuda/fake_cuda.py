@@ -17,7 +17,7 @@ import os
 import struct
 from pathlib import Path
 
-from emulation import cache_folder, compile_cached, compile_kernels
+from emulation import cache_folder, compile_cached, compile_emulated
 
 SONAME = "libcuda.so.1"
 
@@ -65,7 +65,7 @@ def image_hash(image: bytes) -> str:
 def add_module(folder: Path, image: bytes, source: str, *, asan: bool | None = None) -> Path:
     """Let an image (cubin or PTX) run as `source` compiled for the emulator. folder: EDGE_FAKE_MODULES."""
     path = folder / f"{image_hash(image)}.so"
-    made = compile_kernels(source, asan=asan)
+    made = compile_emulated(source, asan=asan)
     copy = folder / f"{path.name}.{os.getpid()}"
     copy.symlink_to(made)
     os.replace(copy, path)

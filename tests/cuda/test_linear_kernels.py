@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulation import Emulated, compile_kernels, guarded
+from emulation import Emulated, Guarded, compile_kernels, guarded
 
 from edge_runtime.backends.cuda import records as rec
 from edge_runtime.engine.device_code import (
@@ -42,6 +42,7 @@ class Case:
 
     def __init__(self, name: str, rows: int, cols: int, tokens: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
+        self._memory: dict[int, tuple[Array, Guarded]] = {}
         self.kernels = matrix_kernels(name)
         self.rows, self.cols, self.tokens = rows, cols, tokens
         fmt = get_format(name)
@@ -52,6 +53,12 @@ class Case:
         self.prepare(x.astype(np.float32))
         self.bias = rng.standard_normal(rows).astype(np.float32)
         self.add = rng.standard_normal((tokens, rows)).astype(np.float32)
+
+    def at(self, array: Array) -> int:
+        """Address of a guarded copy of an array, made once."""
+        if id(array) not in self._memory:
+            self._memory[id(array)] = array, Guarded.of(array)
+        return self._memory[id(array)][1].address
 
     def prepare(self, x: Array) -> None:
         """Inputs by a slow reading of prepare.cuh's contract; `inputs` are their exact values, f64."""
@@ -94,15 +101,15 @@ class Case:
 
     def run(self, symbol: str, grid: tuple[int, int], count: int, *, add: bool = False) -> Array:
         """The outputs (tokens, rows) that a kernel gives for the first `count` tokens; NaN elsewhere."""
-        counts = np.array([count] * rec.COUNTS, np.int32)
+        counts = Guarded.of(np.array([count] * rec.COUNTS, np.int32))
         out = guarded(self.tokens * self.rows * 4)
         out.view(np.float32, (self.tokens, self.rows))[:] = np.nan
         record = rec.Linear(
-            step=rec.Step(counts=counts.ctypes.data),
+            step=rec.Step(counts=counts.address),
             inputs=rec.Inputs(
-                self.codes.ctypes.data,
-                self.scales.ctypes.data,
-                self.sums.ctypes.data,
+                self.at(self.codes),
+                self.at(self.scales),
+                self.at(self.sums),
                 self.chunks,
                 self.groups,
             ),
@@ -112,11 +119,11 @@ class Case:
             units=self.units,
             row_count=rec.TOKENS,
         )
-        record.matrix[0] = self.matrix(out.data.ctypes.data)
+        record.matrix[0] = self.matrix(out.address)
         if add:
-            record.matrix[0].add = self.add.ctypes.data
+            record.matrix[0].add = self.at(self.add)
             record.matrix[0].add_scale = 0.5
-            record.matrix[0].bias = self.bias.ctypes.data
+            record.matrix[0].bias = self.at(self.bias)
         library().launch(symbol, grid, record)
         out.check()
         return np.array(out.view(np.float32, (self.tokens, self.rows)))
@@ -125,7 +132,7 @@ class Case:
         first = {"codes": next(iter(self.packed.values())), "scale": self.packed.get("scale")}
         first |= {"zero": self.packed.get("zero"), "offset": self.packed.get("offset")}
         first["second"] = self.packed.get("scale2", self.packed.get("super"))
-        planes = {name: a.ctypes.data for name, a in first.items() if a is not None}
+        planes = {name: self.at(a) for name, a in first.items() if a is not None}
         return rec.Matrix(**planes, out=out, scale_all=1.0, rows=self.rows)
 
     def split(self, blocks: int, count: int, **more: bool) -> Array:
@@ -197,14 +204,14 @@ def test_bias_and_residual(name: str) -> None:
 def test_embedding_rows_are_the_codec_s(name: str) -> None:
     case = Case(name, 37, 200, tokens=5)
     tokens = np.array([36, 0, 17, 8, 3], np.int32)
-    counts = np.array([4] * rec.COUNTS, np.int32)
+    counts, ids = Guarded.of(np.array([4] * rec.COUNTS, np.int32)), Guarded.of(tokens)
     out = guarded(5 * 200 * 4)
     rows = out.view(np.float32, (5, 200))
     rows[:] = np.nan
     record = rec.Embed(
-        step=rec.Step(counts=counts.ctypes.data, tokens=tokens.ctypes.data),
+        step=rec.Step(counts=counts.address, tokens=ids.address),
         matrix=case.matrix(0),
-        out=out.data.ctypes.data,
+        out=out.address,
         cols=200,
         units=case.units,
         scale=1.0,
