@@ -75,14 +75,18 @@ class DriverContract(OpenedDriver):
         wanted[100:150] = np.arange(100, 200, 2)
         np.testing.assert_array_equal(found, wanted)
 
-    def test_an_upload_has_happened_when_it_returns(self, driver: Driver) -> None:
-        x = np.ones(64, np.float32)
-        at = driver.allocate(x.nbytes)
+    @pytest.mark.parametrize("pinned", [False, True])
+    def test_an_upload_and_a_download_have_happened_when_they_return(
+        self, driver: Driver, pinned: bool
+    ) -> None:
+        x = driver.pinned(256).array if pinned else np.zeros(256, np.uint8)
+        at = driver.allocate(256)
+        x[:] = 1
         driver.upload(at, x)
         x[:] = 7
-        found = np.zeros_like(x)
-        driver.download(found, at)
-        assert (found == 1).all()
+        driver.fill(at, 16, 5)
+        driver.download(x, at)
+        assert (x[:16] == 5).all() and (x[16:] == 1).all()
 
     def test_copies_and_fills_keep_the_order_of_the_stream(self, driver: Driver) -> None:
         a, b = driver.allocate(256), driver.allocate(256)

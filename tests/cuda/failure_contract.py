@@ -42,13 +42,14 @@ class FailureContract(OpenedDriver):
             open_driver(self.api)
         assert fake_gpu.count("cuDevicePrimaryCtxRetain") == fake_gpu.count("cuDevicePrimaryCtxRelease") > 0
 
-    @pytest.mark.parametrize("code", [700, 719])
+    @pytest.mark.parametrize("code", [700, 719, 999])
     def test_a_lost_context_says_so_at_every_call(self, faulty_gpu: FakeCuda, code: int) -> None:
         driver = open_driver(self.api)
         kernel = driver.function(self.kernels(driver), "edge_scaled")
         at = driver.allocate(256)
         launch = driver.prepare(kernel, (1, 1, 1), 64, 0, record(at, at, 1, 0))
-        name = {700: "CUDA_ERROR_ILLEGAL_ADDRESS", 719: "CUDA_ERROR_LAUNCH_FAILED"}[code]
+        names = {700: "ILLEGAL_ADDRESS", 719: "LAUNCH_FAILED", 999: "UNKNOWN"}
+        name = f"CUDA_ERROR_{names[code]}"
         faulty_gpu.fail(f"cuLaunchKernel:1:{code}")
         said = f"{name} while launching .*edge_scaled: the CUDA context is lost; close the engine and open it"
         with pytest.raises(BackendUnavailable, match=said):
@@ -98,10 +99,10 @@ class FailureContract(OpenedDriver):
     def test_every_call_names_its_failure(
         self, driver: Driver, fake_gpu: FakeCuda, function: str, act: Any
     ) -> None:
-        at = driver.allocate(64)
-        fake_gpu.fail(f"{function}:1:400")
         if function == "cuMemFree" and self.api == "pycuda":
             pytest.skip("pycuda only warns of it")
+        at = driver.allocate(64)
+        fake_gpu.fail(f"{function}:1:400")
         with pytest.raises(EdgeError, match=r"CUDA_ERROR_INVALID_HANDLE while \w+"):
             act(driver, at)
 
@@ -120,6 +121,7 @@ class FailureContract(OpenedDriver):
         driver.close()
         modules = "cuModuleLoadDataEx" if self.api == "pycuda" else "cuModuleLoadData"
         assert fake_gpu.used == 0 == driver.memory_used == driver.pinned_used
+        assert fake_gpu.count("leaked allocations") == 0, "left for the end of the context to free"
         for made, ended in (
             ("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
             ("cuStreamCreate", "cuStreamDestroy"),

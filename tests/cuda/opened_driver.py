@@ -66,7 +66,7 @@ class OpenedDriver:
         made = open_driver(self.api)
         yield made
         made.close()
-        assert fake_gpu.used == 0, "memory is left after close"
+        assert fake_gpu.used == 0 == fake_gpu.count("leaked allocations"), "memory is left after close"
 
     def kernels(self, driver: Driver) -> Module:
         image = ptx(content="// the kernels of opened_driver.py")

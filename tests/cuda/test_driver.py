@@ -74,6 +74,23 @@ class TestBindings(DriverContract, FailureContract):
         driver.download(found, at)
         assert (found == 3).all()
 
+    def test_other_threads_use_the_gpu_while_one_captures(self, driver: Driver, fake_gpu: FakeCuda) -> None:
+        at, other = driver.allocate(64), open_driver(self.api)
+
+        def work() -> None:
+            mine = other.allocate(64)
+            other.upload(mine, np.ones(64, np.uint8))
+            other.free(mine)
+
+        with driver.capture() as graph:
+            driver.fill(at, 64, 4)
+            in_thread(work)
+        driver.launch_graph(graph)
+        found = np.zeros(64, np.uint8)
+        driver.download(found, at)
+        assert (found == 4).all()
+        other.close()
+
     def test_graphs_are_destroyed_with_what_they_were_made_of(self, fake_gpu: FakeCuda) -> None:
         driver = open_driver(self.api)
         at = driver.allocate(64)

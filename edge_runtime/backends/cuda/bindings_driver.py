@@ -178,8 +178,8 @@ class BindingsDriver:
         self._guard()
         if address not in self._allocations:
             raise ValueError(f"{address:#x} was not allocated here, or is free already")
-        del self._allocations[address]
         self._call("freeing memory", self._cu.cuMemFree, address)
+        del self._allocations[address]
 
     def pinned(self, nbytes: int) -> Pinned:
         if nbytes <= 0:
