@@ -129,21 +129,18 @@ def _arena() -> _Arena:
 
 
 def _moved(driver: Driver, record: ctypes.Structure, run: Callable[[bytes], None]) -> None:
-    """`run` with the record whose pointers lead to copies on the device; what they hold then is brought back."""
+    """`run` with the record whose pointers lead to copies on the device; what these hold then comes back."""
     data = bytearray(bytes(record))
-    pointers = {
-        at: (found, address - found.address)
-        for at, address in _pointers(record)
-        for found in [_owner(address)]
-    }
+    pointers = {at: (_owner(address), address) for at, address in _pointers(record)}
     buffers = list({id(found): found for found, _ in pointers.values()}.values())
-    (_apart if _APART else _together)(driver, buffers, lambda places: run(_patched(data, pointers, places)))
+    offsets = {at: (id(found), address - found.address) for at, (found, address) in pointers.items()}
+    (_apart if _APART else _together)(driver, buffers, lambda places: run(_patched(data, offsets, places)))
 
 
-def _patched(data: bytearray, pointers: dict[int, tuple[Guarded, int]], places: dict[int, int]) -> bytes:
+def _patched(data: bytearray, offsets: dict[int, tuple[int, int]], places: dict[int, int]) -> bytes:
     """The record with device addresses. places: where the data of a buffer (by id) lies."""
-    for at, (found, offset) in pointers.items():
-        data[at : at + 8] = (places[id(found)] + offset).to_bytes(8, "little")
+    for at, (buffer, offset) in offsets.items():
+        data[at : at + 8] = (places[buffer] + offset).to_bytes(8, "little")
     return bytes(data)
 
 
