@@ -273,6 +273,8 @@ class _Lowering:
             if fused is not None:
                 taken += 1
                 break
+            if not self._read_later(ops, at + taken, op.out):
+                break  # nothing reads it, so its bytes may be those of the next one's outputs (layout.py)
         self.launches.append(LinearLaunch(kernels, tuple(products), self._program.tensors[first.weight].cols))
         return taken
 
