@@ -85,6 +85,20 @@ EDGE_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
     };
     return one(a, b) | one(a >> 16, b >> 16) << 16;
 }
+// One instruction each; a compiler makes two of them where mask and bits are constants.
+EDGE_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+EDGE_DEVICE uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) ^ bits; }
+// a * b + c, rounded once (in f64 the sum is exact unless its parts are 2^42 apart).
+EDGE_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    const auto one = [](uint32_t x, uint32_t y, uint32_t z) {
+        const auto wide = [](uint32_t h) {
+            return static_cast<double>(half_to_float(static_cast<uint16_t>(h)));
+        };
+        return uint32_t{
+            __builtin_bit_cast(uint16_t, static_cast<_Float16>(__builtin_fma(wide(x), wide(y), wide(z))))};
+    };
+    return one(a, b, c) | one(a >> 16, b >> 16, c >> 16) << 16;
+}
 EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = a | static_cast<uint64_t>(b) << 32;
     uint32_t out = 0;
@@ -98,6 +112,7 @@ EDGE_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b,
 // Rounded by themselves, whatever is added to them: a compiler may not fuse them.
 EDGE_DEVICE float product(float a, float b) { return a * b; }
 EDGE_DEVICE float quotient(float a, float b) { return a / b; }
+EDGE_DEVICE float reciprocal(float b) { return 1.0f / b; }  // of 2^-126 to 2^126
 EDGE_DEVICE Words4 load_weights(const void* p) { return *static_cast<const Words4*>(p); }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
 // `bytes` (1, 2, 4, 8 or 16, aligned to it) that this kernel does not write, as words; above them zeros.
@@ -151,17 +166,41 @@ EDGE_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
 }
+EDGE_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
+    return d;
+}
+EDGE_DEVICE uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t bits) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(x), "r"(mask), "r"(bits));
+    return d;
+}
+EDGE_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 EDGE_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-EDGE_DEVICE float rcp_root(float x) { return __fdiv_rn(1.0f, __fsqrt_rn(x)); }
+EDGE_DEVICE float rcp_root(float x) {  // within 2 ulp
+    float y;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return __fmaf_rn(__fmul_rn(0.5f, y), __fmaf_rn(__fmul_rn(-x, y), y, 1.0f), y);
+}
 EDGE_DEVICE float round_even(float x) { return rintf(x); }
 EDGE_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 EDGE_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 EDGE_DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+EDGE_DEVICE float reciprocal(float b) {  // as CUDA's own division has it where nothing over- or underflows
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+    return __fmaf_rn(r, __fmaf_rn(-b, r, 1.0f), r);
+}
 // 16 bytes that are read once: not kept in L1.
 EDGE_DEVICE Words4 load_weights(const void* p) {
     Words4 v;

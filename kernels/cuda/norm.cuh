@@ -1,6 +1,7 @@
 // RMS and layer norm of one run of values: a whole row, or a head.
 #pragma once
 
+#include "math.cuh"
 #include "row_vectors.cuh"
 
 namespace edge {
@@ -18,11 +19,11 @@ struct Norm {
     // or Inf in x, and where squares are beyond f32.
     template <class Run, class Load>
     EDGE_DEVICE bool look(const Run& kept, const Load& load, int width, float eps, float* shared) {
-        const float count = static_cast<float>(width);
+        const Divisor count = divisor(static_cast<float>(width));
         if constexpr (kLayer) {
             float total = 0.0f;
             kept.each(load, [&](int, const NormItem& i) { total = total + i.x.x + i.x.y + i.x.z + i.x.w; });
-            mean = quotient(row_sum<kThreads>(total, shared), count);
+            mean = count.of(row_sum<kThreads>(total, shared));
         }
         float total = 0.0f;
         kept.each(load, [&](int at, const NormItem& i) {
@@ -34,7 +35,7 @@ struct Norm {
             }
             total = fused(v.w, v.w, fused(v.z, v.z, fused(v.y, v.y, fused(v.x, v.x, total))));
         });
-        const float square = quotient(row_sum<kThreads>(total, shared + kRowWarps), count) + eps;
+        const float square = count.of(row_sum<kThreads>(total, shared + kRowWarps)) + eps;
         inverse = rcp_root(square);
         return finite(square);
     }

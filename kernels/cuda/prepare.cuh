@@ -68,10 +68,11 @@ struct IntInputs {
         uint32_t top = magnitude(v);
 #pragma unroll
         for (int mask = 1; mask < kLanes; mask *= 2) top = larger(top, __shfl_xor_sync(kAll, top, mask));
-        const float scale = quotient(float_of(top), 127.0f);
-        const float divisor = scale > 0.0f ? scale : float_of(kInfinite);
-        const int32_t a = nearest_i8(quotient(v.x, divisor)), b = nearest_i8(quotient(v.y, divisor)),
-                      c = nearest_i8(quotient(v.z, divisor)), d = nearest_i8(quotient(v.w, divisor));
+        // exact for any magnitude, as multiples of 127 are
+        const float scale = Divisor{1.0f, 127.0f, 1.0f / 127.0f}.of(float_of(top));
+        const Divisor by = divisor(scale);
+        const int32_t a = nearest_i8(by.of(v.x)), b = nearest_i8(by.of(v.y)), c = nearest_i8(by.of(v.z)),
+                      d = nearest_i8(by.of(v.w));
         const int j = at % 16;
         in.store(at / 16, 16 * (j % 4) + 8 * (j / 8) + 4 * (j / 4 % 2), pack_codes(a, b, c, d));
         const int group = at / kLanes;

@@ -73,6 +73,7 @@ struct Kept {
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
             if (here(i)) visit(first + i * step, items[i]);
+#pragma unroll(kVectors == 0 ? 4 : 1)
         for (int i = kVectors; here(i); ++i) visit(first + i * step, load(first + i * step));
     }
 };

@@ -199,6 +199,9 @@ def test_plain_rows(kind: str, width: int) -> None:
     x[5, width // 2 :] = 0  # groups of zeros
     x[7] = np.arange(width) % 253 - 126.5  # quotients halfway between codes,
     x[7, ::16] = 127  # as the scales are 1
+    x[8] *= np.float32(1e-41) / max(np.abs(x[8]).max(), np.float32(1e-30))  # scales are denormal, or 0
+    x[9] = x[9] / np.abs(x[9]).max() * np.finfo(np.float32).max * np.float32(0.99)
+    x[10, width // 3] *= np.float32(1e12)
     made = Prepared(("plain", kind, 1), x, spare=1)
     made.check_inputs(x)
     np.testing.assert_array_equal(made.out[:11], x)

@@ -27,6 +27,10 @@ EDGE_DEVICE void function_of(const EdgeRow& p) {
         p.out[i] = kFunction == 0 ? edge::exp_of(p.x[i]) : kFunction == 1 ? edge::tanh_of(p.x[i])
                                                                           : edge::erf_of(p.x[i]);
 }
+EDGE_DEVICE void quotients(const EdgeRow& p) {
+    for (int i = static_cast<int>(threadIdx.x); i < p.x_width; i += 256)
+        p.out[i] = edge::divisor(p.y[i]).of(p.x[i]);
+}
 """
 
 
@@ -39,6 +43,7 @@ def library() -> Emulated:
         "exp": "function_of<0>",
         "tanh": "function_of<1>",
         "erf": "function_of<2>",
+        "quotients": "quotients",
     }
     for name, kind in ACTIVATIONS.items():
         for up in (0, 1):
@@ -127,6 +132,28 @@ def test_functions(name: str, limit: float, ends: tuple[float, float]) -> None:
     else:
         np.testing.assert_array_equal(Ran(name, 1, large).out, 1)
         np.testing.assert_array_equal(Ran(name, 1, -large).out, -1)
+
+
+def test_quotients() -> None:
+    """Every bit of a division, for divisors of any size; quotients below 2^-48 to an ulp."""
+    rng = np.random.default_rng(2)
+    y = np.ldexp(rng.uniform(1, 2, 400_000), rng.integers(-126, 128, 400_000)).astype(np.float32)
+    y[:1000] = np.ldexp(1.0, -rng.integers(126, 150, 1000)) * rng.integers(1, 9, 1000)  # denormals
+    y[1000:2000] = np.float32(2) - np.ldexp(np.float32(1), rng.integers(-23, -18, 1000))
+    q = rng.uniform(1, 2, y.size) * np.exp2(rng.uniform(-60, 63, y.size)) * rng.choice([-1, 1], y.size)
+    with np.errstate(over="ignore"):
+        x = (q * y).astype(np.float32)
+        x[-50_000:] = (y[-50_000:] * rng.integers(-254, 255, 50_000) / 2).astype(np.float32)  # between codes
+        x[~np.isfinite(x)] = 1
+        want = x / y
+    exact = (np.abs(want) >= 2.0**-48) | (want == 0)
+    got = Ran("quotients", 1, x[None], y=y[None]).out[0]
+    np.testing.assert_array_equal(got[exact], want[exact])
+    assert exact.sum() > 200_000
+    small = np.abs(want) < 2.0**-48
+    assert (np.abs(got - want)[small] <= np.abs(want[small]) * 2.0**-23 + 2.0**-149).all()
+    zero = np.zeros((1, 3), np.float32)
+    np.testing.assert_array_equal(Ran("quotients", 1, np.array([[0, 5, -1e-40]], np.float32), y=zero).out, 0)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
