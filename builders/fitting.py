@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from builders.allocation import SLACK
 from builders.budgets import parse_bytes
 from builders.companions import ALONE, Companions
+from builders.device_formats import running_pairs
 from builders.planner import AUTO, KEEP, Plans, Request, candidates, choose, fits, usable
 from builders.sensitivity import Sensitivity
 from edge_runtime.engine.formats import get_format
@@ -140,7 +141,7 @@ def changes_that_meet(
     modes = [m for m in profile.power_modes if m != plans[LANGUAGE].power_mode]
     modes.sort(key=lambda m: profile.power_modes[m].bandwidth_gbps)
     found.append(search.first([{"power-mode": mode} for mode in modes]))
-    found.append(search.first(_lower_kv(request)))
+    found.append(search.first(_lower_kv(profile, request)))
     predicted, eased = plans[LANGUAGE].predicted, Options()
     if request.bits is not None and bits_per_weight(program, plans) > request.bits:
         eased["bits"] = _rounded(bits_per_weight(program, plans), up=True)
@@ -163,7 +164,7 @@ def changes_that_fit(
     """The smallest single changes of a resolved request that make it fit; when no single one does, the
     smallest set of changes; [] when nothing does. Every one is checked by the memory function."""
     search = _Search(program, profile, request, beside, sensitivity)
-    weights, kv = _lower_weights(profile, request), _lower_kv(request)
+    weights, kv = _lower_weights(profile, request), _lower_kv(profile, request)
     found = [search.first(weights), search.first(kv), search.longest_context({})]
     if request.max_memory is not None:
         found.append(search.more_memory())
@@ -241,12 +242,13 @@ def _lower_weights(profile: Profile, request: Request) -> list[Options]:
     return ways
 
 
-def _lower_kv(request: Request) -> list[Options]:
+def _lower_kv(profile: Profile, request: Request) -> list[Options]:
     def nbytes(k: str, v: str) -> float:
         return row_nbytes(k, 128, request.page_tokens) + row_nbytes(v, 128, request.page_tokens)
 
     now = nbytes(request.kv_k, request.kv_v)
-    return [{"kv": names} for names in KV_ORDER if nbytes(*kv_pair(names)) < now]
+    known = [names for names in KV_ORDER if running_pairs(profile, [kv_pair(names)])]
+    return [{"kv": names} for names in known if nbytes(*kv_pair(names)) < now]
 
 
 def _with(request: Request, options: Options) -> Request:

@@ -24,6 +24,7 @@ TOP = 64  # EDGE_TOP_MAX: likeliest tokens of a row that the device finds
 SPLIT_BLOCKS = (1, 2, 4)  # blocks of 8 tokens that linear_split takes at once; more tokens go to linear_tile
 TOKEN_BLOCK = 8
 TILE_TOKENS = 64  # of a block of linear_tile
+INPUT_COLUMNS = 128  # inputs of linears are padded to a multiple of it
 INPUT_GROUP = 64  # columns with one input scale where integer weights have none of their own
 
 CACHES = ("f16", "int8", "int4", "fp8")  # KV formats that have kernels
@@ -113,6 +114,11 @@ def matrix_kernels(name: str) -> MatrixKernels:
         ),
         embed=Kernel(f"embed_{name}", "linear.cuh", "EdgeEmbed", f"edge::embed<{weights}>", ROW_THREADS),
     )
+
+
+def padded_columns(cols: int) -> int:
+    """Columns of a token's inputs."""
+    return -(-cols // INPUT_COLUMNS) * INPUT_COLUMNS
 
 
 def prepare_kernel(source: str, kind: str, width: int) -> Kernel:

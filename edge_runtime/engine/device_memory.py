@@ -1,16 +1,17 @@
-"""Device memory of a part on the cuda backend, to the byte: the planner adds it up, the backend lays it out."""
+"""Device memory of a part on the cuda backend to the byte: the planner adds it up, the backend lays it out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from edge_runtime.engine import device_code as code
-from edge_runtime.engine.launches import AttentionLaunch, Lowered
+from edge_runtime.engine.angles import angle_tables
+from edge_runtime.engine.device_code import padded_columns
 from edge_runtime.engine.layout import lay_out, round_up
-from edge_runtime.engine.lowering import lower
-from edge_runtime.engine.plan import MAX_DRAFT_LENGTH, KvPlan, StepShape, TensorPlan
+from edge_runtime.engine.ops import Attention, Linear, Logits
+from edge_runtime.engine.plan import MAX_DRAFT_LENGTH, KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
+INPUT_BYTES = 2  # of an input of a linear at most: f16
+SMALLEST_GROUP = 32  # of inputs with one scale
 COUNTS = 16  # EDGE_COUNTS
 STEP_ARRAYS = ("tokens", "positions", "sequence", "places", "parents", "bends")  # (step.tokens) each
 SPLIT_TOKENS = 8  # steps of so many tokens attend in chunks of the context
@@ -33,8 +34,8 @@ def step_layout(program: Program, kv: KvPlan, step: StepShape) -> tuple[dict[str
     return offsets, at
 
 
-def device_regions(program: Program, lowered: Lowered, kv: KvPlan, step: StepShape) -> dict[str, int]:
-    """Bytes of each region beside weights and KV pages.
+def device_regions(program: Program, kv: KvPlan, step: StepShape) -> dict[str, int]:
+    """Bytes of each region beside weights and KV pages, the same for every choice of weight formats.
 
     step: the record of the running step. answer: its status, then the likeliest token of each logit row.
     codes/scales/sums: inputs of the running linears, for whole tiles of tokens. partial: of attention split
@@ -42,26 +43,27 @@ def device_regions(program: Program, lowered: Lowered, kv: KvPlan, step: StepSha
     """
     rows = max(step.tokens, step.logits)
     tokens = -(-rows // code.TILE_TOKENS) * code.TILE_TOKENS
-    codes = scales = 0
-    for kind, columns in lowered.inputs.items():
-        codes = max(codes, columns * (1 if kind.startswith("int") else 2))
-        scales = max(scales, columns // int(kind[3:]) if kind.startswith("int") else 1)
+    columns = max(
+        padded_columns(program.tensors[op.weight].cols)
+        for op in program.ops
+        if isinstance(op, Linear | Logits)
+    )
     partial = max(
         (
-            code.partial_floats(launch.op, min(step.context, program.max_context))
-            for launch in lowered.launches
-            if isinstance(launch, AttentionLaunch)
+            code.partial_floats(op, min(step.context, program.max_context))
+            for op in program.ops
+            if isinstance(op, Attention)
         ),
         default=0,
     )
-    freqs = sum(program.tensors[name].cols for name, _ in lowered.tables)
+    freqs = sum(angle_tables(program).values())
     _, record = step_layout(program, kv, step)
     regions = {
         "step": 4 * record,
         "answer": 4 * (1 + step.logits),
-        "codes": tokens * codes,
-        "scales": tokens * scales * 4,
-        "sums": tokens * scales * 4,
+        "codes": tokens * columns * INPUT_BYTES,
+        "scales": tokens * columns // SMALLEST_GROUP * 4,
+        "sums": tokens * columns // SMALLEST_GROUP * 4,
         "angles": step.tokens * 2 * freqs * 4,
         "partial": min(step.tokens, SPLIT_TOKENS) * partial * 4,
         "inputs": 4 * step.tokens * (program.input_width or 0),
@@ -76,9 +78,6 @@ def device_regions(program: Program, lowered: Lowered, kv: KvPlan, step: StepSha
     return {name: round_up(n) for name, n in regions.items() if n}
 
 
-def device_scratch_nbytes(
-    program: Program, tensors: Mapping[str, TensorPlan], kv: KvPlan, step: StepShape
-) -> int:
-    """Bytes of buffers and scratch of a part. Raises Unsupported for what the backend has no kernel for."""
-    lowered = lower(program, {name: t.format for name, t in tensors.items()}, kv)
-    return sum(device_regions(program, lowered, kv, step).values())
+def device_scratch_nbytes(program: Program, kv: KvPlan, step: StepShape) -> int:
+    """Bytes of buffers and scratch of a part."""
+    return sum(device_regions(program, kv, step).values())

@@ -12,7 +12,6 @@ from edge_runtime.engine.ops import Attention
 # Not buffers of the program: inputs of the logits op and its outputs, a row for each logit row of the step
 ROWS, LOGITS = "@rows", "@logits"
 MATRICES = 4  # of a launch
-INPUT_COLUMNS = 128  # inputs of linears are padded to a multiple of it
 Rows = Literal["tokens", "logits"]
 
 
@@ -150,13 +149,12 @@ Launch = (
 @dataclass(frozen=True, slots=True)
 class Lowered:
     """The launches of a step in order; `moves`: by layer, what moves rows of its cache; `tables` of angles, by
-    (inv_freq, scale); `inputs`: kind -> columns of the widest inputs made of that kind."""
+    (inv_freq, scale)."""
 
     launches: tuple[Launch, ...]
     sample: SampleLaunches
     moves: tuple[Kernel, ...]
     tables: tuple[tuple[str, float], ...]
-    inputs: dict[str, int]
 
 
 def kernels_of(lowered: Lowered) -> tuple[Kernel, ...]:
@@ -169,11 +167,6 @@ def kernels_of(lowered: Lowered) -> tuple[Kernel, ...]:
     for kernel in (sample.finish, sample.merge, sample.advance, *lowered.moves):
         found[kernel.symbol] = kernel
     return tuple(found[symbol] for symbol in sorted(found))
-
-
-def padded_columns(cols: int) -> int:
-    """Columns of a token's inputs."""
-    return -(-cols // INPUT_COLUMNS) * INPUT_COLUMNS
 
 
 def _kernels(launch: Launch) -> Iterable[Kernel]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 
 from edge_runtime.engine import device_code as code
+from edge_runtime.engine.angles import angle_tables
 from edge_runtime.engine.device_code import Kernel, MatrixKernels, matrix_kernels
 from edge_runtime.engine.launches import (
     LOGITS,
@@ -31,9 +32,7 @@ from edge_runtime.engine.launches import (
     Rows,
     SampleLaunches,
     kernels_of,
-    padded_columns,
 )
-from edge_runtime.engine.angles import angle_tables
 from edge_runtime.engine.manifest import PartEntry
 from edge_runtime.engine.ops import (
     Activation,
@@ -70,7 +69,6 @@ def lower(program: Program, formats: dict[str, str], kv: KvPlan) -> Lowered:
         SampleLaunches(*code.sample_kernels(), softcap=head.softcap or 0.0),
         tuple(code.move_kernel(kv, slot.head_dim) for slot in program.cache),
         tuple(angle_tables(program)),
-        lowering.inputs,
     )
 
 
@@ -94,7 +92,6 @@ class _Lowering:
         self._tables = list(angle_tables(program))
         self._prepared: tuple[str, str] | None = None
         self.launches: list[Launch] = []
-        self.inputs: dict[str, int] = {}
 
     def run(self) -> None:
         for i, (name, scale) in enumerate(self._tables):
@@ -182,7 +179,6 @@ class _Lowering:
 
     def _prepare(self, source: str, kind: str, x: str, out: str | None = None, **more: object) -> None:
         width = self._program.buffers[x]
-        self.inputs[kind] = max(self.inputs.get(kind, 0), padded_columns(width))
         shared = source not in ("rms", "layer") and kind != "half"
         kernel = code.prepare_kernel(source, kind, width)
         self.launches.append(PrepareLaunch(kernel, kind, shared, width, x, out=out, **more))  # type: ignore[arg-type]

@@ -113,20 +113,11 @@ def scratch_nbytes(program: Program, step: StepShape, threads: int) -> int:
 
 
 def buffers_nbytes(
-    program: Program,
-    tensors: Mapping[str, TensorPlan],
-    kv: KvPlan,
-    step: StepShape,
-    *,
-    threads: int,
-    backend: str = "cpu",
+    program: Program, kv: KvPlan, step: StepShape, *, threads: int, backend: str = "cpu"
 ) -> int:
-    """Activation buffers and scratch: everything a step writes except the KV cache.
-
-    Raises Unsupported for what the cuda backend has no kernel for.
-    """
+    """Activation buffers and scratch: everything a step writes except the KV cache."""
     if backend == "cuda":
-        return device_scratch_nbytes(program, tensors, kv, step)
+        return device_scratch_nbytes(program, kv, step)
     return lay_out(program, step).nbytes + scratch_nbytes(program, step, threads)
 
 
@@ -140,7 +131,7 @@ def part_nbytes(
     backend: str = "cpu",
 ) -> int:
     """Bytes of a part that is loaded beside the language part: weights, KV cache and buffers."""
-    buffers = buffers_nbytes(program, tensors, kv, step, threads=threads, backend=backend)
+    buffers = buffers_nbytes(program, kv, step, threads=threads, backend=backend)
     return weights_nbytes(program, tensors) + cache_nbytes(program, kv, step) + buffers
 
 
@@ -176,7 +167,7 @@ def memory_plan(
     return MemoryPlan(
         weights=weights_nbytes(program, tensors),
         kv=cache_nbytes(program, kv, step),
-        buffers=buffers_nbytes(program, tensors, kv, step, threads=threads, backend=backend),
+        buffers=buffers_nbytes(program, kv, step, threads=threads, backend=backend),
         draft=draft,
         adapters=adapters,
         device_code=device_code,

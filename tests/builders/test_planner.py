@@ -102,7 +102,7 @@ def test_formats_follow_the_roles(big: Program) -> None:
     assert formats("int4_g64", "int4_g64")["head"] == four
     assert formats("bf16")["embedding"] == formats("bf16")["matrix"] == {"bf16/n16"}
     on_gpu = formats("nf4_g64", profile="orin")
-    assert on_gpu["matrix"] == {"nf4_g64/rows"} and on_gpu["head"] == {"int8_row/rows"}
+    assert on_gpu["matrix"] == {"nf4_g64/m16"} and on_gpu["head"] == {"int8_row/m16"}
 
 
 def test_every_change_fits_and_is_the_smallest(big: Program) -> None:

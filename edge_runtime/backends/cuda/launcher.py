@@ -24,7 +24,6 @@ from edge_runtime.engine.launches import (
     RotateLaunch,
     RowLaunch,
     kernels_of,
-    padded_columns,
 )
 
 Grid = tuple[int, int, int]
@@ -85,7 +84,7 @@ class Launcher:
                 yield launch.kernel, (tokens, 1, 1), self._embed(launch)
             case PrepareLaunch():
                 rows = tokens if launch.rows == "tokens" else logits
-                share = -(-padded_columns(launch.width) // ROW_VALUES) if launch.shared else 1
+                share = -(-code.padded_columns(launch.width) // ROW_VALUES) if launch.shared else 1
                 yield launch.kernel, (rows, share, 1), self._inputs_of(launch)
             case LinearLaunch():
                 yield self._linear(launch, tokens if launch.rows == "tokens" else logits)
@@ -120,7 +119,7 @@ class Launcher:
         )
 
     def _inputs(self, kind: str, width: int) -> rec.Inputs:
-        columns = padded_columns(width)
+        columns = code.padded_columns(width)
         groups = columns // int(kind[3:]) if kind.startswith("int") else 1
         return rec.Inputs(
             codes=self._place.region("codes"),

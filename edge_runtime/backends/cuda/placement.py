@@ -14,7 +14,7 @@ from edge_runtime.backends.stored_indices import check_indices, check_order
 from edge_runtime.engine.device_memory import device_regions
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.kv import CacheArray, cache_arrays
-from edge_runtime.engine.launches import LOGITS, ROWS, Lowered
+from edge_runtime.engine.launches import LOGITS, ROWS
 from edge_runtime.engine.layout import ALIGN, lay_out, round_up
 from edge_runtime.engine.ops import Gather
 from edge_runtime.engine.packing import cuda_packing, pack, plane_items, unpack
@@ -27,12 +27,12 @@ _FIELDS = {"scale": "scale", "zero": "zero", "scale2": "second", "super": "secon
 class Placement:
     """The arena of a part, its weights uploaded, everything else zero."""
 
-    def __init__(self, driver: Driver, part: Part, lowered: Lowered) -> None:
+    def __init__(self, driver: Driver, part: Part) -> None:
         """Raises DoesNotFit before any plane is read, BadEngineFile for planes that are not the program's."""
         self._driver = driver
         self._part = part
         program = part.program
-        self.regions = device_regions(program, lowered, part.kv, part.step)
+        self.regions = device_regions(program, part.kv, part.step)
         self.cache: list[CacheArray] = cache_arrays(program, part.kv)
         self._buffers = lay_out(program, part.step).offsets
         weights = [
