@@ -53,15 +53,12 @@ def compiler() -> tuple[str, str]:
     if found is None:
         pytest.skip("the emulator of cuda kernels needs g++ (apt-get install g++)")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
-    probe = subprocess.run(
-        [found, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"],
-        input="_Float16 x;",
-        text=True,
-        capture_output=True,
-    )
+    half = "__fp16" if platform.machine() == "aarch64" else "_Float16"
+    command = [found, "-std=c++17", "-x", "c++", "-fsyntax-only", "-"]
+    probe = subprocess.run(command, input=f"{half} x;", text=True, capture_output=True)
     if probe.returncode:
         pytest.skip(
-            f"the emulator of cuda kernels needs _Float16 (g++ 12 or newer), not {version.splitlines()[0]}"
+            f"the emulator of cuda kernels needs {half} (g++ 12 or newer), not {version.splitlines()[0]}"
         )
     return found, version
 

@@ -13,6 +13,10 @@
 
 #include "emulator/launch.h"
 
+#if defined(__aarch64__)
+#define _Float16 emu::Half
+#endif
+
 #define EDGE_DEVICE inline
 #define EDGE_SHARED static  // blocks run one after another, so one copy is enough
 

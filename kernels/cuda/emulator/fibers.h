@@ -13,7 +13,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__)
+#if defined(EDGE_EMU_UCONTEXT)
+#include <ucontext.h>
+#elif defined(__x86_64__)
 asm(R"(
     .text
     .p2align 4

@@ -8,6 +8,12 @@
 
 namespace emu {
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // GCC before 13 has no _Float16 in C++ there
+#else
+typedef _Float16 Half;
+#endif
+
 struct Fragments {
     uint32_t a[32][4], b[32][2];
     union {
@@ -49,7 +55,7 @@ void product_f16(Fragments& w) {
     const auto value = [](uint32_t word) {
         const uint16_t half = static_cast<uint16_t>(word);
         if (kBfloat) return __builtin_bit_cast(float, static_cast<uint32_t>(half) << 16);
-        return static_cast<float>(__builtin_bit_cast(_Float16, half));
+        return static_cast<float>(__builtin_bit_cast(Half, half));
     };
     float a[16][16];
     Floats8 b[16], d[16];
