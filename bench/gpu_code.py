@@ -28,7 +28,7 @@ from edge_runtime.errors import BuildError
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path(os.environ.get("EDGE_GPU_CHECK_WORK", ROOT / "build" / "gpu-check"))
 EMULATED = os.environ.get("EDGE_GPU_CHECK_EMULATED") == "1"
-_KERNEL = re.compile(r"^EDGE_KERNEL\((\w+),\s*(\d+),", re.MULTILINE)
+_KERNEL = re.compile(r"^EDGE_KERNEL(?:_EARLY)?\((\w+),\s*(\d+),", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

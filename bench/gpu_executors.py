@@ -13,6 +13,7 @@ from gpu_models import Shape, encoded, formats_of, llama, load, packed, part_of
 from gpu_report import Report
 from gpu_sizes import SIZES
 
+from builders.archs import Architecture, read_program
 from edge_runtime.backends.cuda.executor import CudaExecutor
 from edge_runtime.backends.protocol import Part, StepBatch
 from edge_runtime.backends.reference import BACKEND as REFERENCE
@@ -30,19 +31,20 @@ PAIRS = {
     "int4_g32_zp": "fp8",
     "int8_g128": "int4",
 }
+PLANNERS = {"int4_g64": "int8", "f16": "f16"}
 if EMULATED:
-    PAIRS = {"int4_g64": "int8"}
+    PAIRS, PLANNERS = {"int4_g64": "int8"}, {}
 
 
 def executors(report: Report) -> None:
     """Logits of a prompt and of decoded tokens: how far from the reference's; likeliest tokens, chains."""
-    jobs = {f"toy {fmt}, KV {kv}": (lambda f=fmt, k=kv: _toy(report, f, k)) for fmt, kv in PAIRS.items()}
-    if not EMULATED:
-        jobs = {
-            **{f"planner {fmt}, KV {kv}": (lambda f=fmt, k=kv: _planner(report, f, k)) for fmt, kv in
-               (("int4_g64", "int8"), ("f16", "f16"))},
-            **jobs,
-        }  # fmt: skip
+    jobs = {
+        **{
+            f"planner {fmt}, KV {kv}": lambda f=fmt, k=kv: _planner(report, f, k)
+            for fmt, kv in PLANNERS.items()
+        },
+        **{f"toy {fmt}, KV {kv}": lambda f=fmt, k=kv: _toy(report, f, k) for fmt, kv in PAIRS.items()},
+    }
     report.each(jobs, seconds=3)
 
 
@@ -73,19 +75,21 @@ def _toy(report: Report, fmt: str, kv: str) -> None:
 
 
 def _planner(report: Report, fmt: str, kv: str) -> None:
-    """The shipped planner, its matrices rounded to nearest."""
     part = planner_part(fmt, kv)
     ids = np.random.default_rng(2).integers(3, part.program.vocab_size, 96)
     _compare(report, f"planner {fmt}, KV {kv}", part, ids)
 
 
+def planner() -> Architecture:
+    """The shipped planner's Program, and where its tensors come from."""
+    return read_program(json.loads((PLANNER / "config.json").read_text(encoding="utf-8")), context=256)
+
+
 def planner_part(fmt: str, kv: str) -> Part:
+    """Its weights rounded to nearest."""
     from safetensors.numpy import load_file
 
-    from builders.archs import read_program
-
-    config = json.loads((PLANNER / "config.json").read_text(encoding="utf-8"))
-    architecture = read_program(config, context=256)
+    architecture = planner()
     tensors = load_file(PLANNER / "model.safetensors")
     program, weights = architecture.program, {}
     formats = formats_of(program, fmt)

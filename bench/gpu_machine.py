@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from gpu_code import EMULATED, WORK, compiler, unit_of
+from gpu_executors import PAIRS, PLANNERS, planner
 from gpu_models import attentions, formats_of, llama, lowered_of, matrices, part_of
 from gpu_report import Report
 from gpu_sizes import SIZES
@@ -67,6 +68,10 @@ def kernel_sets() -> dict[str, tuple[Kernel, ...]]:
     for kv in SIZES.caches:
         found[f"attention {kv}"] = _kernels(attentions(SIZES.attention, 1, SIZES.context), "int4_g64", kv)
     found["llama"] = _kernels(llama(SIZES.llama), "int4_g64", "int8")
+    for fmt, kv in PAIRS.items():
+        found[f"toy {fmt}, KV {kv}"] = _kernels(llama(SIZES.toy), fmt, kv)
+    for fmt, kv in PLANNERS.items():
+        found[f"planner {fmt}, KV {kv}"] = _kernels(planner().program, fmt, kv)
     return found
 
 

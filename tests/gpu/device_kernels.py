@@ -57,9 +57,9 @@ class Emulated:
         lines = source.splitlines(keepends=True)
         kernels = gpu_code.kernels_in(source)
         self._threads = kernels
-        self._preamble = "".join(line for line in lines if not line.startswith("EDGE_KERNEL("))
+        self._preamble = "".join(line for line in lines if not line.startswith("EDGE_KERNEL"))
         self._lines = {
-            next(iter(gpu_code.kernels_in(line))): line for line in lines if line.startswith("EDGE_KERNEL(")
+            next(iter(gpu_code.kernels_in(line))): line for line in lines if line.startswith("EDGE_KERNEL")
         }
         self._source = source
         self._functions: dict[tuple[str, int], Function] = {}
