@@ -1,4 +1,4 @@
-"""The seam between serving and execution: plain integer arrays in, logits out.
+"""The seam between serving and execution: plain integer arrays in, logits or the likeliest tokens out.
 
 A backend knows no request and the scheduler knows no byte. Bytes of KV pages belong to the executor;
 which page belongs to whom is `serving/pages.py`.
@@ -6,18 +6,20 @@ which page belongs to whom is `serving/pages.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from edge_runtime.engine.adapter import Adapter
+from edge_runtime.engine.device_code import TOP
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import DeviceCodeEntry
 from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
-__all__ = ["Backend", "DeviceCode", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
+__all__ = ["TOP", "Backend", "DeviceCode", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,14 @@ class Support:
 
 @dataclass(frozen=True, slots=True)
 class DeviceCode:
-    """What an engine carries for GPUs: its entries, and `read`, which gives the bytes of a blob."""
+    """What an engine carries for GPUs: its entries, and `read`, which gives the bytes of a blob.
+
+    engine: the file, beside which what was measured on this device may lie.
+    """
 
     entries: tuple[DeviceCodeEntry, ...]
     read: Callable[[str], memoryview]
+    engine: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +96,38 @@ class Executor(Protocol):
         """Logits f32 (L, vocab), a view that the next call overwrites. Raises NumericError on NaN/Inf."""
         ...
 
+    def likeliest(self, batch: StepBatch) -> Array:
+        """`forward` for the likeliest token of each row of logits alone: int32 (L,), equals by their lowest
+        id; a view that the next call overwrites. Where the logits lie on a device, they stay there.
+
+        -1 stands for a row that is not finite, where that has not raised. Raises as `forward`.
+        """
+        ...
+
+    def top(self, batch: StepBatch, k: int) -> tuple[Array, Array]:
+        """`forward` for the `k` likeliest tokens of each row, 1 to TOP of the vocabulary's: ids int32 and
+        their logits f32 (L, k), in descending order, equals by their lowest id; views as of `likeliest`.
+
+        A row that is not finite, where that has not raised, has logits NaN. Raises as `forward`, BadRequest
+        on another k.
+        """
+        ...
+
     def chain(self, batch: StepBatch, count: int) -> Array:
         """`count` steps with one token and one row of logits for each of S sequences, whose likeliest token
         is fed to the next step at the next position: int32 (count, S). Raises as `forward`.
         """
         ...
 
+    def warm_up(self, sizes: Sequence[int], chains: Sequence[int] = ()) -> None:
+        """Prepare what steps of so many tokens, and chains of so many sequences, would prepare when they
+        first come. Runs none.
+        """
+        ...
+
     @property
     def hidden(self) -> Array:
-        """Inputs of the logits op f32 (L, width) of the last `forward`, a view that the next overwrites."""
+        """Inputs of the logits op f32 (L, width) of the last step, a view that the next one overwrites."""
         ...
 
     def copy_page(self, source: int, target: int) -> None:

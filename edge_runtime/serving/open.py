@@ -132,7 +132,7 @@ def _open(engine: Engine, options: _Options, verify: bool) -> Session:
     backend, notices = choose_backend(manifest.fingerprint, options.backend, options.machine)
     part = engine.part(options.part)
     check_supports(backend, part.program, part.plan.tensors)
-    code = DeviceCode(manifest.device_code, engine.blob)
+    code = DeviceCode(manifest.device_code, engine.blob, engine.path)
     backend.check_code(code)
     sizes = _sizes(part, options)
     adapters = _adapters(engine, part, options)

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Mapping
 
 from edge_runtime.backends.cuda.device_check import check_device
-from edge_runtime.backends.cuda.driver import Driver, device_facts, open_driver
+from edge_runtime.backends.cuda.driver import DeviceFacts, Driver, device_facts, open_driver
 from edge_runtime.backends.cuda.executor import CudaExecutor
+from edge_runtime.backends.cuda.tuning import Tuning, identity, read_tuning, tuning_path
 from edge_runtime.backends.protocol import DeviceCode, Part, Support
 from edge_runtime.engine.device_code import CACHES, has_kernels
 from edge_runtime.engine.formats import FORMATS
@@ -106,10 +107,18 @@ class CudaBackend:
             with driver.current:
                 image = bytes(code.read(entry.blob))
                 module = driver.load_module(image, f"sm_{entry.sm}, CUDA {entry.cuda}")
-                return CudaExecutor(driver, module, lowered, part)
+                tuning = _tuning(driver.facts, image, code)
+                return CudaExecutor(driver, module, lowered, part, tuning)
         except BaseException:
             driver.close()
             raise
+
+
+def _tuning(facts: DeviceFacts, image: bytes, code: DeviceCode) -> Tuning:
+    """What was measured for the engine on this device; an empty one where nothing was."""
+    device, digest = identity(facts, image)
+    found = None if code.engine is None else read_tuning(tuning_path(code.engine), device, digest)
+    return found or Tuning(device=device, code=digest)
 
 
 BACKEND = CudaBackend()

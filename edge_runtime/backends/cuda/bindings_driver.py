@@ -21,6 +21,7 @@ from edge_runtime.backends.cuda.current import CurrentContext
 from edge_runtime.backends.cuda.device_array import interface_of
 from edge_runtime.backends.cuda.driver import (
     BINDINGS,
+    OVERLAP_SM,
     DeviceFacts,
     Event,
     Function,
@@ -94,6 +95,7 @@ class BindingsDriver:
         self._lock = threading.RLock()
         self._cu = cu = _api()
         self.facts = self.facts_of(device)
+        self.overlaps = self.facts.sm >= OVERLAP_SM
         self._device = _ask(cu, "opening the GPU", cu.cuDeviceGet, device)
         self._primary = False
         self._context = self._join()
@@ -268,11 +270,23 @@ class BindingsDriver:
         return function
 
     def prepare(
-        self, function: Function, grid: tuple[int, int, int], threads: int, shared: int, args: bytes
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        args: bytes,
+        overlap: bool = False,
     ) -> Launch:
         self._guard()
         record = ctypes.create_string_buffer(args, len(args))
         params = (ctypes.c_void_p * 2)(ctypes.addressof(record), None)
+        if overlap and self.overlaps:
+            config = self._overlapping(grid, threads, shared)
+            call = functools.partial(
+                self._cu.cuLaunchKernelEx, config, function.handle, ctypes.addressof(params), 0
+            )
+            return Launch(call, function.symbol, (record, params, config))
         call = functools.partial(
             self._cu.cuLaunchKernel,
             function.handle,
@@ -286,6 +300,23 @@ class BindingsDriver:
             0,
         )
         return Launch(call, function.symbol, (record, params))
+
+    def _overlapping(self, grid: tuple[int, int, int], threads: int, shared: int) -> Any:
+        """Of a launch that may begin before the one before it has ended (programmatic dependent launch)."""
+        cu = self._cu
+        value = cu.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute = cu.CUlaunchAttribute()
+        attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        config = cu.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = self._stream
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        return config
 
     def run(self, launch: Launch) -> None:
         self._start(launch.call, launch.symbol)

@@ -22,6 +22,7 @@ from edge_runtime.errors import BackendUnavailable, BadConfig, nearest
 AUTO = "auto"
 BINDINGS = "cuda-bindings"
 PYCUDA = "pycuda"
+OVERLAP_SM = 90  # from which on a kernel can wait for the launch before it
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +111,7 @@ class Driver(Protocol):
 
     facts: DeviceFacts
     graphs: bool  # whether it has `capture`; without, launch one by one
+    overlaps: bool  # whether launches may overlap where `prepare` is told so: from sm_90 on
     stream: int  # handle, as others' APIs take it
     current: CurrentContext  # `with driver.current:` around many calls makes them cheaper
 
@@ -164,9 +166,19 @@ class Driver(Protocol):
         ...
 
     def prepare(
-        self, function: Function, grid: tuple[int, int, int], threads: int, shared: int, args: bytes
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        args: bytes,
+        overlap: bool = False,
     ) -> Launch:
-        """A launch to `run` again and again. args: the kernel's one record."""
+        """A launch to `run` again and again. args: the kernel's one record.
+
+        overlap: it may begin while the launch before it still runs, for whose end the kernel waits itself
+        (device.cuh); without effect where `overlaps` is False.
+        """
         ...
 
     def run(self, launch: Launch) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from edge_runtime.backends.batch import check_adapters, check_batch, check_move, check_page, refuse_tree
@@ -20,9 +21,11 @@ from edge_runtime.backends.cuda.launcher import Launcher
 from edge_runtime.backends.cuda.mover import Mover
 from edge_runtime.backends.cuda.placement import Placement
 from edge_runtime.backends.cuda.staged_step import StagedStep
+from edge_runtime.backends.cuda.tuner import Tuner, Watch
+from edge_runtime.backends.cuda.tuning import Tuning
 from edge_runtime.backends.protocol import Part, StepBatch
 from edge_runtime.engine.adapter import Adapter
-from edge_runtime.engine.device_code import TOP
+from edge_runtime.engine.device_code import TOKEN_BLOCK, TOP
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.launches import LOGITS, ROWS, Lowered
 from edge_runtime.engine.plan import MAX_DRAFT_LENGTH
@@ -32,15 +35,19 @@ from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Un
 class CudaExecutor:
     """A loaded part. One forward at a time: a second caller waits."""
 
-    def __init__(self, driver: Driver, module: Module, lowered: Lowered, part: Part) -> None:
+    def __init__(self, driver: Driver, module: Module, lowered: Lowered, part: Part, tuning: Tuning) -> None:
         self._driver = driver
         self._part = part
         self._lock = threading.Lock()
-        self._place = Placement(driver, part, lowered)
+        self._place = Placement(driver, part)
         step, program = part.step, part.program
         answer = self._place.region("answer")
         self._staged = StagedStep(driver, part, self._place.region("step"), answer)
-        self._launcher = Launcher(driver, module, lowered, part, self._place, self._staged.record)
+        self._launcher = Launcher(
+            driver, module, lowered, part, self._place, self._staged.record, tuning.forms
+        )
+        self._lowered = lowered
+        self._tuning = tuning
         self._mover = Mover(driver, part, lowered, self._place, self._launcher)
         self._launches: dict[tuple[int, bool], list[Launch]] = {}
         self._graphs: dict[tuple[int, bool], Graph] = {}
@@ -150,12 +157,16 @@ class CudaExecutor:
         if not self._driver.graphs:
             self._queue(self._launches_of(key))
             return
-        if key not in self._graphs:
-            launches = self._launches_of(key)
+        self._prepare(key)
+        self._driver.launch_graph(self._graphs[key])
+
+    def _prepare(self, key: tuple[int, bool]) -> None:
+        """The launches of a size of step, and their graph where the driver has graphs."""
+        launches = self._launches_of(key)
+        if self._driver.graphs and key not in self._graphs:
             with self._driver.capture() as graph:
                 self._queue(launches)
             self._graphs[key] = graph
-        self._driver.launch_graph(self._graphs[key])
 
     def _launches_of(self, key: tuple[int, bool]) -> list[Launch]:
         if key not in self._launches:
@@ -187,17 +198,33 @@ class CudaExecutor:
         kv = self._part.kv
         raise NumericError(f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use int8 or fp8")
 
-    def warm_up(self, sizes: Sequence[int] = ()) -> None:
-        """Capture the graphs of steps of so many tokens: the first of them then costs no more than others."""
+    def warm_up(self, sizes: Sequence[int], chains: Sequence[int] = ()) -> None:
+        """Capture the graphs of steps of so many tokens, and of chains of so many sequences."""
+        most = self._part.step.tokens
+        keys = {(bucket(n, most), False) for n in sizes} | {(bucket(n, most), True) for n in chains}
         with self._lock, self._driver.current:
             self._check_open()
-            for tokens in sizes:
-                key = bucket(tokens, self._part.step.tokens), False
-                launches = self._launches_of(key)
-                if self._driver.graphs and key not in self._graphs:
-                    with self._driver.capture() as graph:
-                        self._queue(launches)
-                    self._graphs[key] = graph
+            for key in sorted(keys):
+                self._prepare(key)
+
+    def tune(self, watch: Watch | None = None) -> Tuning:
+        """Measure the forms of every product on this device, for steps of all sizes, and use the fastest.
+
+        watch(product, form, microseconds) sees each figure. Takes a second or so; numbers do not change.
+        """
+        most = self._part.step.tokens
+        sizes = sorted({bucket(n, most) for n in (TOKEN_BLOCK << i for i in range(most.bit_length()))})
+        with self._lock, self._driver.current:
+            self._check_open()
+            tuner = Tuner(self._driver, self._launcher, self._lowered, self._staged.record.counts)
+            forms = tuner.run(sizes, watch)
+            self._tuning = msgspec.structs.replace(self._tuning, forms=forms)
+            self._launcher.use(forms)
+            for graph in self._graphs.values():
+                self._driver.release_graph(graph)
+            self._graphs.clear()
+            self._launches.clear()
+        return self._tuning
 
     @property
     def hidden(self) -> Array:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ctypes import Structure
 
 from edge_runtime.backends.cuda import records as rec
 from edge_runtime.backends.cuda.driver import Driver, Function, Launch, Module
 from edge_runtime.backends.cuda.placement import Placement
+from edge_runtime.backends.cuda.tuning import Form, default_form, product_key
 from edge_runtime.backends.protocol import Part
 from edge_runtime.engine import device_code as code
 from edge_runtime.engine.device_code import Kernel
@@ -36,13 +37,23 @@ class Launcher:
     """Makes the launches of steps with up to so many tokens; the same arguments serve every such step."""
 
     def __init__(
-        self, driver: Driver, module: Module, lowered: Lowered, part: Part, place: Placement, step: rec.Step
+        self,
+        driver: Driver,
+        module: Module,
+        lowered: Lowered,
+        part: Part,
+        place: Placement,
+        step: rec.Step,
+        forms: Mapping[str, Form] | None = None,
     ) -> None:
+        """forms: of products by `key_of`, where some were measured to be the fastest."""
         self._driver = driver
         self._lowered = lowered
         self._part = part
         self._place = place
         self._step = step
+        self._forms: Mapping[str, Form] = {} if forms is None else forms
+        self.overlap = True  # whether a launch may begin before the one in front of it has ended
         self._functions: dict[str, Function] = {
             kernel.symbol: driver.function(module, kernel.symbol) for kernel in kernels_of(lowered)
         }
@@ -55,7 +66,7 @@ class Launcher:
         slices = code.sample_slices(self._part.program.vocab_size)
         steps.append((sample.finish, (slices, logits, 1), record))
         steps.append((sample.merge, (logits, 1, 1), record))
-        return [self._prepare(*s) for s in steps]
+        return [self._prepare(*s, overlap=self.overlap and i > 0) for i, s in enumerate(steps)]
 
     def function(self, kernel: Kernel) -> Function:
         return self._functions[kernel.symbol]
@@ -75,8 +86,26 @@ class Launcher:
             self._prepare(sample.merge, (self._part.step.logits, 1, 1), record),
         ]
 
-    def _prepare(self, kernel: Kernel, grid: Grid, record: Structure) -> Launch:
-        return self._driver.prepare(self._functions[kernel.symbol], grid, kernel.threads, 0, bytes(record))
+    def use(self, forms: Mapping[str, Form]) -> None:
+        """Of products by `key_of`, in steps that are made from now on."""
+        self._forms = forms
+
+    def product(self, launch: LinearLaunch, rows: int, form: Form) -> Launch:
+        """One product by itself, in a form of its own."""
+        return self._prepare(*self._linear(launch, rows, form))
+
+    def rows_of(self, launch: LinearLaunch, tokens: int) -> int:
+        """Rows of inputs of a product in steps of so many tokens."""
+        return tokens if launch.rows == "tokens" else min(self._part.step.logits, tokens)
+
+    def key_of(self, launch: LinearLaunch, rows: int) -> str:
+        formats = {p.weight: self._part.weights[p.weight].format for p in launch.products}
+        sizes = {p.weight: self._part.weights[p.weight].rows for p in launch.products}
+        return product_key(launch, formats, sizes, rows)
+
+    def _prepare(self, kernel: Kernel, grid: Grid, record: Structure, *, overlap: bool = False) -> Launch:
+        function = self._functions[kernel.symbol]
+        return self._driver.prepare(function, grid, kernel.threads, 0, bytes(record), overlap)
 
     def _of(self, launch: object, tokens: int, logits: int) -> Iterator[Step]:
         match launch:
@@ -87,7 +116,9 @@ class Launcher:
                 share = -(-code.padded_columns(launch.width) // ROW_VALUES) if launch.shared else 1
                 yield launch.kernel, (rows, share, 1), self._inputs_of(launch)
             case LinearLaunch():
-                yield self._linear(launch, tokens if launch.rows == "tokens" else logits)
+                rows = self.rows_of(launch, tokens)
+                form = self._forms.get(self.key_of(launch, rows), default_form(rows))
+                yield self._linear(launch, rows, form)
             case RowLaunch():
                 yield launch.kernel, (self._row_blocks(launch, tokens), 1, 1), self._row(launch)
             case AnglesLaunch():
@@ -147,11 +178,10 @@ class Launcher:
             rows=int(launch.rows == "logits"),
         )
 
-    def _linear(self, launch: LinearLaunch, rows: int) -> Step:
-        """For so many rows of inputs: split by the columns for a few, in tiles for many."""
+    def _linear(self, launch: LinearLaunch, rows: int, form: Form) -> Step:
+        """For so many rows of inputs."""
         kernels = launch.kernels
-        blocks = next((n for n in code.SPLIT_BLOCKS if rows <= n * code.TOKEN_BLOCK), None)
-        tile = 1 if blocks is not None else kernels.tile_panels
+        tile = kernels.tile_panels if form == "tile" else 1
         record = rec.Linear(
             step=self._step,
             inputs=self._inputs(kernels.kind, launch.cols),
@@ -171,8 +201,10 @@ class Launcher:
             panels += -(-matrix.rows // (PANEL * tile)) * tile
             record.matrix[i] = matrix
         record.panels = panels
-        if blocks is not None:
-            return kernels.split[blocks], (panels, -(-rows // (blocks * code.TOKEN_BLOCK)), 1), record
+        if form != "tile":
+            blocks = 1 if form == "deep" else int(form.removeprefix("split"))
+            kernel = kernels.deep if form == "deep" else kernels.split[blocks]
+            return kernel, (panels, -(-rows // (blocks * code.TOKEN_BLOCK)), 1), record
         return kernels.tile, (panels // tile, -(-rows // code.TILE_TOKENS), 1), record
 
     def _row_blocks(self, launch: RowLaunch, tokens: int) -> int:

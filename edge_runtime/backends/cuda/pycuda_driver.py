@@ -131,6 +131,7 @@ class PycudaDriver:
     """See `Driver`."""
 
     graphs = False
+    overlaps = False
 
     def __init__(self, device: int = 0) -> None:
         self._trouble: str | None = None  # why no call can be made any more
@@ -292,7 +293,13 @@ class PycudaDriver:
         return function
 
     def prepare(
-        self, function: Function, grid: tuple[int, int, int], threads: int, shared: int, args: bytes
+        self,
+        function: Function,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        args: bytes,
+        overlap: bool = False,
     ) -> Launch:
         self._guard()
 
