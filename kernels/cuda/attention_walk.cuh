@@ -68,23 +68,29 @@ struct Walk {
 
     const EdgeAttention& args;
     Words4* queries;
-    const int kv_head, share, r, q;
+    const int kv_head, share, page_shift, r, q;
     Group group;
     Row rows[tiles][2];             // 16 t + 8 h + r
     float sums[tiles][kBlocks][4];  // of a chunk; fragments
     Keys<K, head_dim> keys;
     Values<V, head_dim> values;
+    const typename Rows<K, head_dim, 4, 2>::Start key_start;
+    const typename Rows<V, head_dim, 8, 4>::Start value_start;
     float key_scale[4], value_scale[4];  // of keys 4q .. 4q+3
-    int64_t row;                         // of the tile's first key in the cache
-    int key_rows[2], value_rows[4];      // where they are gathered
+    int row;                             // of the tile's first key in the cache
+    bool gathers;                        // its keys lie apart, or end before the tile:
+    int key_rows[2], value_rows[4];      // where those of the lane lie
 
     EDGE_DEVICE Walk(const EdgeAttention& record, Words4* memory, int head)
         : args(record),
           queries(memory),
           kv_head(head),
           share(record.heads / record.kv_heads),
+          page_shift(31 - __clz(static_cast<uint32_t>(record.page_tokens))),
           r(lane() / 4),
-          q(lane() % 4) {}
+          q(lane() % 4),
+          key_start(Rows<K, head_dim, 4, 2>::start(record.k, q)),
+          value_start(Rows<V, head_dim, 8, 4>::start(record.v, r)) {}
 
     EDGE_DEVICE int used_rows() const {
         const int left = group.count * share - group.head;
@@ -196,17 +202,17 @@ struct Walk {
         const int begin = low / kTile * kTile;
         if constexpr (kAhead) {
             find(begin, page);
-            load_keys(begin);
-            load_scales(begin);
-            load_values(begin);
+            load_keys();
+            load_scales();
+            load_values();
         }
         for (int tile = begin; tile <= high; tile += kTile) {
             const int next = tile + kTile;
             const bool more = kAhead && next <= high;
             if constexpr (!kAhead) {
                 find(tile, page);
-                load_keys(tile);
-                load_scales(tile);
+                load_keys();
+                load_scales();
             }
             float scores[tiles][2][4];
 #pragma unroll
@@ -224,17 +230,20 @@ struct Walk {
             });
             if (more) {
                 find(next, page);
-                load_keys(next);
+                load_keys();
             }
-            if constexpr (!kAhead) load_values(tile);
+            if constexpr (!kAhead) load_values();
             uint32_t weights[tiles][4];
-            weigh(tile, scores, weights);
-            if (more) load_scales(next);
+            if (tile >= lowest(group.most) && next <= group.least + 1)
+                weigh<true>(tile, scores, weights);
+            else
+                weigh<false>(tile, scores, weights);
+            if (more) load_scales();
             values.each([&](int block, const uint32_t (&b)[2]) {
 #pragma unroll
                 for (int t = 0; t < tiles; ++t) mma_f16<false>(sums[t][block], weights[t], b);
             });
-            if (more) load_values(next);
+            if (more) load_values();
         }
         // A row's total lies in four lanes
 #pragma unroll
@@ -274,31 +283,29 @@ struct Walk {
 
   private:
     EDGE_DEVICE int page_of(int place) const {
-        return args.step.page_tables[int64_t{group.sequence} * args.step.counts[EDGE_TABLE_STRIDE] +
-                                     place / args.page_tokens];
+        const int64_t table = int64_t{group.sequence} * args.step.counts[EDGE_TABLE_STRIDE];
+        return args.step.page_tables[table + (place >> page_shift)];
     }
-    EDGE_DEVICE int64_t row_in(int page, int place) const {
-        return (int64_t{page} * args.kv_heads + kv_head) * args.page_tokens + place % args.page_tokens;
-    }
-    // Keys beyond the last position, or of ancestors: gathered, and those beyond are the last again.
-    EDGE_DEVICE bool gathered(int tile) const {
-        return tile + kTile > group.bend || tile + kTile > group.most + 1;
+    EDGE_DEVICE int row_in(int page, int place) const {
+        return ((page * args.kv_heads + kv_head) << page_shift) + (place & (args.page_tokens - 1));
     }
 
+    // Where the tile's keys lie. Those beyond the last position are the last again, which is finite.
     EDGE_DEVICE void find(int tile, int page) {
-        row = row_in(__shfl_sync(kAll, page, tile % EDGE_ATTENTION_CHUNK / kTile), tile);
-        if (!gathered(tile)) return;
+        row = row_in(__shfl_sync(kAll, page, (tile & (EDGE_ATTENTION_CHUNK - 1)) / kTile), tile);
+        gathers = tile + kTile > group.bend || tile + kTile > group.most + 1;
+        if (!gathers) return;
         int position = tile + lane() % kTile;
         position = position < first() ? first() : position;
         position = position > group.most ? group.most : position;
         int mine;
         if (position < group.bend) {
-            mine = static_cast<int>(row_in(page_of(position), position));
+            mine = row_in(page_of(position), position);
         } else {
             int ancestor = group.token;
             for (int n = group.most - position; n > 0; --n) ancestor = args.step.parents[ancestor];
             const int place = args.step.places[ancestor];
-            mine = static_cast<int>(row_in(page_of(place), place));
+            mine = row_in(page_of(place), place);
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) key_rows[n] = __shfl_sync(kAll, mine, r / 2 * 4 + r % 2 + 2 * n);
@@ -306,36 +313,38 @@ struct Walk {
         for (int n = 0; n < 4; ++n) value_rows[n] = __shfl_sync(kAll, mine, 4 * q + n);
     }
 
-    EDGE_DEVICE void load_keys(int tile) {
-        if (gathered(tile)) {
+    EDGE_DEVICE void load_keys() {
+        if (gathers) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n) keys.rows.load(args.k, n, key_rows[n], q);
+            for (int n = 0; n < 2; ++n) keys.rows.load(args.k, key_start, n, key_rows[n], 0);
         } else {
+            const int at = row + r / 2 * 4 + r % 2;
 #pragma unroll
-            for (int n = 0; n < 2; ++n) keys.rows.load(args.k, n, row + (r / 2 * 4 + r % 2) + 2 * n, q);
+            for (int n = 0; n < 2; ++n) keys.rows.load(args.k, key_start, n, at, 2 * n);
         }
     }
-    EDGE_DEVICE void load_values(int tile) {
-        if (gathered(tile)) {
+    EDGE_DEVICE void load_values() {
+        if (gathers) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) values.rows.load(args.v, n, value_rows[n], r);
+            for (int n = 0; n < 4; ++n) values.rows.load(args.v, value_start, n, value_rows[n], 0);
         } else {
+            const int at = row + 4 * q;
 #pragma unroll
-            for (int n = 0; n < 4; ++n) values.rows.load(args.v, n, row + 4 * q + n, r);
+            for (int n = 0; n < 4; ++n) values.rows.load(args.v, value_start, n, at, n);
         }
     }
-    EDGE_DEVICE void load_scales(int tile) {
-        if constexpr (K::kRowScale) load_four(args.k, tile, key_scale);
-        if constexpr (V::kRowScale) load_four(args.v, tile, value_scale);
+    EDGE_DEVICE void load_scales() {
+        if constexpr (K::kRowScale) load_four(args.k, key_scale);
+        if constexpr (V::kRowScale) load_four(args.v, value_scale);
     }
-    EDGE_DEVICE void load_four(const EdgeKv& kv, int tile, float (&scale)[4]) {
+    EDGE_DEVICE void load_four(const EdgeKv& kv, float (&scale)[4]) {
         const float* all = static_cast<const float*>(kv.scale);
         uint32_t words[4];
-        if (gathered(tile)) {
+        if (gathers) {
 #pragma unroll
             for (int n = 0; n < 4; ++n) load_words<4>(all + value_rows[n], &words[n]);
         } else {
-            load_words<16>(all + row + 4 * q, words);
+            load_words<16>(all + (row + 4 * q), words);
         }
 #pragma unroll
         for (int n = 0; n < 4; ++n) scale[n] = float_of(words[n]);
@@ -345,8 +354,9 @@ struct Walk {
 
     // Scores of the tile to weights, as the a fragment that multiplies values, and all state brought up to
     // it.
+    // whole: every row sees every key.
+    template <bool whole>
     EDGE_DEVICE void weigh(int tile, const float (&scores)[tiles][2][4], uint32_t (&weights)[tiles][4]) {
-        const bool whole = tile >= lowest(group.most) && tile + kTile <= group.least + 1;  // seen by all rows
         uint32_t common = 0;
         if constexpr (V::kRowScale) {
             if (whole) common = unit_of(0xf);

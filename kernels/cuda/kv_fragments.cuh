@@ -25,7 +25,7 @@ struct Run {
     static constexpr int kUnit = lanes == 4              ? Format::kKeyUnit
                                  : 8 / Format::kBits > 1 ? 8 / Format::kBits
                                                          : 1;
-    static constexpr bool fits(int bytes) {
+    static EDGE_DEVICE constexpr bool fits(int bytes) {
         const int dims = bytes * 8 / Format::kBits;
         return dims >= kUnit && dims % kUnit == 0 && first + lanes * dims <= head_dim &&
                kRowBytes % bytes == 0 && first * Format::kBits / 8 % bytes == 0;
@@ -41,21 +41,21 @@ struct Run {
 };
 
 template <class R>
-constexpr int words_to(R = {}) {
+EDGE_DEVICE constexpr int words_to(R = {}) {
     if constexpr (R::kLast)
         return R::kWord + R::kWords;
     else
         return words_to<typename R::Next>();
 }
 template <class R>
-constexpr int steps_to(R = {}) {
+EDGE_DEVICE constexpr int steps_to(R = {}) {
     if constexpr (R::kLast)
         return R::kStep + R::kSteps;
     else
         return steps_to<typename R::Next>();
 }
 template <class R>
-constexpr int runs_to(R = {}) {
+EDGE_DEVICE constexpr int runs_to(R = {}) {
     if constexpr (R::kLast)
         return R::kIndex + 1;
     else
@@ -76,7 +76,7 @@ struct KvF16 {
     static constexpr int kBits = 16, kKeyUnit = 4;
     static constexpr bool kRowScale = false, kGroups = false;
     static constexpr float kFactor = 1.0f;
-    static constexpr int row_bytes(int head_dim) { return 2 * head_dim; }
+    static EDGE_DEVICE constexpr int row_bytes(int head_dim) { return 2 * head_dim; }
     static EDGE_DEVICE int key_dim(int s, int p, int e) { return 4 * s + 2 * p + e; }
     template <int s>
     static EDGE_DEVICE void keys(const uint32_t* words, uint32_t, uint32_t, uint32_t (&b)[2]) {
@@ -97,7 +97,7 @@ struct KvInt8 {
     static constexpr int kBits = 8, kKeyUnit = 4;
     static constexpr bool kRowScale = true, kGroups = false;
     static constexpr float kFactor = 1.0f;
-    static constexpr int row_bytes(int head_dim) { return head_dim; }
+    static EDGE_DEVICE constexpr int row_bytes(int head_dim) { return head_dim; }
     static EDGE_DEVICE int key_dim(int s, int p, int e) { return 4 * s + 2 * p + e; }
     template <int s>
     static EDGE_DEVICE void keys(const uint32_t* words, uint32_t, uint32_t, uint32_t (&b)[2]) {
@@ -108,7 +108,7 @@ struct KvInt8 {
     template <int s>
     static EDGE_DEVICE uint32_t values(const uint32_t* x, const uint32_t* y, uint32_t, uint32_t) {
         const uint32_t both = byte_perm(x[s / 4], y[s / 4], 0x4400 + 0x1111 * (s % 4));
-        return half2_sub((both & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+        return half2_sub(and_xor(both, 0x00ff00ffu, 0x64806480u), 0x64806480u);
     }
     static EDGE_DEVICE uint32_t one(const EdgeKv& kv, int64_t row, int dim, int head_dim) {
         const int8_t code = static_cast<int8_t>(kv.codes[row * head_dim + dim]);
@@ -121,10 +121,10 @@ struct KvFp8 {
     static constexpr int kBits = 8, kKeyUnit = 4;
     static constexpr bool kRowScale = true, kGroups = false;
     static constexpr float kFactor = 256.0f;
-    static constexpr int row_bytes(int head_dim) { return head_dim; }
+    static EDGE_DEVICE constexpr int row_bytes(int head_dim) { return head_dim; }
     static EDGE_DEVICE int key_dim(int s, int p, int e) { return 4 * s + p + 2 * e; }
     // of the upper bytes of both halves
-    static EDGE_DEVICE uint32_t widened(uint32_t w) { return (w & 0x80008000u) | (w >> 1 & 0x3f803f80u); }
+    static EDGE_DEVICE uint32_t widened(uint32_t w) { return and_or(w, 0x80008000u, (w >> 1) & 0x3f803f80u); }
     template <int s>
     static EDGE_DEVICE void keys(const uint32_t* words, uint32_t, uint32_t, uint32_t (&b)[2]) {
         b[0] = widened(words[s] << 8);
@@ -139,33 +139,41 @@ struct KvFp8 {
     }
 };
 
-// Groups of 32 dims, two codes a byte; `offset` is 1024 + zero and `scale` the scale, of both halves.
+// Groups of 32 dims, two codes a byte. A code below the bits of 16 in f16 is 16 + code, and (16 + code) *
+// scale less (16 + zero) * scale, which was rounded before, is the value but for 2^-11 of 31 scales and its
+// own rounding. `scale` and `shift` = -(16 + zero) * scale are those of both halves.
 struct KvInt4 {
     static constexpr int kBits = 4, kKeyUnit = 8, kGroup = 32;
     static constexpr bool kRowScale = false, kGroups = true;
     static constexpr float kFactor = 1.0f;
-    static constexpr int row_bytes(int head_dim) { return (head_dim + 1) / 2; }
-    static constexpr int groups(int head_dim) { return (head_dim + kGroup - 1) / kGroup; }
+    static constexpr float kLargestScale = 2113.0f;  // 31 scales end f16
+    static EDGE_DEVICE constexpr int row_bytes(int head_dim) { return (head_dim + 1) / 2; }
+    static EDGE_DEVICE constexpr int groups(int head_dim) { return (head_dim + kGroup - 1) / kGroup; }
     static EDGE_DEVICE int key_dim(int s, int p, int e) { return s / 2 * 8 + s % 2 * 2 + p + 4 * e; }
-    static EDGE_DEVICE uint32_t scaled(uint32_t codes, uint32_t offset, uint32_t scale) {
-        return half2_mul(half2_sub((codes & 0x000f000fu) | 0x64006400u, offset), scale);
+    // Nibble `n` of both halves
+    template <int n>
+    static EDGE_DEVICE uint32_t scaled(uint32_t codes, uint32_t scale, uint32_t shift) {
+        constexpr int kUp = 6 - 4 * n;
+        const uint32_t moved = kUp > 0 ? codes << (kUp & 31) : codes >> (-kUp & 31);
+        return half2_fma(and_or(moved, 0x03c003c0u, 0x4c004c00u), scale, shift);
+    }
+    static EDGE_DEVICE uint32_t shift_of(uint32_t scale, uint32_t zeros) {
+        return half2_mul(scale, (zeros << 6) | 0xcc00cc00u);
     }
     template <int s>
-    static EDGE_DEVICE void keys(const uint32_t* words, uint32_t offset, uint32_t scale, uint32_t (&b)[2]) {
-        b[0] = scaled(words[s / 2] >> s % 2 * 8, offset, scale);
-        b[1] = scaled(words[s / 2] >> (s % 2 * 8 + 4), offset, scale);
+    static EDGE_DEVICE void keys(const uint32_t* words, uint32_t scale, uint32_t shift, uint32_t (&b)[2]) {
+        b[0] = scaled<s % 2 * 2>(words[s / 2], scale, shift);
+        b[1] = scaled<s % 2 * 2 + 1>(words[s / 2], scale, shift);
     }
     template <int s>
-    static EDGE_DEVICE uint32_t values(const uint32_t* x, const uint32_t* y, uint32_t offset,
-                                       uint32_t scale) {
-        const uint32_t both = byte_perm(x[s / 8], y[s / 8], s % 8 < 4 ? 0x5410 : 0x7632);
-        return scaled(both >> s % 4 * 4, offset, scale);
+    static EDGE_DEVICE uint32_t values(const uint32_t* x, const uint32_t* y, uint32_t scale, uint32_t shift) {
+        return scaled<s % 4>(byte_perm(x[s / 8], y[s / 8], s % 8 < 4 ? 0x5410 : 0x7632), scale, shift);
     }
     static EDGE_DEVICE uint32_t one(const EdgeKv& kv, int64_t row, int dim, int head_dim) {
         const uint32_t byte = kv.codes[row * row_bytes(head_dim) + dim / 2];
         const int64_t group = row * groups(head_dim) + dim / kGroup;
         const uint32_t scale = static_cast<const uint16_t*>(kv.scale)[group];
-        return scaled(byte >> dim % 2 * 4 & 15, 0x6400u + kv.zero[group], scale) & 0xffff;
+        return scaled<0>(byte >> (dim % 2 * 4), scale, shift_of(scale, kv.zero[group])) & 0xffff;
     }
 };
 
@@ -178,25 +186,56 @@ struct Rows {
     uint32_t words[rows][words_to<First>()];
     uint32_t scale[rows][kRuns], zero[rows][kRuns];
 
-    // Row i of this lane's part `part` of `lanes`, from row `at` of the cache.
-    EDGE_DEVICE void load(const EdgeKv& kv, int i, int64_t at, int part) {
+    // Where a part of `lanes` begins in the cache's first row: a lane needs no more arithmetic for a row than
+    // a multiple of its bytes.
+    struct Start {
+        const uint8_t* codes;
+        const uint16_t* scale;
+        const uint8_t* zero;
+        int part;
+    };
+    static EDGE_DEVICE Start start(const EdgeKv& kv, int part) {
+        Start from{kv.codes + part * First::kBytes, nullptr, nullptr, part};
+        if constexpr (Format::kGroups) {
+            from.scale = static_cast<const uint16_t*>(kv.scale) + group_of<First>(part);
+            from.zero = kv.zero + group_of<First>(part);
+        }
+        return from;
+    }
+
+    // Row i, from `beyond` rows after row `at` of the cache.
+    EDGE_DEVICE void load(const EdgeKv& kv, const Start& from, int i, int at, int beyond) {
         each_run<First>([&](auto run) {
             using R = decltype(run);
             uint32_t* w = &words[i][R::kWord];
-            const int dim = R::kFirst + part * R::kDims;
             if constexpr (R::kGuarded) {
+                const int dim = R::kFirst + from.part * R::kDims;
                 for (int n = 0; n < R::kWords; ++n) w[n] = 0;
                 for (int n = 0; n < R::kDims; ++n)
-                    if (dim + n < head_dim) w[n / 2] |= Format::one(kv, at, dim + n, head_dim) << n % 2 * 16;
+                    if (dim + n < head_dim)
+                        w[n / 2] |= Format::one(kv, int64_t{at} + beyond, dim + n, head_dim) << n % 2 * 16;
             } else {
-                load_words<R::kBytes>(kv.codes + at * R::kRowBytes + dim * Format::kBits / 8, w);
+                const uint8_t* codes = from.codes + int64_t{at} * R::kRowBytes;
+                codes += beyond * R::kRowBytes + R::kFirst * Format::kBits / 8;
+                if constexpr (R::kBytes != First::kBytes) codes += from.part * (R::kBytes - First::kBytes);
+                load_words<R::kBytes>(codes, w);
                 if constexpr (Format::kGroups) {
-                    const int64_t group = at * Format::groups(head_dim) + dim / Format::kGroup;
-                    load_words<2>(static_cast<const uint16_t*>(kv.scale) + group, &scale[i][R::kIndex]);
-                    load_words<1>(kv.zero + group, &zero[i][R::kIndex]);
+                    constexpr int kGroups = Format::groups(head_dim);
+                    const int64_t group = int64_t{at} * kGroups;
+                    int further = R::kFirst / Format::kGroup;
+                    if constexpr (R::kDims != First::kDims || R::kFirst % Format::kGroup != 0)
+                        further = group_of<R>(from.part) - group_of<First>(from.part);
+                    load_words<2>(from.scale + group + (beyond * kGroups + further), &scale[i][R::kIndex]);
+                    load_words<1>(from.zero + group + (beyond * kGroups + further), &zero[i][R::kIndex]);
                 }
             }
         });
+    }
+
+  private:
+    template <class R>
+    static EDGE_DEVICE int group_of(int part) {
+        return (R::kFirst + part * R::kDims) / Format::kGroup;
     }
 };
 
@@ -211,14 +250,14 @@ struct Keys {
     EDGE_DEVICE void each(F&& f) const {
         each_run<Run<Format, head_dim, 4>>([&](auto run) {
             using R = decltype(run);
-            uint32_t offset[2] = {}, scale[2] = {};
-            if constexpr (Format::kGroups && !R::kGuarded) {
-                for (int n = 0; n < 2; ++n) {
-                    offset[n] = rows.zero[n][R::kIndex] * 0x10001u + 0x64006400u;
+            uint32_t scale[2] = {}, shift[2] = {};
+            if constexpr (Format::kGroups) {
+                for (int n = 0; !R::kGuarded && n < 2; ++n) {
                     scale[n] = rows.scale[n][R::kIndex] * 0x10001u;
+                    shift[n] = Format::shift_of(scale[n], rows.zero[n][R::kIndex] * 0x10001u);
                 }
             }
-            steps<R, 0>(offset, scale, f);
+            steps<R, 0>(scale, shift, f);
         });
     }
 
@@ -237,18 +276,18 @@ struct Keys {
 
   private:
     template <class R, int s, class F>
-    EDGE_DEVICE void steps(const uint32_t (&offset)[2], const uint32_t (&scale)[2], F& f) const {
+    EDGE_DEVICE void steps(const uint32_t (&scale)[2], const uint32_t (&shift)[2], F& f) const {
         uint32_t b[2][2];
         for (int n = 0; n < 2; ++n) {
             if constexpr (R::kGuarded) {
                 b[n][0] = rows.words[n][R::kWord];
                 b[n][1] = rows.words[n][R::kWord + 1];
             } else {
-                Format::template keys<s>(&rows.words[n][R::kWord], offset[n], scale[n], b[n]);
+                Format::template keys<s>(&rows.words[n][R::kWord], scale[n], shift[n], b[n]);
             }
         }
         f(R::kStep + s, b);
-        if constexpr (s + 1 < R::kSteps) steps<R, s + 1>(offset, scale, f);
+        if constexpr (s + 1 < R::kSteps) steps<R, s + 1>(scale, shift, f);
     }
 };
 
@@ -263,15 +302,15 @@ struct Values {
     EDGE_DEVICE void each(F&& f) const {
         each_run<Run<Format, head_dim, 8>>([&](auto run) {
             using R = decltype(run);
-            uint32_t offset[2] = {}, scale[2] = {};
-            if constexpr (Format::kGroups && !R::kGuarded) {
-                for (int n = 0; n < 2; ++n) {
-                    offset[n] =
-                        (rows.zero[2 * n][R::kIndex] | rows.zero[2 * n + 1][R::kIndex] << 16) + 0x64006400u;
+            uint32_t scale[2] = {}, shift[2] = {};
+            if constexpr (Format::kGroups) {
+                for (int n = 0; !R::kGuarded && n < 2; ++n) {
                     scale[n] = rows.scale[2 * n][R::kIndex] | rows.scale[2 * n + 1][R::kIndex] << 16;
+                    shift[n] = Format::shift_of(
+                        scale[n], rows.zero[2 * n][R::kIndex] | rows.zero[2 * n + 1][R::kIndex] << 16);
                 }
             }
-            blocks<R, 0>(offset, scale, f);
+            blocks<R, 0>(scale, shift, f);
         });
     }
 
@@ -284,17 +323,17 @@ struct Values {
 
   private:
     template <class R, int s, class F>
-    EDGE_DEVICE void blocks(const uint32_t (&offset)[2], const uint32_t (&scale)[2], F& f) const {
+    EDGE_DEVICE void blocks(const uint32_t (&scale)[2], const uint32_t (&shift)[2], F& f) const {
         uint32_t b[2];
         for (int n = 0; n < 2; ++n) {
             const uint32_t *x = &rows.words[2 * n][R::kWord], *y = &rows.words[2 * n + 1][R::kWord];
             if constexpr (R::kGuarded)
                 b[n] = x[0] | y[0] << 16;
             else
-                b[n] = Format::template values<s>(x, y, offset[n], scale[n]);
+                b[n] = Format::template values<s>(x, y, scale[n], shift[n]);
         }
         f(R::kStep + s, b);
-        if constexpr (s + 1 < R::kSteps) blocks<R, s + 1>(offset, scale, f);
+        if constexpr (s + 1 < R::kSteps) blocks<R, s + 1>(scale, shift, f);
     }
 };
 

@@ -7,8 +7,8 @@
 
 namespace edge {
 
-constexpr float kTiny = 0x1p-126f;        // formats/scaled.py: f32 scales are never denormal
-constexpr float kHalfLargest = 65504.0f;  // what attention, which mixes in f16, can hold
+constexpr float kTiny = 0x1p-126f;  // formats/scaled.py: f32 scales are never denormal
+constexpr float kHalfLargest = 65504.0f;
 
 // Greatest over a warp; of non-negative floats.
 EDGE_DEVICE float warp_largest(float x) {
@@ -100,12 +100,14 @@ EDGE_DEVICE uint32_t store_row(const EdgeKv& kv, int64_t row, const WarpRow<head
     } else {
         // One group of 32 to each i
         constexpr int kRowBytes = Format::row_bytes(head_dim);
+        bool beyond = false;  // of what attention can decode
 #pragma unroll
         for (int i = 0; i < W::kEach; ++i) {
             const float x = values.x[i];
             const float high = warp_largest(larger(x, 0.0f)), low = -warp_largest(larger(-x, 0.0f));
             const uint32_t half = half_above(quotient(high - low, 15.0f));
             const float scale = half_to_float(static_cast<uint16_t>(half));
+            beyond = beyond || scale > Format::kLargestScale;
             const float zero = round_even(divided(-low, scale));
             float y = round_even(divided(x, scale)) + zero;
             y = y < 0.0f ? 0.0f : y > 15.0f ? 15.0f : y;
@@ -120,7 +122,7 @@ EDGE_DEVICE uint32_t store_row(const EdgeKv& kv, int64_t row, const WarpRow<head
                 kv.zero[group] = static_cast<uint8_t>(zero);
             }
         }
-        return top > kHalfLargest ? EDGE_CUDA_OUT_OF_RANGE : 0;
+        return beyond ? EDGE_CUDA_OUT_OF_RANGE : 0;
     }
 }
 

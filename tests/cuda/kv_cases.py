@@ -47,6 +47,13 @@ class Side:
         }
         return self._format.decode(planes, n * heads, head_dim).reshape(n, heads, head_dim)
 
+    def steps(self, pages: Array, slots: Array) -> Array:
+        """Distance of neighbours of int4 around each value that `read` gives, 0 for the other formats."""
+        head_dim = self.shape[-1]
+        if self.name != "int4":
+            return np.zeros((len(pages), self.shape[1], head_dim), np.float32)
+        return np.repeat(self.planes["scale"][pages, :, slots].astype(np.float32), 32, -1)[..., :head_dim]
+
     @property
     def record(self) -> rec.Kv:
         return rec.Kv(**{FIELDS[key]: memory.address for key, memory in self._memory.items()})

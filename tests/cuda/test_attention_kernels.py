@@ -148,9 +148,9 @@ class Attention:
     def compare(self, got: Array, q: Array, tokens: Tokens) -> None:
         """Against numpy_ops.attention of each token by itself over the decoded rows.
 
-        Kernels round q, int4's keys and values and the weights to f16 (2^-11 each): so a score errs by at
-        most e = 2^-10 |scale| sum |q||k|, weights by a factor exp(2 max e), and the mixture by 2^-9 of the
-        weighted sizes of values.
+        Kernels round q and weights to f16 (2^-11 each), and int4 with its zero to 2^-11 of 46 of its steps:
+        so a score errs by at most e = 2^-10 |scale| sum |q| (|k| + 23 steps), weights by a factor
+        exp(2 max e), and the mixture by 2^-9 of the weighted sizes and steps of values.
         """
         cache = self.cache
         for t in range(len(q)):
@@ -158,6 +158,9 @@ class Attention:
             table = tokens.page_tables[tokens.sequence[t]]
             at = table[places // cache.page_tokens], places % cache.page_tokens
             keys, values = cache.k.read(*at), cache.v.read(*at)
+            key_sizes, value_sizes = (
+                np.abs(rows) + 23 * side.steps(*at) for rows, side in ((keys, cache.k), (values, cache.v))
+            )
             want = numpy_ops.attention(
                 q[t : t + 1],
                 keys,
@@ -169,15 +172,17 @@ class Attention:
                 softcap=self.softcap or None,
             ).reshape(self.heads, -1)
             for head in range(self.heads):
-                k, v = (rows[:, head // self.share].astype(np.float64) for rows in (keys, values))
+                k, k_sizes, v_sizes = (
+                    rows[:, head // self.share].astype(np.float64) for rows in (keys, key_sizes, value_sizes)
+                )
                 scores = k @ q[t, head].astype(np.float64) * self.scale
-                sizes = np.abs(k) @ np.abs(q[t, head]).astype(np.float64) * abs(self.scale)
+                sizes = k_sizes @ np.abs(q[t, head]).astype(np.float64) * abs(self.scale)
                 if self.softcap:
                     scores = self.softcap * np.tanh(scores / self.softcap)
                 weights = np.exp(scores - scores.max())
-                mixed = (weights / weights.sum()) @ np.abs(v)
+                mixed = (weights / weights.sum()) @ v_sizes
                 error = 2.0**-10 * sizes[weights > 1e-9 * weights.max()].max()
-                limit = (np.expm1(2 * error) + 2.0**-9) * mixed + 1e-6 * np.abs(v).max()
+                limit = (np.expm1(2 * error) + 2.0**-9) * mixed + 1e-6 * v_sizes.max()
                 wrong = np.abs(got[t, head] - want[head]) > limit
                 assert not wrong.any(), (t, head, got[t, head][wrong][:4], want[head][wrong][:4])
 

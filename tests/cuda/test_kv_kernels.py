@@ -200,7 +200,7 @@ def _hard_rows(seed: int, head_dim: int, top: float) -> Array:
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
 @pytest.mark.parametrize("name", CLASSES)
 def test_hard_rows(name: str, head_dim: int) -> None:
-    top = 65504.0 if name in ("f16", "int4") else float(np.finfo(np.float32).max)
+    top = {"f16": 65504.0, "int4": 15000.0}.get(name, float(np.finfo(np.float32).max))
     x = _hard_rows(3, head_dim, top)
     good = np.ones_like(x)
     for k, v in PAIRS:
@@ -234,6 +234,15 @@ def test_what_a_format_cannot_hold_is_reported(k: str, v: str) -> None:
     for keys, values, name in ((bad, good, k), (good, bad, v)):
         want = rec.OUT_OF_RANGE if name in ("f16", "int4") else 0
         assert Appended(k, v, 64, freqs=0, keys=keys, values=values).step.status == want
+
+
+def test_the_end_of_int4() -> None:
+    """Attention decodes groups whose scale is at most 2113: 31 of them end f16."""
+    good = np.ones((8, KV_HEADS, 64), np.float32)
+    for scale, want in ((2112, 0), (2114, rec.OUT_OF_RANGE)):
+        bad = good.copy()
+        bad[3, 1, 5] = 15 * scale
+        assert Appended("int4", "int8", 64, freqs=0, keys=bad, values=good).step.status == want
 
 
 @pytest.mark.parametrize("head_dim", [5, 64, 80])
