@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from builders.cli import main as edge_build
 from builders.sources.medusa import CONFIG, WEIGHTS, tensor_keys
 from edge_runtime import Request, Session, open_engine
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.serving import loop
 from edge_runtime.serving.sampling import Sampler
@@ -64,6 +65,7 @@ class Recorder:
                 at = -1 if following is None else following
 
         monkeypatch.setattr(loop, "walk", recorded)
+        monkeypatch.setattr(Sampler, "candidates", None)  # so that all of them see logits
 
     def together(self, session: Session, requests: Sequence[Request]) -> list[Answer]:
         """All requests in flight at once."""
@@ -150,7 +152,10 @@ def fit_heads(session: Session, texts: list[list[int]], folder: Path) -> None:
     executor = session._executor
     hidden, tokens = [], []
     forward = executor.forward
-    with _replaced(executor, "forward", lambda batch: _note(forward(batch), executor, batch, hidden, tokens)):
+    with (
+        _replaced(executor, "likeliest", lambda batch: HostLogits.likeliest(executor, batch)),
+        _replaced(executor, "forward", lambda batch: _note(forward(batch), executor, batch, hidden, tokens)),
+    ):
         for text in texts:
             session._tree.drop(None)
             session.complete(text, max_tokens=FITTED, ignore_eos=True)

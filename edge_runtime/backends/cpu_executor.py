@@ -20,6 +20,7 @@ from edge_runtime.backends.batch import (
 from edge_runtime.backends.chain import check_chain
 from edge_runtime.backends.cpu_adapters import CpuAdapter, pack_adapter
 from edge_runtime.backends.cpu_program import Arena, compile_ops
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import Part, StepBatch
 from edge_runtime.engine.adapter import Adapter, check_adapter, free_number
 from edge_runtime.engine.formats import Array
@@ -30,7 +31,7 @@ _NEEDED = ("tokens", "positions", "sequence", "page_tables", "logit_rows")
 _OPTIONAL = ("parents", "places", "slots", "adapters")
 
 
-class CpuExecutor:
+class CpuExecutor(HostLogits):
     """A loaded part. One forward at a time: a second caller waits."""
 
     def __init__(self, library: ctypes.CDLL, part: Part, threads: int, simd: int) -> None:
@@ -67,6 +68,8 @@ class CpuExecutor:
         self._rows = self._arena.view("rows", np.float32, (step.logits, program.hidden_width))
         self._adapters: dict[int, CpuAdapter] = {}
         self._row_count = 0  # rows of the last step that are valid
+        self._tokens = np.empty(step.sequences, np.int32)  # the likeliest of each sequence
+        self._tokens_at = _address(self._tokens)
         self._prepared: StepBatch | None = None  # whose arrays the record points to
         self._arrays: list[Array | None] = []  # keeps them alive
 
@@ -80,6 +83,16 @@ class CpuExecutor:
             self._step(batch, self._library.edge_cpu_forward)
             self._row_count = self._batch.logit_count
             return self._logits[: self._row_count]
+
+    def likeliest(self, batch: StepBatch) -> Array:
+        """See `Executor.likeliest`; found by the library itself where each sequence has one token."""
+        count = len(batch.tokens)
+        if not count == len(batch.logit_rows) == len(batch.page_tables) <= len(self._tokens):
+            return super().likeliest(batch)
+        with self._lock:
+            self._step(batch, self._library.edge_cpu_chain, 1, self._tokens_at)
+            self._row_count = count
+            return self._tokens[:count]
 
     def chain(self, batch: StepBatch, count: int) -> Array:
         """`count` greedy steps in one native call: int32 (count, S), see `Executor.chain`."""

@@ -21,6 +21,7 @@ from edge_runtime.backends.batch import (
     straight_below,
 )
 from edge_runtime.backends.chain import run_chain
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.numpy_cache import KvArena
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import DeviceCode, Part, StepBatch, Support
@@ -58,7 +59,7 @@ class RowProvider(Protocol):
     def rows(self, name: str, ids: Array) -> Array: ...
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(HostLogits):
     """Runs a Program with f32 weights that `provider(name)` gives, (rows, cols), each time an op needs one.
 
     With a lazy provider only one tensor is alive at a time, so a model larger than memory can be evaluated.

@@ -15,10 +15,13 @@ import numpy as np
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.plan import StepShape
+from edge_runtime.errors import NumericError
 from edge_runtime.serving.constraint import Constraint
 from edge_runtime.serving.gate import expected
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
+from edge_runtime.serving.rows import Rows, run_step
+from edge_runtime.serving.sampling import TopTokens
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
@@ -92,6 +95,9 @@ class DraftModel:
             for node in sequence.nodes[: sequence.draft_computed // self._page_tokens]:
                 node.drafted = True
 
+    def warm_up(self, sequences: int) -> None:
+        self._executor.warm_up(range(1, self._step.tokens + 1), range(1, sequences + 1))
+
     def forget(self) -> None:
         self.pace = Pace()
 
@@ -120,10 +126,11 @@ class DraftModel:
         going = True
         while going:
             begin = self._clock()
-            for state, row in zip(states, self._executor.forward(batch), strict=True):
+            rows = self._rows(batch, states)
+            for i, state in enumerate(states):
                 state.sequence.draft_computed += 1
                 state.feed = []
-                _guess(state, row)
+                _guess(state, rows[i])
                 going = going and bool(state.feed)
             if going:
                 batch.tokens[:] = [state.feed[0] for state in states]
@@ -171,6 +178,10 @@ class DraftModel:
             state.feed = wanted[-1:] if goes_on and not state.sequence.is_end(wanted[-1]) else []
         self.pace.note(len(states), (self._clock() - begin) / count)
 
+    def _rows(self, batch: StepBatch, states: list[_State]) -> Rows:
+        """Run a step with one row for each of these."""
+        return run_step(self._executor, batch, [(state.sequence.sampler, 1) for state in states])
+
     def _read(self, states: list[_State]) -> None:
         """One step of the draft model over as much of what is to be read as it takes."""
         begin = self._clock()
@@ -192,7 +203,7 @@ class DraftModel:
             if count == len(state.feed) and len(done) < self._step.logits:
                 done.append(state)
                 last.append(len(tokens) - 1)
-        logits = self._executor.forward(
+        found = self._rows(
             StepBatch(
                 tokens=np.array(tokens, np.int32),
                 positions=np.array(positions, np.int32),
@@ -200,13 +211,14 @@ class DraftModel:
                 page_tables=_tables([state for state, _ in running]),
                 logit_rows=np.array(last, np.int32),
                 slots=np.array([state.sequence.slot for state, _ in running], np.int32),
-            )
+            ),
+            done,
         )
         for state, count in running:  # only now: a step that failed has stored nothing
             state.sequence.draft_computed += count
             del state.feed[:count]
-        for state, row in zip(done, logits, strict=True):
-            _guess(state, row)
+        for i, state in enumerate(done):
+            _guess(state, found[i])
         self.pace.note(len(tokens), self._clock() - begin)
 
 
@@ -215,9 +227,14 @@ def _tables(states: list[_State]) -> Array:
     return np.stack(rows)
 
 
-def _guess(state: _State, logits: Array) -> None:
-    """Take the next guess after logits (vocab,), and go on from it unless the answer would end there."""
-    token, odds = state.sequence.sampler.guess(logits, state.constraint)
+def _guess(state: _State, row: Rows) -> None:
+    """Take the next guess from a row of a step, and go on from it unless the answer would end there."""
+    if isinstance(row, TopTokens) or row.ndim:
+        token, odds = state.sequence.sampler.guess(row, state.constraint)
+    else:
+        token, odds = int(row), None  # the likeliest token itself
+    if token < 0:
+        raise NumericError("the draft model's logits hold NaN or Inf")
     state.tokens.append(token)
     if odds is not None:
         state.odds.append(odds)

@@ -48,6 +48,9 @@ class Lookup:
     def settle(self, sequence: Sequence, proposal: Proposal | None, accepted: int) -> None:
         pass
 
+    def warm_up(self, sequences: int) -> None:
+        pass
+
     def forget(self) -> None:
         pass
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_runtime.backends.protocol import Executor
-from edge_runtime.engine.formats import Array
 from edge_runtime.engine.plan import StepShape
 from edge_runtime.errors import EdgeError, NumericError
 from edge_runtime.serving.batches import Batches
@@ -17,13 +16,14 @@ from edge_runtime.serving.metrics import Clock, Metrics
 from edge_runtime.serving.pace import Pace
 from edge_runtime.serving.prefix import PrefixTree
 from edge_runtime.serving.request import FinishReason, Token
+from edge_runtime.serving.rows import Rows, run_step
 from edge_runtime.serving.sampling import Choice
 from edge_runtime.serving.scheduler import Item, Scheduler
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.speculative import Speculation
 from edge_runtime.serving.verification import walk
 
-Rows = Array | str | None  # logits (1 + guesses, vocab) of an item, why they are not valid, or none wanted
+Found = Rows | str | None  # 1 + guesses rows of an item, why they are not valid, or none wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +103,24 @@ class Loop:
         rows = self._step.logits - sum(item.choose for item in items)
         self._speculation.propose(items, tokens, rows, self._scheduler.spare())
 
-    def _execute(self, items: list[Item]) -> list[Rows]:
+    def _execute(self, items: list[Item]) -> list[Found]:
+        samplers = [(item.sequence.sampler, 1 + item.guesses) for item in items if item.choose]
         try:
-            logits = self._executor.forward(self._batches.make(items))
+            rows = run_step(self._executor, self._batches.make(items), samplers)
         except NumericError as error:
             return self._execute_apart(items, str(error))
         hidden = self._executor.hidden if self._keep_hidden else None
-        found: list[Rows] = []
+        found: list[Found] = []
         at = 0
         for item in items:
             count = 1 + item.guesses if item.choose else 0
-            found.append(logits[at : at + count] if count else None)
+            found.append(rows[at : at + count] if count else None)
             if hidden is not None and count:
                 item.sequence.hidden = hidden[at : at + count]  # `_choose` keeps the row it ends at
             at += count
         return found
 
-    def _execute_apart(self, items: list[Item], error: str) -> list[Rows]:
+    def _execute_apart(self, items: list[Item], error: str) -> list[Found]:
         """One sequence spoiled the step. Appending the same keys and values again changes nothing, so each
         runs alone, and only those that fail alone, and without guesses, are at fault.
         """
@@ -129,17 +130,17 @@ class Loop:
                 return [error]
             items[0].proposal = None
             return self._execute(items)
-        found: list[Rows] = []
+        found: list[Found] = []
         for item in items:
             row = self._execute([item])[0]
             if item.sequence.hidden is not None:
                 item.sequence.hidden = item.sequence.hidden.copy()
-            found.append(row.copy() if isinstance(row, np.ndarray) else row)
+            found.append(row if row is None or isinstance(row, str) else row.copy())
         return found
 
-    def _choose(self, item: Item, rows: Rows) -> Outcome:
+    def _choose(self, item: Item, rows: Found) -> Outcome:
         """Walk the rows as far as guesses stand, the answer goes on and their numbers are finite."""
-        if not isinstance(rows, np.ndarray):
+        if rows is None or isinstance(rows, str):
             return Outcome(error=rows)
         s = item.sequence
         choices: list[Choice] = []

@@ -12,12 +12,13 @@ from time import perf_counter
 
 import numpy as np
 
+from edge_runtime.backends.likeliest import top_indices
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import NumericError
 from edge_runtime.serving.metrics import Clock
 from edge_runtime.serving.pace import Pace
-from edge_runtime.serving.sampling import masked, top_indices
+from edge_runtime.serving.sampling import masked
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.verification import Proposal
 
@@ -84,6 +85,10 @@ class MedusaHeads:
         if proposal is not None:
             self._hoped = _FADE * self._hoped + proposal.hoped
             self._brought = _FADE * self._brought + accepted
+
+    def warm_up(self, sequences: int) -> None:
+        for executor in self._executors:
+            executor.warm_up(range(1, sequences + 1))
 
     def forget(self) -> None:
         self.pace = Pace()

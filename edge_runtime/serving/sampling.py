@@ -7,16 +7,19 @@ top-p, min-p. Ties go to the lowest id. Everything is float64, so that a seed gi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator, Philox  # here rather than lazily in the first request
 
+from edge_runtime.backends.likeliest import top_indices
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadRequest, GrammarError, NumericError
 from edge_runtime.serving.constraint import Constraint
 
 MAX_LOGPROBS = 20
+_SHORT = 4096  # tokens of a vocabulary that is sooner looked at whole than for its likeliest
 _CANDIDATES = 1024  # top-p nearly always ends among these; sorting a whole vocabulary takes milliseconds
 
 
@@ -73,6 +76,22 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """Of one or more rows of logits the k likeliest tokens alone, in descending order, equals by their lowest
+    id: ids int32 and logits f32 (rows, k), or (k,) of one row.
+    """
+
+    ids: Array
+    logits: Array
+
+    def __getitem__(self, at: int | slice) -> TopTokens:
+        return TopTokens(self.ids[at], self.logits[at])
+
+    def copy(self) -> TopTokens:
+        return TopTokens(self.ids.copy(), self.logits.copy())
+
+
 class Sampler:
     """The state of one request: its random stream, which tokens it has seen, and its grammar's state."""
 
@@ -81,6 +100,8 @@ class Sampler:
     ) -> None:
         self.sampling = sampling
         self.constraint = constraint
+        self._vocab = vocab_size
+        self._candidates = _needs(sampling, vocab_size)
         self._drawing: Generator | None = None  # made when something is drawn: a greedy answer never does
         self._guessing: Generator | None = None  # a stream of its own: guesses must not shift the answer's
         # (vocab,) each; only where a penalty needs them
@@ -100,22 +121,47 @@ class Sampler:
         s = self.sampling
         return s.temperature == 0.0 and not s.penalizes and s.logprobs is None and self.constraint is None
 
-    def choose(self, logits: Array) -> Choice:
-        """Pick from logits f32 (vocab,) and remember the pick. Raises NumericError on NaN or Inf in them."""
+    @property
+    def candidates(self) -> int | None:
+        """How many of the likeliest tokens it must see to choose one (and then ask `settles`); None: all."""
+        return None if self.constraint is not None else self._candidates
+
+    def settles(self, top: TopTokens) -> bool:
+        """Whether the likeliest tokens alone, of each of the rows, choose what all logits would.
+
+        Top-k keeps every token that equals the last it keeps, so that one below it must be among them.
+        """
+        t = self.sampling.temperature
+        if t == 0.0:
+            return True
+        ends = top.logits[
+            :, [0, self.sampling.top_k - 1, -1]
+        ].tolist()  # as f64, scaled as `probabilities` does
+        return all((below - most) / t < (last - most) / t for most, last, below in ends)
+
+    def choose(self, logits: Array | TopTokens) -> Choice:
+        """Pick from logits f32 (vocab,) and remember the pick. Raises NumericError on NaN or Inf in them.
+
+        From the likeliest tokens of them alone, where they settle it, the pick is the same.
+        """
         s = self.sampling
+        if isinstance(logits, TopTokens):
+            ids, p = self._few(logits)
+            return Choice(int(ids[draw(p, float(self._random().random()))]))
         check_finite(logits)
         if s.temperature == 0.0:
             return self._take(logits, self._greedy(logits, self.constraint))
         p = probabilities(self._scores(logits, self.constraint), s)
         return self._take(logits, draw(p, float(self._random().random())))
 
-    def verify(self, logits: Array, guess: int, odds: Array) -> Choice:
+    def verify(self, logits: Array | TopTokens, guess: int, odds: Array) -> Choice:
         """As `choose`, for a guess drawn from `odds` f64 (vocab,): the exact rejection rule."""
         s = self.sampling
         if s.temperature == 0.0:
             return self.choose(logits)
-        check_finite(logits)
-        p = probabilities(self._scores(logits, self.constraint), s)
+        if not isinstance(logits, TopTokens):
+            check_finite(logits)
+        p = self._odds(logits, self.constraint)
         if float(self._random().random()) * odds[guess] < p[guess]:
             return self._take(logits, guess)
         left = np.maximum(p - odds, 0.0)
@@ -123,7 +169,7 @@ class Sampler:
             left = p
         return self._take(logits, draw(left, float(self._random().random())))
 
-    def guess(self, logits: Array, constraint: Constraint | None) -> tuple[int, Array | None]:
+    def guess(self, logits: Array | TopTokens, constraint: Constraint | None) -> tuple[int, Array | None]:
         """A draft model's token after logits f32 (vocab,), and the odds it was drawn from (None: greedy).
 
         constraint: the grammar's state after the guesses before. Nothing is remembered. Raises NumericError,
@@ -134,7 +180,7 @@ class Sampler:
             return self._greedy(logits, constraint), None
         if self._guessing is None:
             self._guessing = Generator(Philox(None if s.seed is None else [s.seed, 1]))
-        odds = probabilities(self._scores(logits, constraint), s)
+        odds = self._odds(logits, constraint)
         token = draw(odds, float(self._guessing.random()))
         if not math.isfinite(odds[token]):  # one NaN or Inf is one in all of them
             raise NumericError("the draft model's logits hold NaN or Inf")
@@ -145,7 +191,30 @@ class Sampler:
             self._drawing = Generator(Philox(self.sampling.seed))
         return self._drawing
 
-    def _greedy(self, logits: Array, constraint: Constraint | None) -> int:
+    def _odds(self, logits: Array | TopTokens, constraint: Constraint | None) -> Array:
+        """The distribution f64 (vocab,) to draw from."""
+        if not isinstance(logits, TopTokens):
+            return probabilities(self._scores(logits, constraint), self.sampling)
+        ids, p = self._few(logits)
+        odds = np.zeros(self._vocab)
+        odds[ids] = p
+        return odds
+
+    def _few(self, top: TopTokens) -> tuple[Array, Array]:
+        """What is not zero of the distribution, to the same bits: ids ascending (k,), and f64 (k,)."""
+        order = np.argsort(top.ids)
+        ids = top.ids[order]
+        whole = np.zeros(self._vocab)
+
+        def total(p: Array) -> float:  # in the order of additions that a sum over all tokens has
+            whole[ids] = p
+            return float(whole.sum())
+
+        return ids, probabilities(top.logits[order].astype(np.float64), self.sampling, total)
+
+    def _greedy(self, logits: Array | TopTokens, constraint: Constraint | None) -> int:
+        if isinstance(logits, TopTokens):
+            return int(logits.ids[0])
         if constraint is None and not self.sampling.penalizes:
             return int(logits.argmax())
         return int(self._scores(logits, constraint).argmax())
@@ -157,13 +226,13 @@ class Sampler:
             scores = penalize(scores, self.sampling, self._seen, self._counts)
         return scores if constraint is None else masked(scores, constraint.mask())
 
-    def _take(self, logits: Array, token: int) -> Choice:
+    def _take(self, logits: Array | TopTokens, token: int) -> Choice:
         if self.sampling.penalizes:
             self._seen[token] = True
             self._counts[token] += 1
         if self.constraint is not None:
             self.constraint.advance(token)
-        if self.sampling.logprobs is None:
+        if self.sampling.logprobs is None or isinstance(logits, TopTokens):
             return Choice(token)
         logs = log_softmax(logits)
         top = top_indices(logs, self.sampling.logprobs)
@@ -193,22 +262,44 @@ def penalize(scores: Array, sampling: Sampling, seen: Array, counts: Array) -> A
     return scores
 
 
-def probabilities(scores: Array, sampling: Sampling) -> Array:
-    """Distribution f64 (vocab,) after temperature, top-k, top-p and min-p; zero where filtered out."""
-    scores = scores - scores.max()  # before the division: a tiny temperature must not overflow
-    with np.errstate(over="ignore"):  # to -inf, which is a probability of zero
-        scores = scores / sampling.temperature
+def probabilities(
+    scores: Array, sampling: Sampling, total: Callable[[Array], float] = lambda p: float(p.sum())
+) -> Array:
+    """Distribution f64 (vocab,) after temperature, top-k, top-p and min-p; zero where filtered out.
+
+    total: adds up a distribution, for scores that are not all of the vocabulary's.
+    """
+    scores = _scaled(scores, scores.max(), sampling.temperature)
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         scores = np.where(scores < least, -np.inf, scores)
     p = np.exp(scores)
-    p /= p.sum()
+    p /= total(p)
     if sampling.top_p < 1.0:
         p = _nucleus(p, sampling.top_p)
+        p /= total(p)
     if sampling.min_p > 0.0:
         p = np.where(p < sampling.min_p * p.max(), 0.0, p)
-        p /= p.sum()
+        p /= total(p)
     return p
+
+
+def _scaled(scores: Array, most: Array, temperature: float) -> Array:
+    scores = scores - most  # before the division: a tiny temperature must not overflow
+    with np.errstate(over="ignore"):  # to -inf, which is a probability of zero
+        scores /= temperature
+    return scores
+
+
+def _needs(sampling: Sampling, vocab_size: int) -> int | None:
+    """See `Sampler.candidates`: the answer without a grammar."""
+    if sampling.penalizes or sampling.logprobs is not None:
+        return None
+    if sampling.temperature == 0.0:
+        return 1
+    if vocab_size < _SHORT or not 0 < sampling.top_k < vocab_size:
+        return None
+    return sampling.top_k + 1
 
 
 def draw(p: Array, u: float) -> int:
@@ -225,19 +316,8 @@ def log_softmax(logits: Array) -> Array:
     return out
 
 
-def top_indices(values: Array, n: int) -> Array:
-    """Indices of the n greatest, greatest first, ties by lowest index."""
-    if n <= 0:
-        return np.zeros(0, np.int64)
-    if n >= len(values):
-        return np.argsort(-values, kind="stable")
-    least = np.partition(values, -n)[-n]
-    found = np.flatnonzero(values >= least)  # ascending, so that a stable sort settles ties
-    return found[np.argsort(-values[found], kind="stable")][:n]
-
-
 def _nucleus(p: Array, top_p: float) -> Array:
-    """Keep the fewest likeliest whose sum reaches top_p, and at least one."""
+    """p with only the fewest likeliest whose sum reaches top_p, and at least one."""
     order = top_indices(p, _CANDIDATES)
     if p[order].sum() < top_p:
         order = np.argsort(-p, kind="stable")
@@ -245,7 +325,6 @@ def _nucleus(p: Array, top_p: float) -> Array:
     keep = order[before < top_p]
     out = np.zeros_like(p)
     out[keep] = p[keep]
-    out /= out.sum()
     return out
 
 

@@ -55,6 +55,10 @@ class Proposer(Protocol):
         """The sequence's tokens are settled after a step: so many of the proposal's stand."""
         ...
 
+    def warm_up(self, sequences: int) -> None:
+        """Prepare its executors to guess for up to so many sequences at once."""
+        ...
+
     def forget(self) -> None:
         """Drop what it learned of its own speed and luck."""
         ...

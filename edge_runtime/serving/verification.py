@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from edge_runtime.backends.likeliest import likeliest_of
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import NumericError
-from edge_runtime.serving.sampling import Choice, Sampler
+from edge_runtime.serving.rows import Rows
+from edge_runtime.serving.sampling import Choice, Sampler, TopTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,16 @@ class Proposal:
         return depths
 
 
-def walk(rows: Array, proposal: Proposal | None, sampler: Sampler) -> Iterator[tuple[Choice, int | None]]:
+def walk(rows: Rows, proposal: Proposal | None, sampler: Sampler) -> Iterator[tuple[Choice, int | None]]:
     """Choices in order, each with the guess that it confirms (None: no guess says so, and the walk ends).
 
-    rows f32 (1 + guesses, vocab): logits after the last token, then after each guess. Taking fewer choices
-    than there are is allowed. Raises NumericError from a row that holds NaN or Inf.
+    rows f32 (1 + guesses, vocab): logits after the last token, then after each guess; or what the sampler
+    needs of them, see `rows.run_step`. Taking fewer choices than there are is allowed. Raises NumericError
+    from a row that holds NaN or Inf.
     """
     at = -1
     if sampler.is_plain:
-        yield from _walk_plain(rows, proposal)
+        yield from _walk_plain(_tokens(rows), proposal)
         return
     while True:
         row = rows[at + 1]
@@ -76,14 +77,19 @@ def walk(rows: Array, proposal: Proposal | None, sampler: Sampler) -> Iterator[t
         at = following
 
 
-def _walk_plain(rows: Array, proposal: Proposal | None) -> Iterator[tuple[Choice, int | None]]:
+def _tokens(rows: Rows) -> Array:
+    """The likeliest token of each row, int32 (1 + guesses,); -1 where its logits are not finite."""
+    if isinstance(rows, TopTokens):
+        return rows.ids[:, 0]
+    return rows if rows.ndim == 1 else likeliest_of(rows)
+
+
+def _walk_plain(best: Array, proposal: Proposal | None) -> Iterator[tuple[Choice, int | None]]:
     """The walk of the likeliest tokens, all of which are found at once."""
-    finite: Array = np.isfinite(rows).all(axis=-1)  # type: ignore[assignment]
-    best: Array = rows.argmax(axis=-1)
     at: int | None = -1
     while at is not None:
-        if not finite[at + 1]:
-            raise NumericError("the logits hold NaN or Inf; no token was emitted")
         token = int(best[at + 1])
+        if token < 0:
+            raise NumericError("the logits hold NaN or Inf; no token was emitted")
         at = None if proposal is None else proposal.child(at, token)
         yield Choice(token), at

@@ -20,10 +20,14 @@ def warm_up(
     executor: Executor, proposer: Proposer | None, pool: PagePool, step: StepShape, tokenizer: Tokenizer
 ) -> None:
     """Prompt chunks of 1, 2, 4, ... step.tokens; decoding of 1 to step.sequences sequences, plainly and with
-    guesses: one sequence with each number of them, several with as many as a step takes.
+    guesses: one sequence with each number of them, several with as many as a step takes. What a backend
+    prepares for a size of step is made for all sizes first, also those that there are no free pages to run.
 
     Only free pages are used, none whose content is kept. Nothing may be in flight. Raises NumericError.
     """
+    executor.warm_up(range(1, step.tokens + 1))
+    if proposer is not None:
+        proposer.warm_up(step.sequences)
     warm = _WarmUp(executor, pool, step, tokenizer)
     warm.chunks()
     lengths = () if proposer is None else tuple(proposer.lengths)
@@ -122,7 +126,7 @@ class _WarmUp:
     def _run(self, items: list[Item]) -> None:
         for item in items:
             self._extend(item.sequence, item.start + item.rows)
-        self._executor.forward(self._batches.make(items))
+        self._executor.likeliest(self._batches.make(items))
 
     def _extend(self, s: Sequence, tokens: int) -> None:
         if s.pages is not None and s.pages.tokens < tokens:

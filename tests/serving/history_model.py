@@ -15,6 +15,7 @@ from speaking_engine import SPECIAL, TEMPLATE, tokenizer_json, vocabulary
 from toy_engine import toy_manifest
 
 from edge_runtime.backends.chain import run_chain
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.plan import KvPlan, MemoryPlan, Plan, Prediction, StepShape
@@ -62,7 +63,7 @@ def adapted_continuation(prompt: Sequence[int], count: int, vocab: int, adapter:
     return tokens[len(prompt) :]
 
 
-class HistoryExecutor:
+class HistoryExecutor(HostLogits):
     """Executor over token ids. `spoil(history)` says which sequences give NaN; `script` sets the answer.
 
     words: the answer's tokens are below it; few of them make guesses come true.

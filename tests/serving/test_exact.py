@@ -14,6 +14,7 @@ from real_engines import MODELS, Answer, Engines, Recorder, prompts, same
 
 from edge_runtime import Request, Session, open_engine
 from edge_runtime.backends.cpu import BACKEND
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.engine.file import read_engine
@@ -144,7 +145,7 @@ def test_sums_in_another_order_are_seen(engines: Engines, recorder: Recorder) ->
     assert not same(got, want)
 
 
-class SplitHead:
+class SplitHead(HostLogits):
     """An executor whose last product is summed in parts, and then over the parts: `parts(sequences)` of them.
 
     What a step holds decides the order of sums: the mistake that the exactness contract forbids.

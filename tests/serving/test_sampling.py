@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edge_runtime.backends.likeliest import top_indices
 from edge_runtime.errors import BadRequest, GrammarError
 from edge_runtime.serving import sampling as module
 from edge_runtime.serving.sampling import (
@@ -15,7 +16,6 @@ from edge_runtime.serving.sampling import (
     masked,
     penalize,
     probabilities,
-    top_indices,
 )
 
 VOCAB = 200

@@ -23,6 +23,7 @@ from toy_engine import toy_adapter, toy_program
 
 from edge_runtime import Grammar, NumericError, Request, Sampling, open_engine
 from edge_runtime.backends import cpu
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.serving.sequence import Sequence
 from edge_runtime.serving.session import Session
@@ -38,7 +39,7 @@ PROMPTS = 40
 DRIFT = 2 << 20
 
 
-class Spoiling:
+class Spoiling(HostLogits):
     """The executor, but for what follows one token: NaN in the logits, or a step that says it found some."""
 
     def __init__(self, executor: Any) -> None:

@@ -13,6 +13,7 @@ from oracle import Oracle
 from speaking_engine import SPECIAL, vocabulary
 
 from edge_runtime.backends.chain import run_chain
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.errors import BackendUnavailable, BadRequest, EdgeError
@@ -108,7 +109,7 @@ def test_right_guesses_save_steps_and_wrong_ones_cost_none() -> None:
     assert steps[0.0] <= 21
 
 
-class Failing:
+class Failing(HostLogits):
     """An executor whose steps fail: now and then, or from some step on."""
 
     def __init__(self, executor: HistoryExecutor, error: EdgeError, fails: Callable[[int], bool]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.backends.chain import run_chain
+from edge_runtime.backends.likeliest import HostLogits
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.engine.plan import KvPlan, StepShape
 
@@ -22,7 +23,7 @@ class FakeClock:
         return self.now
 
 
-class Timed:
+class Timed(HostLogits):
     """Any executor whose steps take `cost(tokens)` seconds of a fake clock."""
 
     def __init__(self, executor: Any, clock: FakeClock, cost: Callable[[int], float]) -> None:
@@ -43,7 +44,7 @@ class Timed:
         return getattr(self.executor, name)
 
 
-class Parrot:
+class Parrot(HostLogits):
     """An executor without a memory: after each token comes one that depends on it alone, so steps are cheap.
 
     wrong(): whether this row says another token; a draft model's, say.
