@@ -107,7 +107,9 @@ inline Result run_copy(const Op& op) {
     if (!op.from_device && op.bytes.empty() && !is_pinned(from, op.n))
         return raise_fault(kIllegalAddress, "a copy of %zu bytes reads host memory that is no more pinned",
                            op.n);
-    ++counts[op.to_device ? (op.from_device ? "DtoD" : "HtoD") : "DtoH"];
+    const std::string way = op.to_device ? (op.from_device ? "DtoD" : "HtoD") : "DtoH";
+    ++counts[way];
+    counts[way + " bytes"] += op.n;
     std::memmove(reinterpret_cast<void*>(op.to), from, op.n);
     return kOk;
 }

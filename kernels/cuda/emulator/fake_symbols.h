@@ -133,7 +133,8 @@ API Result cuGetExportTable(const void** table, const void*) {
 }
 
 // Calls so far of an API function (without _v2), or of: "kernels" run, "kernel <symbol>", "syncs" (calls that
-// wait), "HtoD", "DtoH", "DtoD", "fills" (run), "leaked allocations" (at a context's end).
+// wait), "HtoD", "DtoH", "DtoD", "fills" (run), "HtoD bytes" and so on, "leaked allocations" (at a context's
+// end).
 API uint64_t edge_fake_count(const char* name) {
     const std::lock_guard<std::recursive_mutex> held(lock);
     const auto found = counts.find(name);
