@@ -16,6 +16,7 @@ from edge_runtime.cli.output import Answer, Parser, profiles_answer, progress, r
 from edge_runtime.cli.plots import check_plot, draw
 from edge_runtime.cli.report import Findings
 from edge_runtime.cli.speedup import measure_speedup
+from edge_runtime.cli.tune import tune_answer
 from edge_runtime.cli.workload import workload
 from edge_runtime.engine.plan import DRAFT_LENGTH, MAX_DRAFT_LENGTH
 from edge_runtime.errors import BadConfig, NumericError, Unsupported, nearest
@@ -28,6 +29,7 @@ EXAMPLES = (
     "edge-bench model.edge --prompts 64,512 --depths 0,1024 --decode 128 --repeat 9 --json",
     "edge-bench planner.edge --only requests,speculation --text commands.jsonl --concurrency 1,2,4",
     "edge-bench planner.edge --text commands.jsonl --draft-lengths 1,2,4,8 --plot planner.svg",
+    "edge-bench --tune model.edge  # on a GPU, once",
     "edge-bench --calibrate --output here.yaml model.edge  # then: edge-build --profile ./here.yaml MODEL",
 )
 SECTIONS = ("speed", "requests", "speculation", "prefix")
@@ -64,6 +66,11 @@ def make_parser() -> Parser:
     add("--repeat", type=integer, default=5, metavar="N", help="take the median of N runs [5]")
     add("--plot", type=Path, metavar="FILE", help="draw all of it (.svg or .png; needs matplotlib)")
     add("--profiles", action="store_true", help="list the devices and stop")
+    add(
+        "--tune",
+        action="store_true",
+        help="choose the fastest kernels for ENGINE on this GPU, and keep the choice",
+    )
     add = parser.add_argument_group("calibration").add_argument
     add("--calibrate", action="store_true", help="measure the cpu backend here, for plans; checks ENGINE")
     add("--profile", default=None, metavar="NAME", help="the profile to put the figures into [auto]")
@@ -91,6 +98,8 @@ def run(args: argparse.Namespace) -> Answer:
         return profiles_answer()
     if args.calibrate:
         return calibration_answer(args)
+    if args.tune:
+        return tune_answer(args)
     for option in ("profile", "output", "formats"):
         if getattr(args, option) is not None:
             raise BadConfig(f"--{option} is for --calibrate; give both or neither")
