@@ -82,6 +82,14 @@ def device_kernels(parts: Mapping[str, PartEntry]) -> tuple[Kernel, ...]:
     return tuple(found[symbol] for symbol in sorted(found))
 
 
+def launches_of_decoding(program: Program) -> int:
+    """Kernel launches of a step of few tokens, with matrices of one format."""
+    formats = {name: "f32" if s.role == "vector" else "int4_g64" for name, s in program.tensors.items()}
+    lowered = lower(program, formats, KvPlan(k="f16", v="f16", page_tokens=16, pages=1))
+    merges = sum(isinstance(launch, AttentionLaunch) for launch in lowered.launches)
+    return len(lowered.launches) + merges + 2  # logits finished, tokens picked
+
+
 class _Lowering:
     """One pass over the ops; `_prepared` says what the inputs hold: the buffer as last written, and kind."""
 

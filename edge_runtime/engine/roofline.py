@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.kv import row_nbytes
+from edge_runtime.engine.lowering import launches_of_decoding
 from edge_runtime.engine.memory import ATTENTION_TOKENS, TILE
 from edge_runtime.engine.ops import (
     Activation,
@@ -73,6 +74,7 @@ class Roofline:
         self._mode, self._efficiency = mode, profile.efficiency
         self._measured: Measured | None = profile.efficiency.measured
         self._native = profile.backend == "cpu"  # runs of linears share a stage of the thread pool
+        self._launches = len(program.ops) if self._native else launches_of_decoding(program)
         self._cached = cached
         self._readers: dict[str, list[AnyOp]] = {}
         for op in program.ops:
@@ -172,8 +174,8 @@ class Roofline:
 
     def _overhead(self, s: Step) -> float:
         if self._measured is None:
-            return len(self.program.ops) * self._efficiency.launch_overhead_us * 1e-6
-        stages = unbroken_stages(self.program) if self._native else len(self.program.ops)
+            return self._launches * self._efficiency.launch_overhead_us * 1e-6
+        stages = unbroken_stages(self.program) if self._native else self._launches
         host = self._measured.step_us + s.tokens * self._measured.token_us + stages * self._measured.stage_us
         return host * 1e-6 + s.head * self.program.vocab_size * self._measured.logit_ns * 1e-9
 
