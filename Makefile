@@ -21,8 +21,9 @@ lint: $(VENV)/.linted
 bench: $(VENV)/.benched
 	$(BIN)/python bench/decode_llama_1b.py
 
-gpu-check: $(VENV)/.installed
-	@$(BIN)/python bench/gpu_check.py
+# Straight from the checkout, with what is there: WHEELS=folder brings missing packages, ARGS more arguments.
+gpu-check:
+	@$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 # --- set-up ------------------------------------------------------------------------------------------------
 $(VENV)/.ready:

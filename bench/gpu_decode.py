@@ -36,13 +36,27 @@ def decode(report: Report) -> None:
             report.each(
                 {
                     "first token": lambda: _first_token(report, ours, part),
-                    "decode": lambda: _tokens(report, ours, part),
+                    "decode": lambda: _tokens(report, ours, part, "as built"),
+                    "tuning": lambda: _tuning(report, ours),
+                    "decode, tuned": lambda: _tokens(report, ours, part, "tuned"),
                     "host": lambda: _host(report, ours, part),
                     "kinds of a decode step": lambda: _kinds(report, ours, part, 1),
                     "kinds of a prompt": lambda: _kinds(report, ours, part, SIZES.prompt),
                 },
                 seconds=5,
             )
+
+
+def _tuning(report: Report, ours: CudaExecutor) -> None:
+    """The fastest form of each product, used from here on."""
+    seen: dict[str, dict[str, float]] = {}
+    began = time.perf_counter()
+    tuned = ours.tune(lambda key, form, us: seen.setdefault(key, {}).update({form: us}))
+    report.figure("tuning", time.perf_counter() - began, "s")
+    report.put("tuning", seen)
+    for key, form in tuned.forms.items():
+        if key.endswith(" at 8"):
+            report.note(f"{key}: {form}; us: {', '.join(f'{f} {us:.2f}' for f, us in seen[key].items())}")
 
 
 def _prompt(part: Part) -> np.ndarray:
@@ -70,50 +84,45 @@ def _first_token(report: Report, ours: CudaExecutor, part: Part) -> None:
     )
 
 
-def _tokens(report: Report, ours: CudaExecutor, part: Part) -> None:
+def _tokens(report: Report, ours: CudaExecutor, part: Part, state: str) -> None:
     """The executor's decode, token by token and as a chain, after the prompt, beside the copy."""
     driver, block = ours._driver, Copy(ours._driver)
-    start, count = SIZES.prompt, SIZES.decoded
-    one = {"copy": [], "step": [], "chain": [], "graph": []}
-    ours.warm_up([1])
+    count = SIZES.decoded
+    steps = [step(part, {0: (SIZES.prompt + i, np.array([7]))}) for i in range(count)]
+    ours.warm_up([1], [1])
     graph = ours._graphs[1, False] if driver.graphs else None
+    seen: dict[str, list[float]] = {name: [] for name in ("copy", "step", "chain", "graph")}
     for turn in range(min(SIZES.rounds, 5) + 1):
         if turn > 2 and report.left() < 10:
             break
-        one["copy"].append(block.rate(gpu_ms(driver, block.job, 4)))
-        ids = np.array([7])
+        if turn == 1:  # the first warms up
+            seen = {name: [] for name in seen}
+        seen["copy"].append(block.rate(gpu_ms(driver, block.job, 4)))
         began = time.perf_counter()
-        for i in range(count):
-            ids = ours.likeliest(step(part, {0: (start + i, ids)})).copy()
-        one["step"].append((time.perf_counter() - began) / count)
-        began = time.perf_counter()
-        ours.chain(step(part, {0: (start, np.array([7]))}), count)
-        one["chain"].append((time.perf_counter() - began) / count)
+        for i, batch in enumerate(steps):
+            tokens = ours.likeliest(batch)
+            steps[min(i + 1, count - 1)].tokens[:] = tokens
+        seen["step"].append((time.perf_counter() - began) / count)
         if graph is not None:
-            one["graph"].append(gpu_ms(driver, lambda: driver.launch_graph(graph), 16) / 1e3)
-        if turn == 0:  # which warms up
-            one = {name: [] for name in one}
+            seen["graph"].append(gpu_ms(driver, lambda: driver.launch_graph(graph), 16) / 1e3)
+        began = time.perf_counter()
+        ours.chain(steps[0], count)
+        seen["chain"].append((time.perf_counter() - began) / count)
     block.release()
-    rate = statistics.median(one.pop("copy"))
-    kv = sum(a.nbytes for a in ours._place.cache) * (start + count // 2) / part.step.context
+    rate = statistics.median(seen.pop("copy"))
+    kv = sum(a.nbytes for a in ours._place.cache) * (SIZES.prompt + count // 2) / part.step.context
     nbytes = read_each_token(part) + kv
     report.put("bytes_a_token", nbytes)
-    floor = nbytes / rate
-    names = {
-        "step": "decode, token by token",
-        "chain": "decode, chained on the device",
-        "graph": "decode, the GPU's time alone",
-    }
-    report.figure("bandwidth floor of a token", floor * 1e6, "us")
-    for name, seconds in one.items():
+    report.figure(f"decode {state}, bandwidth floor of a token", nbytes / rate * 1e6, "us")
+    names = {"step": "token by token", "chain": "chained on the device", "graph": "the GPU's time alone"}
+    for name, seconds in seen.items():
         if seconds:
-            s = statistics.median(seconds)
-            report.figure(
-                f"{names[name]}: rate", 1 / s, "tokens/s", spread=(1 / max(seconds), 1 / min(seconds))
-            )
+            middle, what = statistics.median(seconds), f"decode {state}, {names[name]}"
+            spread = 1 / max(seconds), 1 / min(seconds)
+            report.figure(f"{what}: rate", 1 / middle, "tokens/s", spread=spread)
             goal = FLOOR_GOAL if name == "step" else None
-            report.figure(f"{names[name]}: of the floor", 100 * floor / s, "%", goal=goal)
-            report.put(f"seconds_{name}", s)
+            report.figure(f"{what}: of the floor", 100 * nbytes / rate / middle, "%", goal=goal)
+            report.put(f"seconds_{name}", middle)
 
 
 def _host(report: Report, ours: CudaExecutor, part: Part) -> None:
@@ -150,10 +159,13 @@ def _kinds(report: Report, ours: CudaExecutor, part: Part, tokens: int) -> None:
     by_kind = labelled(ours, part, tokens)
     jobs = {name: _replayed(driver, launches) for name, launches in by_kind.items()}
     jobs["whole step"] = _replayed(driver, ours._launcher.step(tokens))
+    ours._launcher.overlap = False
+    jobs["without overlap"] = _replayed(driver, ours._launcher.step(tokens))
+    ours._launcher.overlap = True
     found = interleaved(driver, jobs, min(SIZES.rounds, 3), report.deadline - 2)
-    total = found.pop("whole step").ms
     where = f"{tokens} token{'s' * (tokens > 1)}"
-    report.figure(f"{where}, whole step", total * 1e3, "us")
+    report.figure(f"{where}, whole step", found.pop("whole step").ms * 1e3, "us")
+    report.figure(f"{where}, whole step without overlap", found.pop("without overlap").ms * 1e3, "us")
     for name, timed in sorted(found.items(), key=lambda item: -item[1].ms):
         report.figure(f"{where}, {len(by_kind[name])} x {name}", timed.ms * 1e3, "us")
     report.figure(f"{where}, sum of the kinds", sum(t.ms for t in found.values()) * 1e3, "us")
@@ -169,7 +181,7 @@ def _replayed(driver: Driver, launches: Sequence[Launch]) -> Job:
 
 def labelled(ours: CudaExecutor, part: Part, tokens: int) -> dict[str, list[Launch]]:
     """Launches of a step by kind, those of linears with their shapes."""
-    launcher, lowered, found = ours._launcher, ours._launcher._lowered, {}
+    launcher, lowered, found = ours._launcher, ours._lowered, {}
     rows = min(part.step.logits, tokens)
     for launch in lowered.launches:
         for kernel, grid, record in launcher._of(launch, tokens, rows):

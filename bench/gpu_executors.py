@@ -161,6 +161,12 @@ def _exact(report: Report, fmt: str, kv: str) -> None:
         same("beside another sequence", both[: length // 2], slice(length // 2))
         both = ours.forward(step(part, {1: (9, other[9:12]), 0: (length // 2, ids[length // 2 :])})).copy()
         same("after another sequence", both[3:], slice(length // 2, None))
+        tuned = ours.tune()
+        same(f"tuned ({len(tuned.forms)} products)", ours.forward(step(part, {0: (0, ids)})))
+        ours._launcher.overlap = False
+        ours._graphs.clear()
+        ours._launches.clear()
+        same("launches that do not overlap", ours.forward(step(part, {0: (0, ids)})))
         ours._driver.graphs = False
         same("launched one by one, without graphs", ours.forward(step(part, {2: (0, ids)})))
         page = ours.read_page(0)

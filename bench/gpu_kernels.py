@@ -1,4 +1,4 @@
-"""Parts `copy`, `matrices` and `attention`: kernels by themselves, as the executor launches them."""
+"""Parts `copy` and `attention`: the yardstick, and attention by itself as the executor launches it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from contextlib import contextmanager
 
 import numpy as np
 from gpu_executors import step
-from gpu_models import VOCAB, attentions, formats_of, load_apart, matrices, noise, part_of
+from gpu_models import attentions, formats_of, load_apart, noise, part_of
 from gpu_report import Report
 from gpu_sizes import SIZES
 from gpu_timing import Job, graph_of, interleaved
 
-from edge_runtime.backends.cuda.driver import Driver, device_facts, open_driver
-from edge_runtime.backends.cuda.executor import CudaExecutor, bucket
-from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.backends.cuda.driver import Driver, open_driver
+from edge_runtime.backends.cuda.executor import CudaExecutor
+from edge_runtime.backends.protocol import Part
 
-SPLIT_GOAL = 80.0  # % of the copy bandwidth, by the issue
-CACHE_GOALS = {"int8": 1.6, "int4": 2.5}
+CACHE_GOALS = {"int8": 1.6, "int4": 2.5}  # times faster than f16, by the issue
 
 
 class Copy:
@@ -55,61 +54,6 @@ def copy(report: Report) -> None:
             report.figure(f"copy of {block.nbytes / 1e9:.2f} GB, read and written", rate / 1e9, "GB/s")
     finally:
         driver.close()
-
-
-def matrix_products(report: Report) -> None:
-    """Matrix times vector, times 8 and times a prompt, of every format and shape."""
-    jobs = {}
-    for fmt in SIZES.formats:
-        for rows, cols in sorted(SIZES.matrices, key=lambda shape: shape not in SIZES.goal_matrices):
-            jobs[f"{fmt} {rows}x{cols}"] = lambda f=fmt, r=rows, c=cols: _matrix(report, f, r, c)
-    order = sorted(jobs, key=lambda name: not any(f"{r}x{c}" in name for r, c in SIZES.goal_matrices))
-    report.put("matrices", {})
-    report.each({name: jobs[name] for name in order}, seconds=4)
-
-
-def _matrix(report: Report, fmt: str, rows: int, cols: int) -> None:
-    program = matrices(rows, cols, 1)
-    one = sum(a.nbytes for a in noise(program, formats_of(program, fmt))["w0"].planes.values())
-    want = max(SIZES.working_set, SIZES.times_l2 * device_facts().l2_bytes)
-    count = max(2, min(256, -(-want // one)))
-    program = matrices(rows, cols, count)
-    part = part_of(program, noise(program, formats_of(program, fmt)), context=4096, tokens=SIZES.prompt)
-    with loaded_apart(part) as ours:
-        driver, block = ours._driver, Copy(ours._driver)
-        jobs = {"copy": Job(block.job)}
-        for tokens in (1, 8, SIZES.prompt):
-            batch = step(part, {0: (0, np.arange(tokens) % VOCAB)}, last=True)
-            ours.likeliest(batch)  # so that all that the launches read is there
-            launches = ours._launches_of((bucket(tokens, part.step.tokens), False))
-            linears = [la for la in launches if la.symbol.startswith("linear_")][:-1]  # the last is the head
-            linears = linears[:8] if tokens > 8 else linears
-            graph = graph_of(driver, linears)
-            jobs[f"{tokens}/{len(linears)}"] = Job(
-                lambda g=graph: driver.launch_graph(g), lambda b=batch: staged(ours, b)
-            )
-        found = interleaved(driver, jobs, SIZES.rounds, report.deadline - 3)
-        rate = block.rate(found.pop("copy").ms)
-        for name, timed in found.items():
-            tokens, launches = map(int, name.split("/"))
-            us = timed.ms * 1e3 / launches
-            spread = (timed.least * 1e3 / launches, timed.most * 1e3 / launches)
-            what = f"{fmt} {rows}x{cols}, {tokens} token{'s' * (tokens > 1)}"
-            report.found["matrices"][f"{fmt} {rows}x{cols} {tokens}"] = us
-            report.figure(f"{what}: a launch", us, "us", spread=spread)
-            if tokens <= 8:
-                share = 100 * one / (us * 1e-6) / rate
-                goal = (rows, cols) in SIZES.goal_matrices and fmt != "f16" and tokens == 1
-                report.figure(f"{what}: of the copy", share, "%", goal=SPLIT_GOAL if goal else None)
-            else:
-                report.figure(f"{what}: rate", 2 * rows * cols * tokens / us / 1e6, "TFLOP/s")
-        report.put("working_set", one * count)
-
-
-def staged(ours: CudaExecutor, batch: StepBatch) -> None:
-    """The step that launches read in device memory: how many tokens it has, and where."""
-    ours._staged.stage(batch)
-    ours._driver.synchronize()
 
 
 @contextmanager

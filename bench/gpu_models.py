@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
-from gpu_code import compiler, unit_of
+from gpu_code import compiler
 
+from edge_runtime.backends.cuda import backend
 from edge_runtime.backends.cuda.backend import CudaBackend
-from edge_runtime.backends.cuda.driver import open_driver
 from edge_runtime.backends.cuda.executor import CudaExecutor
 from edge_runtime.backends.protocol import PackedTensor, Part
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.kv import kv_pair
-from edge_runtime.engine.launches import LinearLaunch, Lowered, kernels_of
+from edge_runtime.engine.launches import Launch, LinearLaunch, Lowered, kernels_of
 from edge_runtime.engine.lowering import lower
 from edge_runtime.engine.ops import AnyOp, Attention, Embed, KvAppend, Linear, Logits
 from edge_runtime.engine.packing import cuda_packing, pack, plane_items
@@ -234,22 +235,19 @@ def load(part: Part) -> CudaExecutor:
 
 def load_apart(part: Part) -> CudaExecutor:
     """Loaded, with a launch for each matrix of its own."""
-    lowered = lowered_of(part)
-    launches = []
+    with mock.patch.object(backend, "lower", lambda *args: apart(lower(*args))):
+        return load(part)
+
+
+def apart(lowered: Lowered) -> Lowered:
+    """No matrices that share a launch."""
+    launches: list[Launch] = []
     for launch in lowered.launches:
         if isinstance(launch, LinearLaunch):
             launches += [replace(launch, products=(product,)) for product in launch.products]
         else:
             launches.append(launch)
-    lowered = replace(lowered, launches=tuple(launches))
-    image = compiler().image(unit_of(kernels_of(lowered))).data
-    driver = open_driver()
-    try:
-        with driver.current:
-            return CudaExecutor(driver, driver.load_module(image), lowered, part)
-    except BaseException:
-        driver.close()
-        raise
+    return replace(lowered, launches=tuple(launches))
 
 
 def linear_nbytes(part: Part, name: str) -> int:
@@ -264,10 +262,3 @@ def read_each_token(part: Part) -> int:
         nbytes = linear_nbytes(part, name)
         total += nbytes // spec.rows if spec.role == "embedding" else nbytes
     return total
-
-
-def batches(part: Part, ids: Array, start: int = 0, chunk: int = 0) -> Iterator[tuple[int, int]]:
-    """(first, count) of the steps that a run of ids takes from a position on."""
-    size = chunk or part.step.tokens
-    for at in range(0, len(ids), size):
-        yield start + at, min(size, len(ids) - at)

@@ -5,6 +5,7 @@ A wheel is a zip file (PEP 427); what is missing is unpacked into a folder of it
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 import shutil
@@ -54,6 +55,7 @@ def unpack_missing(folder: Path, site: Path) -> list[str]:
                 if (data / kind).is_dir():
                     shutil.copytree(data / kind, site, dirs_exist_ok=True)
         made.append(wheel.name)
+    importlib.invalidate_caches()
     return made
 
 

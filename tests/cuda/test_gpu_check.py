@@ -44,7 +44,7 @@ def test_every_part_runs_and_says_what_it_found(tmp_path: Path) -> None:
     figures = {f["name"]: f for part in results["parts"].values() for f in part["figures"]}
     assert all(f["value"] >= 0 and f["unit"] for f in figures.values())
     for wanted in (
-        "decode, token by token: of the floor",
+        "decode tuned, token by token: of the floor",
         "int4_g64 32x128, 1 token: of the copy",
         "KV int4 at 300: times faster than f16",
     ):
@@ -92,8 +92,8 @@ def test_missing_packages_come_from_wheels(tmp_path: Path, monkeypatch: pytest.M
     wheels.mkdir()
     tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     files = {
-        "edgeabsent-1.0-py3-none-any.whl": {"edgeabsent/__init__.py": "", "edgeabsent-1.0.dist-info/WHEEL": ""},
-        "numpy-0.1-py3-none-any.whl": {"numpy/__init__.py": "", "numpy-0.1.dist-info/WHEEL": ""},
+        "edgeabsent-1.0-py3-none-any.whl": {"edgeabsent/__init__.py": "", "a-1.dist-info/WHEEL": ""},
+        "numpy-0.1-py3-none-any.whl": {"numpy/__init__.py": "", "n-0.1.dist-info/WHEEL": ""},
         f"other-1.0-{tag}-{tag}-win_amd64.whl": {"otherabsent.py": ""},
         "older-1.0-cp36-cp36m-manylinux2014_x86_64.whl": {"olderabsent.py": ""},
     }  # fmt: skip

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 
 import gpu_code
 import numpy as np
-from emulation import EmulationError
+from emulation import Emulated as HostEmulated
+from emulation import EmulationError, compile_emulated
 from emulation import Guarded as HostGuarded
 
 from edge_runtime.backends.cuda.driver import Driver, Function, open_driver
@@ -65,6 +66,8 @@ class Emulated:
         self._functions: dict[tuple[str, int], Function] = {}
 
     def record_bytes(self, symbol: str) -> int:
+        if gpu_code.EMULATED:
+            return HostEmulated(compile_emulated(self._source)).record_bytes(symbol)
         return self._image(symbol).records[symbol]
 
     def threads(self, symbol: str) -> int:
