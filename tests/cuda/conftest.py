@@ -20,12 +20,14 @@ def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuda]:
     """A fake GPU in this process: sm_87, CUDA 12.6, 1 GiB, or as EDGE_FAKE_* say; modules in tmp_path.
 
-    At the end nothing may have been written beside allocations or into freed ones.
+    The host cannot touch device memory but by the API, and at the end nothing may have been written beside
+    allocations or into freed ones.
     """
     fake = load_fake()
     fake.reset()
     monkeypatch.setenv("EDGE_FAKE_DEVICES", "1")
     monkeypatch.setenv("EDGE_FAKE_MODULES", str(tmp_path))
+    monkeypatch.setenv("EDGE_FAKE_PROTECT", "1")
     yield fake
     found = fake.fault or fake.check()
     fake.reset()

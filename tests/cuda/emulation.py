@@ -5,7 +5,7 @@
 
 Libraries are kept under EDGE_EMULATION_CACHE (build/emulation by default), named by a hash of all that goes
 into them. With EDGE_EMU_ASAN=1 kernels are compiled with AddressSanitizer; Python then needs
-`asan_environment()`.
+`asan_environment()`, and `python tests/cuda/emulation.py TESTS` runs pytest so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -125,16 +126,19 @@ def compile_cached(name: str, source: str, flags: tuple[str, ...], link: tuple[s
     return out
 
 
+def sanitizing(asan: bool | None = None) -> tuple[str, ...]:
+    """Flags of AddressSanitizer where it is wanted: as `asan` says, else EDGE_EMU_ASAN."""
+    return ASAN if asan or (asan is None and os.environ.get("EDGE_EMU_ASAN") == "1") else ()
+
+
 def compile_emulated(source: str, *, asan: bool | None = None) -> Path:
     """Emulated kernels of a translation unit of CUDA C++: `#include "x.cuh"` and EDGE_KERNEL lines.
 
     `asan`: with AddressSanitizer; by default as EDGE_EMU_ASAN says.
     """
-    wanted = os.environ.get("EDGE_EMU_ASAN") == "1" if asan is None else asan
     unit = f'#include "emulator/emulator.h"\nnamespace {{\n#line 1 "kernels.cu"\n{source}\n}}\n'
-    return compile_cached(
-        "kernels", unit, ("-DEDGE_EMULATE", "-DEDGE_EMU_UNNAMED", *PRIVATE, *(ASAN if wanted else ()))
-    )
+    flags = ("-DEDGE_EMULATE", "-DEDGE_EMU_UNNAMED", *PRIVATE, *sanitizing(asan))
+    return compile_cached("kernels", unit, flags)
 
 
 compile_kernels = compile_emulated
@@ -201,6 +205,11 @@ class Guarded:
         self._all = self._memory[start : start + _GUARD_BYTES + nbytes + tail]
         self._all[:] = np.resize(_GUARD, self._all.size)
         self.data = self._all[_GUARD_BYTES : _GUARD_BYTES + nbytes]
+        if sanitizing():  # a read beside it is caught too
+            poison = ctypes.CDLL(None).__asan_poison_memory_region
+            poison.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+            poison(self.address - _GUARD_BYTES, _GUARD_BYTES)
+            poison(self.address + nbytes, tail)
 
     @classmethod
     def of(cls, array: np.ndarray) -> Guarded:
@@ -234,3 +243,7 @@ def guarded(nbytes: int) -> Guarded:
 
 if os.environ.get("EDGE_KERNELS_ON") == "gpu":  # the same tests on a device
     from device_kernels import Emulated, Guarded, compile_kernels, guarded  # noqa: F401
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, **asan_environment()})

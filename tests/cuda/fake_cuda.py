@@ -17,7 +17,7 @@ import os
 import struct
 from pathlib import Path
 
-from emulation import cache_folder, compile_cached, compile_emulated
+from emulation import cache_folder, compile_cached, compile_emulated, sanitizing
 
 SONAME = "libcuda.so.1"
 
@@ -26,7 +26,7 @@ SONAME = "libcuda.so.1"
 def fake_driver() -> Path:
     """The fake's library; whoever loads it by this path in one process shares it."""
     link = (f"-Wl,-soname,{SONAME}", "-ldl", "-pthread")
-    return compile_cached("libcuda", '#include "emulator/fake_driver.cpp"', (), link)
+    return compile_cached("libcuda", '#include "emulator/fake_driver.cpp"', sanitizing(), link)
 
 
 @functools.lru_cache(1)
@@ -99,7 +99,8 @@ class FakeCuda:
 
     def count(self, name: str) -> int:
         """Calls of an API function since `reset`, such as "cuGraphLaunch"; or one of fake_symbols.h's words:
-        "kernels", "kernel <symbol>", "syncs", "HtoD", "DtoH", "DtoD", "fills", "leaked allocations"."""
+        "kernels", "kernel <symbol>", "syncs", "HtoD", "DtoH", "DtoD", "HtoD bytes" and so on,
+        "fills", "leaked allocations"."""
         return int(self._library.edge_fake_count(name.encode()))
 
     def check(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulation import KERNELS
+from emulation import KERNELS, asan_environment, sanitizing
 from fake_cuda import FakeCuda, add_module, cubin, environment, ptx
 
 from builders.nvrtc import find_compilers
@@ -45,6 +45,7 @@ EDGE_DEVICE void total(const Args& args) {
     if (threadIdx.x == 0) args.x[args.n] = part[0] + part[1];
 }
 EDGE_DEVICE void write(const Args& args) { args.x[args.n] = static_cast<float>(args.by); }
+EDGE_DEVICE void read(const Args& args) { args.x[0] = args.x[args.n]; }
 EDGE_DEVICE void half_a_block(const Args& args) {
     if (threadIdx.x % 2 == 0)
         __syncthreads();
@@ -58,9 +59,11 @@ EDGE_DEVICE void shared(const Args& args) { dynamic_shared()[args.n] = 1; }
 EDGE_KERNEL(add, 64, edge::Args, edge::add)
 EDGE_KERNEL(total, 64, edge::Args, edge::total)
 EDGE_KERNEL(write, 1, edge::Args, edge::write)
+EDGE_KERNEL(read, 1, edge::Args, edge::read)
 EDGE_KERNEL(half_a_block, 64, edge::Args, edge::half_a_block)
 EDGE_KERNEL(shared, 32, edge::Args, edge::shared)
 """
+by_guards = pytest.mark.skipif(bool(sanitizing()), reason="AddressSanitizer ends the process at once")
 CAPTURE_GLOBAL, CAPTURE_THREAD, CAPTURE_RELAXED = range(3)
 
 
@@ -240,6 +243,7 @@ def test_a_context_ends_with_all_that_is_its(gpu: Gpu, fake_gpu: FakeCuda) -> No
     assert fake_gpu.count("leaked allocations") == 2 and fake_gpu.used == 0
 
 
+@by_guards
 @pytest.mark.parametrize("at", [-1, 10, 10 + 1023, -1024])
 def test_a_kernel_that_writes_beside_memory_is_named(gpu: Gpu, faulty_gpu: FakeCuda, at: int) -> None:
     address = gpu.array(np.zeros(10, np.float32))
@@ -254,9 +258,11 @@ def test_a_kernel_that_writes_beside_memory_is_named(gpu: Gpu, faulty_gpu: FakeC
     ok(cu.cuMemAlloc(4))
 
 
-def test_a_write_beside_memory_by_others_is_found_when_asked_and_at_free(
-    gpu: Gpu, faulty_gpu: FakeCuda
+@by_guards
+def test_a_write_beside_memory_is_found_when_asked(
+    gpu: Gpu, faulty_gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("EDGE_FAKE_PROTECT", "0")
     address = gpu.array(np.zeros(10, np.float32))
     assert faulty_gpu.check() == ""
     ctypes.memset(address + 40, 0, 1)
@@ -264,12 +270,67 @@ def test_a_write_beside_memory_by_others_is_found_when_asked_and_at_free(
     faulty_gpu.reset()
 
 
+@by_guards
 def test_a_write_into_freed_memory_is_found(gpu: Gpu, faulty_gpu: FakeCuda) -> None:
     address = gpu.array(np.zeros(10, np.float32))
     ok(cu.cuMemFree(address))
     assert gpu.launch("write", Args(address, 3, 1), threads=1) == 0
     ok(cu.cuStreamSynchronize(gpu.stream))
     assert "byte 12 of 40 bytes was written after they were freed" in faulty_gpu.check()
+
+
+SCRIPT = """
+import sys
+from fake_cuda import load_fake
+load_fake()
+from test_fake_driver import *
+
+gpu = Gpu(Path(sys.argv[1]))
+symbol, at, freed = sys.argv[2], int(sys.argv[3]), sys.argv[4] == "freed"
+address = gpu.array(np.zeros(10, np.float32))
+if freed:
+    ok(cu.cuMemFree(address))
+assert gpu.launch(symbol, Args(address, at, 1), threads=1) == 0
+ok(cu.cuStreamSynchronize(gpu.stream))
+print("ran to its end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("symbol", "at", "state"),
+    [
+        ("read", 9, "allocated"),
+        ("read", 10, "allocated"),
+        ("read", -1, "allocated"),
+        ("write", 10, "allocated"),
+        ("read", 0, "freed"),
+    ],
+)
+def test_address_sanitizer_sees_reads_too(tmp_path: Path, symbol: str, at: int, state: str) -> None:
+    settings = environment(tmp_path) | asan_environment() | {"LD_LIBRARY_PATH": ""}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), symbol, str(at), state]
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=here)
+    if at == 9:
+        assert done.stdout == "ran to its end\n", done.stderr[-2000:]
+    else:
+        assert done.returncode != 0 and "use-after-poison" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_host_cannot_take_a_device_address_for_its_own(tmp_path: Path) -> None:
+    script = (
+        "import ctypes, sys\n"
+        "import numpy as np\n"
+        "from cuda.bindings import driver as d\n"
+        "d.cuInit(0); c = d.cuDevicePrimaryCtxRetain(0)[1]; d.cuCtxPushCurrent(c)\n"
+        "x = np.arange(4, dtype=np.float32); a = int(d.cuMemAlloc(16)[1])\n"
+        "d.cuMemcpyHtoD(a, x.ctypes.data, 16); y = x * 0; d.cuMemcpyDtoH(y.ctypes.data, a, 16)\n"
+        "print(y[3], flush=True)\n"
+        "print(ctypes.c_float.from_address(a).value)\n"
+    )
+    assert in_process(script, environment(tmp_path, protect=0)).stdout == "3.0\n0.0\n"
+    done = in_process(script, environment(tmp_path, protect=1))
+    assert done.returncode == -11 and done.stdout == "3.0\n"
 
 
 # --- device code ---

@@ -12,6 +12,7 @@
 //   EDGE_FAKE_INTEGRATED   1: shares the host's memory
 //   EDGE_FAKE_MODULES      folder of emulated modules (fake_module.h)
 //   EDGE_FAKE_EAGER        1: streams run at once instead of at the latest moment (fake_stream.h)
+//   EDGE_FAKE_PROTECT      1: the host cannot touch device memory but by the API
 //   EDGE_FAKE_ABORT        1: a fault ends the process instead of failing every call after it
 //   EDGE_FAKE_FAIL         "cuLaunchKernel:7:700,...": the 7th call from now on gives error 700
 #pragma once

@@ -1,22 +1,28 @@
 // Device memory on the host: every allocation between guards, poison where nothing was written yet and where
-// it was freed. A kernel that writes beside an allocation, or into a freed one, is found at the next
-// synchronisation, at cuMemFree, or when a test asks.
+// it was freed. A kernel that writes beside an allocation, or into a freed one, is found when it has run, at
+// the next synchronisation, at cuMemFree, or when a test asks; with AddressSanitizer at once, and so are
+// reads. With EDGE_FAKE_PROTECT=1 host code that takes a device address for its own dies of it.
 #pragma once
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <deque>
 
 #include "emulator/fake_device.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace fake {
 
-constexpr size_t kGuardBytes = 4096, kAlign = 512, kQuarantine = 64 << 20;
+constexpr size_t kGuardBytes = 4096, kQuarantine = 64 << 20, kPoison = 64 << 20;
 // NaN as f32 and as f16, out of all range as bf16
 constexpr uint32_t kGuardWord = 0xffc3feb1u, kFreshWord = 0xffd3fed1u, kFreedWord = 0xffe3fee1u;
 
 struct Block {
-    char* memory; /* kGuardBytes, `bytes` rounded up to 4, kGuardBytes; mapped for itself */
+    char* memory; /* guard, data, guard; mapped for itself */
     size_t bytes, mapped;
     char* data() const { return memory + kGuardBytes; }
     uintptr_t address() const { return reinterpret_cast<uintptr_t>(data()); }
@@ -27,6 +33,37 @@ inline std::deque<Block> freed;
 inline size_t used_bytes = 0, freed_bytes = 0;
 inline std::map<uintptr_t, size_t> pinned;   // registered host memory: address -> bytes
 inline std::map<uintptr_t, void*> host_own;  // that of it which was allocated here
+
+// Device memory can be touched while one of these lives.
+inline int accesses = 0;
+inline void protect(int how) {
+    for (const auto& [address, block] : blocks) mprotect(block.memory, block.mapped, how);
+    for (const Block& block : freed) mprotect(block.memory, block.mapped, how);
+}
+struct Access {
+    const bool wanted = number("EDGE_FAKE_PROTECT", 0) != 0;
+    static inline bool hidden = false;
+    Access() {
+        if (accesses++ == 0 && hidden) protect(PROT_READ | PROT_WRITE);
+    }
+    ~Access() {
+        if (--accesses != 0 || (!wanted && !hidden)) return;
+        hidden = wanted;
+        if (hidden) protect(PROT_NONE);
+    }
+    Access(const Access&) = delete;
+    Access& operator=(const Access&) = delete;
+};
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kSanitized = true;
+inline void forbid(char* from, size_t n) { __asan_poison_memory_region(from, n); }
+inline void allow(char* from, size_t n) { __asan_unpoison_memory_region(from, n); }
+#else
+constexpr bool kSanitized = false;
+inline void forbid(char*, size_t) {}
+inline void allow(char*, size_t) {}
+#endif
 
 inline void fill_words(char* from, char* to, uint32_t word) {
     for (; from + 4 <= to; from += 4) std::memcpy(from, &word, 4);
@@ -44,6 +81,7 @@ inline const char* first_changed(const char* from, const char* to, uint32_t word
 }
 
 inline Result check_block(const Block& block) {
+    if (kSanitized) return kOk;  // a touch of a guard has ended the process
     static char untouched[kGuardBytes];
     if (untouched[0] == 0) fill_words(untouched, untouched + kGuardBytes, kGuardWord);
     char* end = block.data() + block.bytes;
@@ -55,17 +93,20 @@ inline Result check_block(const Block& block) {
                        wrong - block.data(), block.bytes);
 }
 inline Result check_freed(const Block& block) {
+    if (kSanitized) return kOk;
     const char* wrong = first_changed(block.data(), block.data() + block.bytes, kFreedWord);
     if (wrong == nullptr) return kOk;
     return raise_fault(kIllegalAddress, "byte %td of %zu bytes was written after they were freed",
                        wrong - block.data(), block.bytes);
 }
 inline Result check_guards() {
+    const Access access;
     for (const auto& [address, block] : blocks)
         if (Result r = check_block(block)) return r;
     return kOk;
 }
 inline Result check_memory() {
+    const Access access;
     if (Result r = check_guards()) return r;
     for (const Block& block : freed)
         if (Result r = check_freed(block)) return r;
@@ -78,27 +119,43 @@ inline Result allocate(size_t bytes, uintptr_t* out) {
     if (bytes > total || used_bytes > total - bytes) return kOutOfMemory;
     const auto largest = static_cast<size_t>(number("EDGE_FAKE_LARGEST", 0));
     if (largest != 0 && bytes > largest) return kOutOfMemory;
+    const Access access;
     const size_t mapped = (kGuardBytes * 2 + bytes + 4095) / 4096 * 4096;
     void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return kOutOfMemory;
-    Block block{static_cast<char*>(memory), bytes, mapped};
+    const Block block{static_cast<char*>(memory), bytes, mapped};
+    char* end = block.data() + bytes;
     fill_words(block.memory, block.data(), kGuardWord);
-    fill_words(block.data(), block.data() + bytes, kFreshWord);
-    fill_words(block.data() + bytes, block.data() + bytes + kGuardBytes, kGuardWord);
+    // Of a large block only the beginning, so that it takes no more of the machine's memory than is used
+    fill_words(block.data(), block.data() + std::min(bytes, kPoison), kFreshWord);
+    fill_words(end, end + kGuardBytes, kGuardWord);
+    forbid(block.memory, kGuardBytes);
+    forbid(end, static_cast<size_t>(block.memory + mapped - end));
     used_bytes += bytes;
     blocks[block.address()] = block;
     *out = block.address();
     return kOk;
 }
 
+inline void unmap(const Block& block) {
+    allow(block.memory, block.mapped);
+    munmap(block.memory, block.mapped);
+}
+
 inline Result release(uintptr_t address) {
     const auto found = blocks.find(address);
     if (found == blocks.end()) return kInvalidValue;
+    const Access access;
     const Block block = found->second;
     const Result wrong = check_block(block);
     blocks.erase(found);
     used_bytes -= block.bytes;
+    if (block.bytes > kQuarantine) {
+        unmap(block);
+        return wrong;
+    }
     fill_words(block.data(), block.data() + block.bytes, kFreedWord);
+    forbid(block.data(), block.bytes);
     freed.push_back(block);
     freed_bytes += block.bytes;
     Result late = kOk;
@@ -107,7 +164,7 @@ inline Result release(uintptr_t address) {
         freed.pop_front();
         freed_bytes -= old.bytes;
         if (late == kOk) late = check_freed(old);
-        munmap(old.memory, old.mapped);
+        unmap(old);
     }
     return wrong != kOk ? wrong : late;
 }
@@ -115,7 +172,7 @@ inline Result release(uintptr_t address) {
 // All of it, the freed too, unmapped.
 inline void release_all() {
     while (!blocks.empty()) release(blocks.begin()->first);
-    for (const Block& block : freed) munmap(block.memory, block.mapped);
+    for (const Block& block : freed) unmap(block);
     freed.clear();
     freed_bytes = 0;
 }

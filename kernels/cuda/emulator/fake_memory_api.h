@@ -10,6 +10,7 @@ Result copy_now(Op op) {
     if (op.to_device ? !within(op.to, op.n) : op.to == 0) return kInvalidValue;
     if (!op.from_device)
         op.bytes.assign(reinterpret_cast<uint8_t*>(op.from), reinterpret_cast<uint8_t*>(op.from) + op.n);
+    const Access access;
     return op.n == 0 ? kOk : synchronized(run_op(op));
 }
 

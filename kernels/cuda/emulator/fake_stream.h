@@ -148,6 +148,7 @@ inline Result run_op(const Op& op) {
 
 // One operation; what waits behind a fault never runs.
 inline Result run_one(Stream& stream) {
+    const Access access;
     const Op op = std::move(stream.queue.front());
     stream.queue.pop_front();
     const Result r = sticky != kOk ? sticky : run_op(op);
@@ -155,6 +156,8 @@ inline Result run_one(Stream& stream) {
     return r;
 }
 inline Result run_stream(Stream& stream) {
+    if (stream.queue.empty()) return kOk;
+    const Access access;
     while (!stream.queue.empty())
         if (Result r = run_one(stream)) return r;
     return kOk;
