@@ -11,6 +11,7 @@ from edge_runtime.backends.cuda.placement import Placement
 from edge_runtime.backends.protocol import Part
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.launches import Lowered
+from edge_runtime.errors import BadRequest
 
 
 class Mover:
@@ -33,12 +34,20 @@ class Mover:
             self._driver.copy(self._place.page(i, target), self._place.page(i, source), nbytes)
 
     def move(self, pages: Array, sources: Array, targets: Array) -> None:
-        """Rows at places `sources` of a sequence to `targets`; both ascend, none moves up."""
+        """Rows at places `sources` of a sequence to `targets`; both ascend, none moves up.
+
+        Raises BadRequest for a place that no token of the longest sequence has.
+        """
         apart = sources != targets
-        rows = [np.ascontiguousarray(a, np.int32) for a in (pages, sources[apart], targets[apart])]
-        count = len(rows[1])
+        sources, targets = sources[apart], targets[apart]
+        count = len(sources)
         if not count:
             return
+        context = min(self._part.step.context, self._part.program.max_context)
+        if sources[-1] >= context:
+            raise BadRequest(f"place {int(sources[-1])} is beyond the context of {context}")
+        pages = pages[: int(sources[-1]) // self._part.kv.page_tokens + 1]
+        rows = [np.ascontiguousarray(a, np.int32) for a in (pages, sources, targets)]
         at = self._place.region("move")
         addresses = [at, at + rows[0].nbytes, at + rows[0].nbytes + rows[1].nbytes]
         self._driver.upload(at, np.concatenate(rows))
