@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from gpu_code import EMULATED
 from gpu_models import Shape, encoded, formats_of, llama, load, packed, part_of
@@ -106,7 +108,12 @@ def planner_part(fmt: str, kv: str) -> Part:
 
 
 def _compare(report: Report, name: str, part: Part, ids: Array) -> None:
-    """Against the reference in f32. Activations are int8 or f16 here, so logits differ by their rounding."""
+    """Against the reference, whose activations are f32.
+
+    Inputs of linears are int8, f16 or bf16 here: a few percent in so small a model. And where a key or value
+    lies near the middle between two codes of the cache, that decides for another code: less than half of what
+    the cache's format costs by itself, which is the reference's distance from its own f16 cache.
+    """
     half = len(ids) * 3 // 4
     with opened(part) as ours:
         got = [ours.forward(step(part, {0: (0, ids[:half])})).copy()]
@@ -121,20 +128,32 @@ def _compare(report: Report, name: str, part: Part, ids: Array) -> None:
             single.append(int(ours.likeliest(step(part, {0: (half + i, np.array(single[-1:]))}))[0]))
         after, _ = ours._driver.free_bytes()
     ours_logits = np.concatenate(got)
-    reference = REFERENCE.load(part)
-    want = reference.forward(step(part, {0: (0, ids)})).copy()
-    reference.close()
+    want = _reference(part, ids)
+    plain = _reference(replace(part, kv=msgspec.structs.replace(part.kv, k="f16", v="f16")), ids)
+    limit = 0.04 + 0.5 * _distance(plain, want)
     error = np.abs(ours_logits - want).max() / np.abs(want).max()
-    relative = float(np.linalg.norm(ours_logits - want) / np.linalg.norm(want))
+    relative = _distance(ours_logits, want)
     agree = float((ours_logits.argmax(1) == want.argmax(1)).mean())
     report.check(
         f"{name}: near the reference",
-        bool(np.isfinite(ours_logits).all() and relative <= 0.05),
-        f"relative error {relative:.4f}, greatest {error:.4f}, same likeliest {agree:.3f}",
+        bool(np.isfinite(ours_logits).all() and relative <= limit),
+        f"relative error {relative:.4f}, limit {limit:.4f}, greatest {error:.4f}, same likeliest {agree:.3f}",
     )
     report.check(f"{name}: likeliest and top are those of the logits", bool(same))
     report.check(f"{name}: chain is its steps", chained[:, 0].tolist() == single[1:], f"{single[1:]}")
     report.check(f"{name}: steps take no memory", after == free, f"{free - after} bytes")
+
+
+def _reference(part: Part, ids: Array) -> Array:
+    executor = REFERENCE.load(part)
+    logits: Array = executor.forward(step(part, {0: (0, ids)})).copy()
+    executor.close()
+    return logits
+
+
+def _distance(a: Array, b: Array) -> float:
+    """Relative to b."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def _exact(report: Report, fmt: str, kv: str) -> None:
