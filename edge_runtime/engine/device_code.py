@@ -274,8 +274,8 @@ def attention_grid(op: Attention, tokens: int, context: int | None) -> tuple[int
     warps = ATTENTION_THREADS // WARP
     if context is not None:
         return tokens * parts, op.kv_heads, -(-attention_chunks(context) // warps)
-    units = -(-tokens // max(1, rows // share)) * parts
-    return -(-units // warps), op.kv_heads, 1
+    most = max(1, rows // share)  # tokens of a warp
+    return -(-tokens // (warps * most)) * most * parts, op.kv_heads, 1
 
 
 def merge_grid(op: Attention, tokens: int) -> tuple[int, int, int]:

@@ -37,12 +37,17 @@ EDGE_DEVICE int leading(bool yes) {
     return no == 0 ? kWarp : __ffs(no) - 1;
 }
 
-// The group that begins at `token` and ends before `end`: like tokens, at most `most`.
+// Whether a group begins at a token: at multiples of `most`, and where a token is unlike the one before it.
+EDGE_DEVICE bool begins(const EdgeStep& step, int token, int most, int keys_end) {
+    return token % most == 0 || !alike(step, token, keys_end);
+}
+
+// The group that begins at `token`; tokens end before `end`.
 EDGE_DEVICE Group group_at(const EdgeStep& step, int token, int end, int most, int keys_end) {
     Group g;
     const int next = token + 1 + lane();
     g.token = token;
-    g.count = 1 + leading(lane() < most - 1 && next < end && alike(step, next, keys_end));
+    g.count = 1 + (most > 1 ? leading(next < end && !begins(step, next, most, keys_end)) : 0);
     g.head = 0;
     g.sequence = step.sequence[token];
     g.bend = straight(step, token, keys_end) ? kNoBend : step.bends[token];
@@ -77,15 +82,7 @@ EDGE_DEVICE void attention_split(const EdgeAttention& args) {
     const int end = step.counts[EDGE_TOKENS], keys_end = (number + 1) * EDGE_ATTENTION_CHUNK;
     if (token >= end || number >= args.chunks) return;
     const int most = tokens_a_warp(share, W::kRows);
-    if (most > 1) {
-        int before = 0, found;
-        do {
-            const int t = token - before - lane();
-            found = leading(t > 0 && alike(step, t, keys_end));
-            before += found;
-        } while (found == kWarp);
-        if (before % most != 0) return;
-    }
+    if (!begins(step, token, most, keys_end)) return;
     W walk(args, queries[warp()], static_cast<int>(blockIdx.y));
     Group group = group_at(step, token, end, most, keys_end);
     group.head = static_cast<int>(blockIdx.x) % parts * W::kRows;
@@ -138,8 +135,9 @@ EDGE_DEVICE void attention_merge(const EdgeAttention& args) {
     }
 }
 
-// grid (ceil(tokens of the bucket / tokens a warp) * warps a token / 4 rounded up, kv heads), 128 threads;
-// `out` keeps what is joined so far.
+// grid (ceil(tokens of the bucket / (4 n)) * n * warps a token, kv heads) with n = tokens a warp, 128
+// threads. Each token has a warp, which ends where it begins no group; the four of a block lie n tokens
+// apart, so that those of a prompt all have work or none. `out` keeps what is joined so far.
 template <class K, class V, int head_dim, int tiles, bool capped>
 EDGE_DEVICE void attention_looped(const EdgeAttention& args) {
     using W = Walk<K, V, head_dim, tiles, capped>;
@@ -148,50 +146,48 @@ EDGE_DEVICE void attention_looped(const EdgeAttention& args) {
     const int share = args.heads / args.kv_heads, parts = warps_a_token(share, W::kRows);
     const int most = tokens_a_warp(share, W::kRows);
     // The last tokens of a prompt see most keys, so they begin first
-    const int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kAttentionWarps + warp();
-    int token = unit / parts * most, end = token + most;
-    if (end > step.counts[EDGE_TOKENS]) end = step.counts[EDGE_TOKENS];
+    const int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    const int token = (unit / parts / most * kAttentionWarps + warp()) * most + unit / parts % most;
+    const int end = step.counts[EDGE_TOKENS];
+    if (token >= end || !begins(step, token, most, kNoBend)) return;
     W walk(args, queries[warp()], static_cast<int>(blockIdx.y));
-    while (token < end) {
-        Group group = group_at(step, token, end, most, kNoBend);
-        token += group.count;
-        group.head = unit % parts * W::kRows;
-        walk.take(group);
-        Softmax all[tiles][2];
+    Group group = group_at(step, token, end, most, kNoBend);
+    group.head = unit % parts * W::kRows;
+    walk.take(group);
+    Softmax all[tiles][2];
 #pragma unroll
-        for (int t = 0; t < tiles; ++t) all[t][0] = all[t][1] = Softmax{no_score(), 0.0f};
-        const int used = walk.used_rows(), last = group.most / EDGE_ATTENTION_CHUNK;
-        for (int number = walk.first() / EDGE_ATTENTION_CHUNK; number <= last; ++number) {
-            walk.chunk(number);
+    for (int t = 0; t < tiles; ++t) all[t][0] = all[t][1] = Softmax{no_score(), 0.0f};
+    const int used = walk.used_rows(), last = group.most / EDGE_ATTENTION_CHUNK;
+    for (int number = walk.first() / EDGE_ATTENTION_CHUNK; number <= last; ++number) {
+        walk.chunk(number);
 #pragma unroll
-            for (int t = 0; t < tiles; ++t)
+        for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const auto& row = walk.rows[t][h];
-                    const int i = 16 * t + 8 * h + walk.r;
-                    if (i >= used || !walk.sees(row, number)) continue;
-                    float* to = args.out + walk.head_of(i) * head_dim;
-                    const bool begun = number > row.low / EDGE_ATTENTION_CHUNK;
-                    const bool done = number == row.high / EDGE_ATTENTION_CHUNK;
-                    const Joint j = join(all[t][h], row.softmax);
-                    all[t][h] = begun ? j.both : row.softmax;
-                    const float inverse = quotient(1.0f, all[t][h].total);
-                    bool good = true;
-                    walk.each_part(t, h, [&](int dim, auto& x) {
-                        constexpr int kCount = sizeof x / sizeof(float);
+            for (int h = 0; h < 2; ++h) {
+                const auto& row = walk.rows[t][h];
+                const int i = 16 * t + 8 * h + walk.r;
+                if (i >= used || !walk.sees(row, number)) continue;
+                float* to = args.out + walk.head_of(i) * head_dim;
+                const bool begun = number > walk.lowest(row.high) / EDGE_ATTENTION_CHUNK;
+                const bool done = number == row.high / EDGE_ATTENTION_CHUNK;
+                const Joint j = join(all[t][h], row.softmax);
+                all[t][h] = begun ? j.both : row.softmax;
+                const float inverse = quotient(1.0f, all[t][h].total);
+                bool good = true;
+                walk.each_part(t, h, [&](int dim, auto& x) {
+                    constexpr int kCount = sizeof x / sizeof(float);
 #pragma unroll
-                        for (int n = 0; n < kCount; ++n) {
-                            if (begun) x[n] = joined(j, to[dim + n], x[n]);
-                            if (done) {
-                                x[n] = product(x[n], inverse);
-                                good = good && finite(x[n]);
-                            }
+                    for (int n = 0; n < kCount; ++n) {
+                        if (begun) x[n] = joined(j, to[dim + n], x[n]);
+                        if (done) {
+                            x[n] = product(x[n], inverse);
+                            good = good && finite(x[n]);
                         }
-                        store_floats(to + dim, x);
-                    });
-                    if (!good) raise_status(step, EDGE_CUDA_NOT_FINITE);
-                }
-        }
+                    }
+                    store_floats(to + dim, x);
+                });
+                if (!good) raise_status(step, EDGE_CUDA_NOT_FINITE);
+            }
     }
 }
 

@@ -61,7 +61,7 @@ struct Walk {
 
     struct Row {
         float factor;   // from a dot to its score in base 2
-        int low, high;  // positions it sees
+        int high;       // last position it sees
         uint32_t unit;  // bits of the power of two that weights are divided by, 0 at first
         Softmax softmax;
     };
@@ -163,7 +163,6 @@ struct Walk {
                 const int i = 16 * t + 8 * h + r;
                 if (i >= used) rows[t][h].factor = 0.0f;
                 rows[t][h].high = args.step.positions[token_of(i < used ? i : 0)];
-                rows[t][h].low = lowest(rows[t][h].high);
             }
     }
 
@@ -172,7 +171,8 @@ struct Walk {
     }
     EDGE_DEVICE int first() const { return lowest(group.least); }
     EDGE_DEVICE bool sees(const Row& row, int chunk) const {
-        return row.high >= chunk * EDGE_ATTENTION_CHUNK && row.low < (chunk + 1) * EDGE_ATTENTION_CHUNK;
+        return row.high >= chunk * EDGE_ATTENTION_CHUNK &&
+               lowest(row.high) < (chunk + 1) * EDGE_ATTENTION_CHUNK;
     }
 
     // All keys of a chunk that some row sees: their softmax in `rows`, sums in `sums`, which are of weights
@@ -372,10 +372,11 @@ struct Walk {
                 uint32_t seen = 0xf;
                 if (!whole) {
                     seen = 0;
+                    const int low = lowest(row.high);
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         const int key = tile + 4 * q + n;
-                        if (key >= row.low && key <= row.high) seen |= 1u << n;
+                        if (key >= low && key <= row.high) seen |= 1u << n;
                     }
                 }
 #pragma unroll

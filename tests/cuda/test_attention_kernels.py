@@ -126,8 +126,7 @@ class Attention:
             kernels.launch("merge", (bucket, self.heads), record)
         else:
             most = max(1, 16 * tiles // self.share)
-            warps = -(-bucket // most) * parts
-            kernels.launch(name, (-(-warps // WARPS), cache.kv_heads), record)
+            kernels.launch(name, (-(-bucket // (WARPS * most)) * most * parts, cache.kv_heads), record)
         for each in (*memory, cache.k, cache.v, step):
             each.check()
         self.status = step.status
