@@ -123,9 +123,10 @@ class CudaExecutor:
     def _some_of_chain(self, batch: StepBatch, out: Array) -> None:
         """As many steps of a chain as `out` (steps, S) has rows, for its tokens."""
         size = self._begin(batch)
-        last = replace(batch, positions=batch.positions + np.int32(len(out) - 1))
-        for step in (batch, last):  # all between are then as good
-            check_batch(step, self._part.program, self._part.kv, self._part.step)
+        # A step in each page that the chain comes to: those between are then as good
+        for n in sorted({*range(0, len(out), self._part.kv.page_tokens), len(out) - 1}):
+            later = replace(batch, positions=batch.positions + np.int32(n))
+            check_batch(later, self._part.program, self._part.kv, self._part.step)
         self._staged.stage(batch)
         for _ in range(len(out)):
             self._run(size, advancing=True)
