@@ -127,7 +127,7 @@ class CudaExecutor:
         for n in sorted({*range(0, len(out), self._part.kv.page_tokens), len(out) - 1}):
             later = replace(batch, positions=batch.positions + np.int32(n))
             check_batch(later, self._part.program, self._part.kv, self._part.step)
-        self._staged.stage(batch)
+        self._stage(batch)
         for _ in range(len(out)):
             self._run(size, advancing=True)
         history = self._results.array[: out.nbytes]
@@ -148,10 +148,13 @@ class CudaExecutor:
         """Check, stage and queue a step."""
         size = self._begin(batch)
         check_batch(batch, self._part.program, self._part.kv, self._part.step)
+        self._stage(batch)
+        self._run(size, advancing=False)
+
+    def _stage(self, batch: StepBatch) -> None:
         self._staged.stage(batch)
         if batch.inputs is not None:
             self._staged.stage_inputs(self._place.region("inputs"), batch.inputs)
-        self._run(size, advancing=False)
 
     def _run(self, size: int, *, advancing: bool) -> None:
         key = size, advancing
