@@ -1,4 +1,4 @@
-"""What a step costs: one graph launch and one wait, no allocation; graphs by size, tables when they change."""
+"""What a step costs: one graph launch, one wait, no allocation; graphs by size, tables where they change."""
 
 from __future__ import annotations
 
