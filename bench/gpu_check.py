@@ -187,7 +187,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def run_part(name: str) -> int:
     """In the part's own process."""
     sys.path[:0] = [path for path in (str(ROOT), str(BENCH)) if path not in sys.path]
-    from gpu_report import Report
+    from gpu_report import NO_TIME, OutOfTime, Report
 
     seconds = float(os.environ.get("EDGE_GPU_CHECK_SECONDS", PARTS[name][2]))
     out = Path(os.environ.get("EDGE_GPU_CHECK_OUT", WORK / f"part-{name}.json"))
@@ -196,6 +196,8 @@ def run_part(name: str) -> int:
     module, function, _ = PARTS[name]
     try:
         getattr(import_module(module), function)(report)
+    except OutOfTime as late:
+        report.note(f"{NO_TIME}: {late} and what follows")
     except Exception as error:
         report.check(f"{name} ran to its end", False, f"{type(error).__name__}: {error}"[:2000])
         if type(error).__name__ not in ("BackendUnavailable", "ModuleNotFoundError"):

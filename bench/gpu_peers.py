@@ -34,7 +34,7 @@ def peers(report: Report) -> None:
     jobs["int4 weight-only"] = lambda: _int4(report, torch)
     jobs["bf16 layers of the Llama"] = lambda: _layers(report, torch)
     jobs["compiled bf16"] = lambda: _compiled(report, torch)
-    report.each(jobs, seconds=6)
+    report.each(jobs, seconds=6, ours=False)
 
 
 def _time(torch: Any, job: Callable[[], None], rounds: int = 7, repeats: int = 5) -> float:

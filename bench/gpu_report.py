@@ -70,8 +70,8 @@ class Report:
         self._write()
 
     @contextmanager
-    def guarded(self, name: str, seconds: float = 1.0) -> Iterator[None]:
-        """A piece that may fail or find no time: the part goes on with the next."""
+    def guarded(self, name: str, seconds: float = 1.0, *, ours: bool = True) -> Iterator[None]:
+        """A piece that may fail or find no time: the part goes on with the next. ours: a failure is wrong."""
         if self.left() < seconds:
             raise OutOfTime(name)
         try:
@@ -79,15 +79,19 @@ class Report:
         except OutOfTime:
             raise
         except Exception as error:
-            self.check(name, False, f"{type(error).__name__}: {error}"[:2000])
-            traceback.print_exc(limit=6, file=sys.stdout)
+            what = f"{type(error).__name__}: {error}"[:1000]
+            if ours:
+                self.check(name, False, what)
+                traceback.print_exc(limit=6, file=sys.stdout)
+            else:
+                self.note(f"{name} did not run: {what[:300]}")
 
-    def each(self, items: dict[str, Callable[[], None]], seconds: float = 1.0, *, what: str = "{}") -> None:
+    def each(self, pieces: dict[str, Callable[[], None]], seconds: float = 1.0, *, ours: bool = True) -> None:
         """Run pieces by name, each guarded; those that find no time are noted together."""
         late = []
-        for name, piece in items.items():
+        for name, piece in pieces.items():
             try:
-                with self.guarded(what.format(name), seconds):
+                with self.guarded(name, seconds, ours=ours):
                     piece()
             except OutOfTime:
                 late.append(name)
