@@ -16,6 +16,7 @@ from fake_cuda import FakeCuda
 
 from edge_runtime import Request, Sampling, Session, open_engine
 from edge_runtime.backends.cuda.backend import BACKEND, CudaBackend
+from edge_runtime.backends.cuda.bindings_driver import BindingsDriver
 from edge_runtime.backends.cuda.executor import CudaExecutor
 from edge_runtime.engine.file import read_engine
 from edge_runtime.errors import (
@@ -243,6 +244,38 @@ def test_sampled_answers_with_certain_guesses_are_the_plain_ones(with_draft: Pat
     with opened(with_draft, speculate="lookup", gated=False, draft_length=4) as session:
         assert answers(session, options, 40) == want
         assert session.metrics.drafted > 0
+
+
+@pytest.mark.usefixtures("long_vocabulary")
+def test_a_drafts_odds_are_those_of_all_its_logits(
+    with_draft: Path, monkeypatch: pytest.MonkeyPatch, fake_gpu: FakeCuda
+) -> None:
+    def said() -> tuple[list[list[int | None]], int, int]:
+        counts = Counts(fake_gpu)
+        with opened(with_draft, speculate="draft", gated=False, draft_length=3) as session:
+            found = answers(session, [FEW, {**FEW, "seed": 3}, {}], 30)
+            assert 0 < session.metrics.accepted < session.metrics.drafted
+            return found, session.metrics.accepted, counts["DtoH bytes"]
+
+    few = said()
+    monkeypatch.setattr(Sampler, "candidates", None)
+    every = said()
+    assert few[:2] == every[:2] and few[2] < every[2] / 4
+
+
+def test_without_graphs_the_launches_are_queued_one_by_one(
+    fake_gpu: FakeCuda, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with pycuda."""
+    want = alone(engine)
+    monkeypatch.setattr(BindingsDriver, "graphs", False)
+    with opened(engine) as session:
+        session.warm_up()
+        counts = Counts(fake_gpu)
+        assert (counts["cuGraphLaunch"], counts["cuStreamBeginCapture"]) != (0, 0)  # of `alone`
+        assert answers(session) == want
+        assert (counts["cuGraphLaunch"], counts["cuStreamBeginCapture"]) == (0, 0)
+        assert counts["cuLaunchKernel"] + counts["cuLaunchKernelEx"] > 100
 
 
 class Told:

@@ -220,19 +220,21 @@ def test_a_row_that_is_not_finite_ends_the_walk_that_comes_to_it(options: dict[s
     with pytest.raises(NumericError, match="no token was emitted"):
         list(walk(rows, Proposal([5, 5]), one))
     assert [choice.token for choice, _ in walk(rows, Proposal([6, 6]), one)] == [5]
+    with pytest.raises(NumericError, match="no token was emitted"):
+        list(walk(logits, Proposal([5, 5]), one))
 
 
 # --- sessions ---
 
 
 class Noisy(HistoryExecutor):
-    """The history model with other logits beside the likeliest, which decide what is drawn."""
+    """The history model with other logits beside the likeliest, many of them equal: they decide a draw."""
 
     def forward(self, batch: StepBatch) -> np.ndarray:
         logits = super().forward(batch)
         for row, hidden in zip(logits, self.hidden[:, 0].astype(int), strict=True):
             row += np.random.default_rng(hidden).normal(0, 1.5, len(row)).astype(np.float32)
-        return logits
+        return np.round(logits * 16) / 16
 
 
 def answers(options: list[dict[str, Any]], guesses: bool) -> tuple[list[list[int | None]], int]:
@@ -249,7 +251,9 @@ def answers(options: list[dict[str, Any]], guesses: bool) -> tuple[list[list[int
     executor.words = WORDS.stop
     with session:
         numbers = [
-            session.submit(Request(prompt=[9, 8, 7 + i], max_tokens=30, sampling=Sampling(seed=i, **o)))
+            session.submit(
+                Request(prompt=[9, 8, 7 + i], max_tokens=30, ignore_eos=True, sampling=Sampling(seed=i, **o))
+            )
             for i, o in enumerate(options)
         ]
         found: dict[int, list[int | None]] = {n: [] for n in numbers}

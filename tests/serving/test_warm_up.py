@@ -56,6 +56,23 @@ def test_kept_prefixes_survive_it(tmp_path: Path) -> None:
         assert session.pages_kept == kept
 
 
+def test_every_size_is_prepared_also_those_that_no_pages_are_free_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session, executor = make_session(sequences=3, tokens=16, pages=5)
+    prepared: list[tuple[set[int], set[int]]] = []
+    monkeypatch.setattr(
+        executor, "warm_up", lambda sizes, chains=(): prepared.append((set(sizes), set(chains)))
+    )
+    with session:
+        session.complete(list(range(7, 57)), max_tokens=3)
+        assert session.pages_kept >= 3
+        executor.batches.clear()
+        session.warm_up()
+        assert max(tokens for tokens, _, _ in shapes(executor.batches)) <= 16
+        assert prepared == [(set(range(1, 17)), set())]
+
+
 def test_it_is_refused_while_requests_are_in_flight() -> None:
     session, _ = make_session()
     with session:
