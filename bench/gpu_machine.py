@@ -101,7 +101,9 @@ def build(report: Report) -> None:
         {s: dict(zip(("registers", "shared", "spills"), u, strict=True)) for s, u in sorted(usage.items())},
     )
     report.figure("device code in all", total / 1e6, "MB")
-    report.check("no kernel spills registers", not spilling, "; ".join(spilling))
+    report.figure("kernels that spill registers", len(spilling), "kernels", goal=0, at_most=True)
+    if spilling:
+        report.note(f"spills: {'; '.join(spilling)}")
     if report.left() > 20:
         with report.guarded("edge-build on this machine"):
             _edge_build(report)
