@@ -7,7 +7,8 @@ comes or by `warm_up`. Where the driver has no graphs the same launches are queu
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import msgspec
@@ -65,7 +66,7 @@ class CudaExecutor:
 
         Raises BadRequest on an index out of range, NumericError on NaN/Inf (no logits are then valid).
         """
-        with self._lock, self._driver.current:
+        with self._turn():
             self._step(batch)
             logits = self._download(LOGITS, len(batch.logit_rows), self._part.program.vocab_size)
             self._finish()
@@ -77,7 +78,7 @@ class CudaExecutor:
 
         Equals go to the lowest id. A view that the next call overwrites.
         """
-        with self._lock, self._driver.current:
+        with self._turn():
             self._step(batch)
             self._finish()
             self._row_count = len(batch.logit_rows)
@@ -91,7 +92,7 @@ class CudaExecutor:
         """
         if not 1 <= k <= min(TOP, self._part.program.vocab_size):
             raise BadRequest(f"the {k} likeliest tokens; expected 1 to {TOP} of the vocabulary's")
-        with self._lock, self._driver.current:
+        with self._turn():
             self._step(batch)
             if k not in self._likeliest:
                 self._likeliest[k] = self._launcher.likeliest(k)
@@ -113,7 +114,7 @@ class CudaExecutor:
         """`count` greedy steps queued one behind the other: int32 (count, S), see `Executor.chain`."""
         check_chain(batch)
         out = np.empty((count, len(batch.tokens)), np.int32)
-        with self._lock, self._driver.current:
+        with self._turn():
             for begin in range(0, count, MAX_DRAFT_LENGTH):
                 some = out[begin : begin + MAX_DRAFT_LENGTH]
                 self._some_of_chain(batch, some)
@@ -137,7 +138,6 @@ class CudaExecutor:
 
     def _begin(self, batch: StepBatch) -> int:
         """The size of step that a batch runs as."""
-        self._check_open()
         self._row_count = 0
         self._hidden = self._hidden[:0]
         refuse_tree(batch, self._part.kv)
@@ -206,8 +206,7 @@ class CudaExecutor:
         """Capture the graphs of steps of so many tokens, and of chains of so many sequences."""
         most = self._part.step.tokens
         keys = {(bucket(n, most), False) for n in sizes} | {(bucket(n, most), True) for n in chains}
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             for key in sorted(keys):
                 self._prepare(key)
 
@@ -218,8 +217,7 @@ class CudaExecutor:
         """
         most = self._part.step.tokens
         sizes = sorted({bucket(n, most) for n in (TOKEN_BLOCK << i for i in range(most.bit_length()))})
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             tuner = Tuner(self._driver, self._launcher, self._lowered, self._staged.record.counts)
             forms = tuner.run(sizes, watch)
             self._tuning = msgspec.structs.replace(self._tuning, forms=forms)
@@ -233,8 +231,7 @@ class CudaExecutor:
     @property
     def hidden(self) -> Array:
         """Inputs of the logits op f32 (L, width) of the last step, a view that the next one overwrites."""
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             if len(self._hidden) != self._row_count:
                 width = self._part.program.hidden_width
                 self._hidden = np.empty((self._row_count, width), np.float32)
@@ -245,15 +242,13 @@ class CudaExecutor:
         """Copy one KV page in every layer. Raises BadRequest on a page that does not exist."""
         for page in (source, target):
             check_page(page, self._part.kv)
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             self._mover.copy_page(source, target)
 
     def move(self, pages: Array, sources: Array, targets: Array) -> None:
         """Copy keys and values from places to places of one sequence. Raises BadRequest."""
         check_move(pages, sources, targets, self._part.kv)
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             self._mover.move(pages, sources, targets)
 
     @property
@@ -265,18 +260,16 @@ class CudaExecutor:
     def read_page(self, page: int) -> Array:
         """The bytes of a page, u8 (page_nbytes,), in the order that the other backends have too."""
         check_page(page, self._part.kv)
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
             return self._mover.read_page(page)
 
     def write_page(self, page: int, data: Array) -> None:
         """What `read_page` of any backend gave. Raises BadRequest on a wrong page or size."""
         check_page(page, self._part.kv)
-        size = sum(self._place.page_nbytes())
-        if data.dtype != np.uint8 or data.shape != (size,):
-            raise BadRequest(f"a page is uint8 ({size},) in this cache, not {data.dtype} {data.shape}")
-        with self._lock, self._driver.current:
-            self._check_open()
+        with self._turn():
+            size = sum(self._place.page_nbytes())
+            if data.dtype != np.uint8 or data.shape != (size,):
+                raise BadRequest(f"a page is uint8 ({size},) in this cache, not {data.dtype} {data.shape}")
             self._mover.write_page(page, data)
 
     def add_adapter(self, adapter: Adapter) -> int:
@@ -304,6 +297,14 @@ class CudaExecutor:
             self._likeliest.clear()
             self._hidden = np.empty((0, 0), np.float32)
             self._driver.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, in the context. Raises BackendUnavailable once closed, when there is none."""
+        with self._lock:
+            self._check_open()
+            with self._driver.current:
+                yield
 
     def _check_open(self) -> None:
         if not self._open:
