@@ -206,7 +206,7 @@ class Guarded:
         self._all[:] = np.resize(_GUARD, self._all.size)
         self.data = self._all[_GUARD_BYTES : _GUARD_BYTES + nbytes]
         if sanitizing():  # a read beside it is caught too
-            poison = ctypes.CDLL(None).__asan_poison_memory_region
+            poison = ctypes.CDLL(None)["__asan_poison_memory_region"]
             poison.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
             poison(self.address - _GUARD_BYTES, _GUARD_BYTES)
             poison(self.address + nbytes, tail)
