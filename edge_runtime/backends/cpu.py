@@ -94,6 +94,9 @@ class CpuBackend:
     def memory(self) -> tuple[int, str]:
         return available_memory()
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
     def load(self, part: Part, *, threads: int = 0, simd: str = "auto") -> CpuExecutor:
         """`simd` picks an instruction set, for tests: results do not depend on it.
 

@@ -195,8 +195,13 @@ class Backend(Protocol):
         ...
 
     def memory(self) -> tuple[int, str]:
-        """(bytes, source): what may be allocated now where this backend keeps weights and pages."""
+        """(bytes, source): what may be allocated now where this backend keeps weights and pages.
+
+        What was opened to find out is kept for the next `load`; `release` gives it back where none comes.
+        """
         ...
+
+    def release(self) -> None: ...
 
     def load(self, part: Part, *, threads: int = 0) -> Executor:
         """Raises Unsupported, BackendUnavailable. threads 0 = all cores this process may use."""

@@ -352,6 +352,9 @@ class ReferenceBackend:
     def memory(self) -> tuple[int, str]:
         return available_memory()
 
+    def release(self) -> None:
+        """Nothing is kept."""
+
     def load(self, part: Part, *, threads: int = 0) -> ReferenceExecutor:
         """`threads` has no effect: BLAS has its own pool. Raises Unsupported, BadEngineFile (bad indices)."""
         answer = self.supports(part.program, {name: t.format for name, t in part.weights.items()})

@@ -127,9 +127,17 @@ class _Sizes:
 
 
 def _open(engine: Engine, options: _Options, verify: bool) -> Session:
+    backend, notices = choose_backend(engine.manifest.fingerprint, options.backend, options.machine)
+    try:
+        return _load(engine, options, verify, backend, notices)
+    except BaseException:
+        backend.release()
+        raise
+
+
+def _load(engine: Engine, options: _Options, verify: bool, backend: Backend, notices: list[str]) -> Session:
     """What the header says is settled first: device, kernels, sizes and memory, then the planes are read."""
     manifest = engine.manifest
-    backend, notices = choose_backend(manifest.fingerprint, options.backend, options.machine)
     part = engine.part(options.part)
     check_supports(backend, part.program, part.plan.tensors)
     code = DeviceCode(manifest.device_code, engine.blob, engine.path)
@@ -309,7 +317,7 @@ def _fit(
         reserve=0,
         context=0,
         draft=guessing.nbytes(backend.name, sizes.threads) + beside,
-        adapters=sum(adapter_nbytes(part.program, step, r) for r in ranks),
+        adapters=sum(adapter_nbytes(part.program, step, r, backend=backend.name) for r in ranks),
         backend=backend.name,
     )
     memory = msgspec.structs.replace(plan, weights=plan.weights + repacked)

@@ -42,7 +42,7 @@ def test_they_are_those_of_the_logits(backend: Backend) -> None:
         assert found.dtype == np.int32 and np.array_equal(found, logits.argmax(axis=1))
         assert np.allclose(executor.hidden, hidden, atol=0 if backend.exact else 1e-5)
         order = np.argsort(-logits, axis=1, kind="stable")
-        for k in (1, 5, TOP):
+        for k in (1, 5, min(TOP, logits.shape[1])):
             tokens, values = executor.top(batch, k)
             if backend.exact:
                 assert np.array_equal(tokens, order[:, :k])

@@ -67,16 +67,23 @@ class CudaBackend:
         check_device(device_facts(), code.entries)
 
     def memory(self) -> tuple[int, str]:
-        """What a context on the GPU leaves free; the context is kept for the next `load`."""
+        """What a context on the GPU leaves free; the context is kept for the next `load`, or `release`."""
         with self._lock:
-            if self._waiting is None:
-                self._waiting = open_driver()
-            try:
-                return self._waiting.free_bytes()
-            except EdgeError:
+            if self._waiting is not None:
+                try:
+                    return self._waiting.free_bytes()
+                except EdgeError:  # lost since then
+                    self._waiting.close()
+                    self._waiting = None
+            self._waiting = open_driver()
+            return self._waiting.free_bytes()
+
+    def release(self) -> None:
+        """Leave the context that waits for a `load`, if one does."""
+        with self._lock:
+            if self._waiting is not None:
                 self._waiting.close()
                 self._waiting = None
-                raise
 
     def load(self, part: Part, *, threads: int = 0) -> CudaExecutor:
         """`threads` has no effect.
