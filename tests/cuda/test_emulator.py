@@ -11,11 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulation import KERNELS, Emulated, EmulationError, Guarded, asan_environment, compile_kernels, compiler
+from emulation import (
+    KERNELS,
+    Emulated,
+    EmulationError,
+    Guarded,
+    asan_environment,
+    compile_kernels,
+    compiler,
+    sanitizing,
+)
 
 from edge_runtime.engine.formats.c_header import c_header
 
 HERE = Path(__file__).resolve().parent
+by_guards = pytest.mark.skipif(bool(sanitizing()), reason="AddressSanitizer ends the process at once")
 ORDERS = ("up", "down", "shuffled")
 SOURCE = """
 #include "device.cuh"
@@ -365,7 +375,7 @@ def test_what_cuda_leaves_undefined_ends_the_launch(
     assert total == 1000
 
 
-@pytest.mark.skipif(os.environ.get("EDGE_EMU_ASAN") == "1", reason="AddressSanitizer ends the process")
+@by_guards
 def test_a_write_behind_shared_memory_is_caught(library: Emulated) -> None:
     out = np.zeros(1, np.int32)
     run(library, "beyond_shared", out, n=99, shared=100)
@@ -373,6 +383,7 @@ def test_a_write_behind_shared_memory_is_caught(library: Emulated) -> None:
         run(library, "beyond_shared", out, n=105, shared=100)
 
 
+@by_guards
 @pytest.mark.parametrize("n", [-1, -4096, 100, 100 + 4095])
 def test_a_write_beside_a_buffer_is_caught(library: Emulated, n: int) -> None:
     out = np.zeros(100, np.uint8)
