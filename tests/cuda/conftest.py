@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from fake_cuda import FakeCuda, load_fake
+
+if TYPE_CHECKING:
+    from fake_context import Gpu
 
 
 @pytest.fixture(params=["up", "down", "shuffled"])
@@ -39,3 +43,11 @@ def faulty_gpu(fake_gpu: FakeCuda) -> Iterator[FakeCuda]:
     """As fake_gpu, of tests that cause a fault."""
     yield fake_gpu
     fake_gpu.reset()
+
+
+@pytest.fixture
+def gpu(fake_gpu: FakeCuda, tmp_path: Path) -> Gpu:
+    """A context on the fake GPU, current in this thread."""
+    from fake_context import Gpu
+
+    return Gpu(tmp_path)
