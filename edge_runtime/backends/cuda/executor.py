@@ -197,10 +197,10 @@ class CudaExecutor:
         if not status:
             return
         self._driver.fill(self._place.region("answer"), 4)
-        if status & rec.NOT_FINITE:
-            raise NumericError("the step produced NaN or Inf; no token was emitted")
-        kv = self._part.kv
-        raise NumericError(f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use int8 or fp8")
+        if status & rec.OUT_OF_RANGE:  # which may have become Inf behind it
+            kv = self._part.kv
+            raise NumericError(f"a key or value does not fit the KV formats {kv.k}/{kv.v}; use int8 or fp8")
+        raise NumericError("the step produced NaN or Inf; no token was emitted")
 
     def warm_up(self, sizes: Sequence[int], chains: Sequence[int] = ()) -> None:
         """Capture the graphs of steps of so many tokens, and of chains of so many sequences."""
