@@ -150,7 +150,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             # As it was before its channels were scaled: the same function, in the checkpoint's own basis
             part = replace(contents.language, program=scaled.language.program)
             stored = StoredPlanes(LANGUAGE, part.program, plans[LANGUAGE], writer)
-            subject = Subject(contents.target, part, profile, plans[LANGUAGE], stored)
+            subject = Subject(contents.target, part, profile, plans[LANGUAGE], stored, code)
             quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
         notices = [*contents.notices, *(() if code is None else code.notices)]
@@ -332,7 +332,7 @@ def verify(
         quality = measure_quality(subject, text, options.eval_backend, sqnr)
     watcher.step("quality")
     program, stored = subject.part.program, subject.stored.of
-    answer = known_answer(subject.profile, program, subject.plan, stored, text.windows[0])
+    answer = known_answer(subject.profile, program, subject.plan, stored, text.windows[0], subject.code)
     watcher.step("known answer")
     if quality is not None and task is not None:
         figures = measure_task(subject, task, options.task_f32, watcher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from builders.device_code import DeviceCode
 from builders.evaluate import EvaluationText, compare_models
 from builders.known_answer import REFERENCE_LIMIT
 from builders.parts import Checkpoint, Part
@@ -23,13 +24,15 @@ EVAL_BACKENDS = ("reference", "native")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a part's plan for a profile and its stored planes, against its checkpoint."""
+    """What is measured: a part's plan for a profile and its stored planes, against its checkpoint; with the
+    device code of an engine for a GPU."""
 
     checkpoint: Checkpoint
     part: Part
     profile: Profile
     plan: Plan
     stored: StoredPlanes
+    code: DeviceCode | None = None
 
 
 def measure_quality(
@@ -42,13 +45,15 @@ def measure_quality(
     restore = subject.part.weights.unturned if isinstance(subject.part.weights, RotatedWeights) else None
     engine = EngineWeights(program, plan.tensors, subject.stored.of)
     if eval_backend == "native":
-        backend = backend_here(subject.profile, program, formats_of(plan))
+        backend = backend_here(subject.profile, program, formats_of(plan), subject.code)
         if backend.name == "reference":
             raise BackendUnavailable(
                 "--eval-backend native: no native backend here runs this engine; use --eval-backend reference"
             )
         longest = max(map(len, text.windows))
-        with engine_runner(backend, program, plan, subject.stored.of, context=longest) as runner:
+        with engine_runner(
+            backend, program, plan, subject.stored.of, context=longest, code=subject.code
+        ) as runner:
             found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, runner, restore)
     else:
         found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, restore=restore)
@@ -77,8 +82,8 @@ def measure_task(subject: Subject, task: Task, with_f32: bool | None, watcher: W
         with_f32 = sum(spec.size for spec in program.tensors.values()) <= REFERENCE_LIMIT
     watcher.phase("task", len(task) * (2 if with_f32 else 1))
     sizes = {"context": task.context, "places": task.places}
-    backend = backend_here(subject.profile, program, formats_of(plan))
-    with engine_runner(backend, program, plan, subject.stored.of, **sizes) as runner:
+    backend = backend_here(subject.profile, program, formats_of(plan), subject.code)
+    with engine_runner(backend, program, plan, subject.stored.of, **sizes, code=subject.code) as runner:
         right = task.answered(runner, lambda what: watcher.step(f"engine {what}"))
     right_f32 = None
     if with_f32:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import importlib.util
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
+from builders.device_code import DeviceCode
 from builders.weights import Weights
 from edge_runtime.backends.numpy_weights import DecodedWeights
 from edge_runtime.backends.protocol import Backend, Executor, PackedTensor, Part, StepBatch
+from edge_runtime.backends.protocol import DeviceCode as StoredCode
 from edge_runtime.backends.reference import BACKEND as REFERENCE
 from edge_runtime.backends.reference import ReferenceExecutor
 from edge_runtime.engine.formats import Array, get_format
@@ -24,6 +26,7 @@ from edge_runtime.engine.packing import pack
 from edge_runtime.engine.plan import Plan, StepShape
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
+from edge_runtime.errors import EdgeError
 
 LOGITS = 1 << 22  # of one step, f32: 16 MiB
 KEEP = 256 << 20  # bytes of decoded weights that the reference keeps; a build is to need little memory
@@ -147,10 +150,25 @@ def native_backend(profile: Profile) -> Backend | None:
     return _backend(profile.backend)
 
 
-def backend_here(profile: Profile, program: Program, formats: Mapping[str, str]) -> Backend:
+def backend_with(profile: Profile, code: DeviceCode | None) -> Backend | None:
+    """The profile's backend when it can run here with this device code, which a GPU's cannot do without."""
+    found = native_backend(profile)
+    if found is None or profile.backend != "cuda":
+        return found
+    if code is None:
+        return None
+    try:
+        found.check_code(_stored(code))
+    except EdgeError:  # built for another GPU than the one here
+        return None
+    return found
+
+
+def backend_here(
+    profile: Profile, program: Program, formats: Mapping[str, str], code: DeviceCode | None = None
+) -> Backend:
     """The fastest that runs these tensors on this machine: the profile's, cpu, or the reference."""
-    for name in dict.fromkeys((profile.backend, "cpu")):
-        found = _backend(name)
+    for found in (backend_with(profile, code), _backend("cpu")):
         if found is not None and found.supports(program, formats).ok:
             return found
     return REFERENCE
@@ -162,10 +180,17 @@ def formats_of(plan: Plan) -> dict[str, str]:
 
 
 def engine_runner(
-    backend: Backend, program: Program, plan: Plan, stored: Stored, *, context: int, places: int = 1
+    backend: Backend,
+    program: Program,
+    plan: Plan,
+    stored: Stored,
+    *,
+    context: int,
+    places: int = 1,
+    code: DeviceCode | None = None,
 ) -> Runner:
     """The planned engine over its stored planes, with the plan's KV formats, for `places` sequences of at
-    most `context` tokens.
+    most `context` tokens; `code` where the backend is a GPU's.
 
     Numbers do not depend on the sizes of a step, so only as much is loaded as these need.
     """
@@ -175,7 +200,12 @@ def engine_runner(
         )
         for name, t in plan.tensors.items()
     }
-    return Runner(backend, _part(program, packed, plan, context, places))
+    part = _part(program, packed, plan, context, places)
+    return Runner(backend, part if code is None else replace(part, code=_stored(code)))
+
+
+def _stored(code: DeviceCode) -> StoredCode:
+    return StoredCode(code.entries, lambda name: memoryview(code.blobs[name]))
 
 
 def checkpoint_runner(

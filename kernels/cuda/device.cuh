@@ -127,6 +127,7 @@ EDGE_DEVICE float exp2_flushed(float x) {
     const float y = __builtin_exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;
 }
+EDGE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }  // to an ulp
 EDGE_DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }  // of NaN and a number the number
 EDGE_DEVICE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 EDGE_DEVICE double product(double a, double b) { return a * b; }
@@ -210,26 +211,32 @@ EDGE_DEVICE Words4 load_weights(const void* p) {
     return v;
 }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+// Of what a launch before this one may have written: never by the read-only path, nor before wait_for_inputs().
 template <int bytes>
 EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
     if constexpr (bytes == 16) {
-        asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
             : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
             : "l"(p));
     } else if constexpr (bytes == 8) {
-        asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
     } else if constexpr (bytes == 4) {
-        asm("ld.global.nc.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
     } else if constexpr (bytes == 2) {
-        asm("ld.global.nc.u16 %0, [%1];" : "=r"(words[0]) : "l"(p));
+        asm volatile("ld.global.u16 %0, [%1];" : "=r"(words[0]) : "l"(p));
     } else {
         static_assert(bytes == 1);
-        asm("ld.global.nc.u8 %0, [%1];" : "=r"(words[0]) : "l"(p));
+        asm volatile("ld.global.u8 %0, [%1];" : "=r"(words[0]) : "l"(p));
     }
 }
 EDGE_DEVICE float exp2_flushed(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+EDGE_DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 EDGE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
@@ -245,13 +252,13 @@ EDGE_DEVICE uint32_t pack_halves(float low, float high) {
 template <bool kUnsigned>
 EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kUnsigned) {
-        asm(
+        asm volatile(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm(
+        asm volatile(
             "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
@@ -262,13 +269,13 @@ EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t 
 template <bool kBfloat>
 EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kBfloat) {
-        asm(
+        asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm(
+        asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
