@@ -90,7 +90,7 @@ def _tokens(report: Report, ours: CudaExecutor, part: Part, state: str) -> None:
     count = SIZES.decoded
     steps = [step(part, {0: (SIZES.prompt + i, np.array([7]))}) for i in range(count)]
     ours.warm_up([1], [1])
-    graph = ours._graphs[1, False] if driver.graphs else None
+    graph = ours._graphs[1, False, False] if driver.graphs else None
     seen: dict[str, list[float]] = {name: [] for name in ("copy", "step", "chain", "graph")}
     for turn in range(min(SIZES.rounds, 5) + 1):
         if turn > 2 and report.left() < 10:
@@ -138,7 +138,7 @@ def _host(report: Report, ours: CudaExecutor, part: Part) -> None:
         waited.append(1e6 * (time.perf_counter() - middle))
     report.figure("host: a step checked, staged and launched", statistics.median(queued), "us")
     report.figure("host: waiting for its answer", statistics.median(waited), "us")
-    launches = ours._launches_of((1, False))
+    launches = ours._launches_of((1, False, False))
     report.figure("launches of a decode step", len(launches), "kernels")
     small = min(launches, key=lambda la: (la.symbol != "pick_tokens", la.symbol != "angles"))
     if driver.graphs:

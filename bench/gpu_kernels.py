@@ -90,7 +90,7 @@ def _attention(report: Report, kv: str, before: float | None) -> float:
         driver, block = ours._driver, Copy(ours._driver)
         fill_pages(ours, part)
         ours.likeliest(step(part, {0: (context - 1, np.array([5]))}))
-        launches = ours._launches_of((1, False))
+        launches = ours._launches_of((1, False, False))
         graph, append = (
             graph_of(driver, [la for la in launches if la.symbol.startswith(kind)])
             for kind in ("attention_", "rope_append")

@@ -189,7 +189,9 @@ def make_plans(
         context=profile.memory.context_bytes,
         device_code=DEVICE_CODE if profile.backend == "cuda" else 0,
         draft=sum(plan.memory.need for plan in others.values()),
-        adapters=sum(adapter_nbytes(program, step, ranks) for ranks in beside.adapters),
+        adapters=sum(
+            adapter_nbytes(program, step, ranks, backend=profile.backend) for ranks in beside.adapters
+        ),
     )
     return {LANGUAGE: language} | others
 

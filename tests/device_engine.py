@@ -9,6 +9,7 @@ import numpy as np
 from toy_engine import toy_parts
 
 from edge_runtime.engine.manifest import DeviceCodeEntry, KernelEntry, Manifest
+from edge_runtime.engine.memory import adapter_nbytes
 from edge_runtime.engine.writer import EngineWriter
 
 CUBIN, PTX = "device.sm_87.cubin", "device.compute_87.ptx"
@@ -41,7 +42,16 @@ def write_device_toy(path: Path, entries: tuple[DeviceCodeEntry, ...] = ENTRIES)
     """Write it for backend cuda, with room for 4 KiB of device code; returns its manifest."""
     manifest, planes = toy_parts("int4_g32", 1, 2)
     language = manifest.parts["language"]
-    memory = msgspec.structs.replace(language.plan.memory, device_code=4096)
+    adapters = sum(
+        adapter_nbytes(
+            language.program,
+            language.plan.step,
+            {name: target.rank for name, target in adapter.targets.items()},
+            backend="cuda",
+        )
+        for adapter in manifest.adapters.values()
+    )
+    memory = msgspec.structs.replace(language.plan.memory, device_code=4096, adapters=adapters)
     plan = msgspec.structs.replace(language.plan, memory=memory)
     code = {entry.blob: CODE[entry.blob] for entry in entries}
     with EngineWriter(path) as writer:

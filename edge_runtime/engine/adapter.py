@@ -40,6 +40,11 @@ class LowRank:
 Adapter = Mapping[str, LowRank]  # tensor of the program -> its update
 
 
+def updatable(program: Program) -> list[Linear | Logits]:
+    """The ops whose products an adapter may update, in order."""
+    return [op for op in program.ops if isinstance(op, Linear | Logits)]
+
+
 def free_number(taken: Container[int]) -> int:
     """The lowest number that no loaded adapter has."""
     return next(n for n in count() if n not in taken)
@@ -47,7 +52,7 @@ def free_number(taken: Container[int]) -> int:
 
 def check_adapter(adapter: Adapter, program: Program) -> None:
     """Prove that each update fits a linear or the head. Raises BadRequest naming the tensor and the fault."""
-    matrices = {op.weight for op in program.ops if isinstance(op, Linear | Logits)}
+    matrices = {op.weight for op in updatable(program)}
     if not adapter:
         raise BadRequest("the adapter has no updates")
     for name, low in adapter.items():

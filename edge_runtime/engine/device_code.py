@@ -26,6 +26,9 @@ TOKEN_BLOCK = 8
 TILE_TOKENS = 64  # of a block of linear_tile
 INPUT_COLUMNS = 128  # inputs of linears are padded to a multiple of it
 INPUT_GROUP = 64  # columns with one input scale where integer weights have none of their own
+RANK_UNIT = 8  # kRankUnit: ranks of adapters are padded to it
+RANK_PANEL = 32  # kRankPanel: rows of an adapter's B that lie together
+RANK_TOKENS = 4  # kLowRankTokens: rows of a block
 
 CACHES = ("f16", "int8", "int4", "fp8")  # KV formats that have kernels
 CHUNK = 256  # EDGE_ATTENTION_CHUNK: positions whose keys are summed up by themselves
@@ -173,6 +176,21 @@ def gather_kernel() -> Kernel:
 
 def input_kernel() -> Kernel:
     return _rows("input", "edge::input")
+
+
+def low_rank_kernels() -> tuple[Kernel, Kernel]:
+    """Updates of adapters: u = A x before a product's launch, B u added after it."""
+    names = ("low_rank_in", "low_rank_out")
+    into, out = (Kernel(n, "low_rank.cuh", "EdgeLowRank", f"edge::{n}", ROW_THREADS) for n in names)
+    return into, out
+
+
+def low_rank_grids(
+    matrices: int, panels: int, rows: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Of both kernels, for so many rows; where they are few, more blocks share the rows of an A."""
+    tokens = -(-rows // RANK_TOKENS)
+    return (16 if rows <= TOKEN_BLOCK else 4, matrices, tokens), (-(-panels * WARP // ROW_THREADS), tokens, 1)
 
 
 def sample_kernels() -> tuple[Kernel, Kernel, Kernel]:

@@ -24,9 +24,10 @@ def table_width(program: Program, kv: KvPlan, step: StepShape) -> int:
 
 def step_layout(program: Program, kv: KvPlan, step: StepShape) -> tuple[dict[str, int], int]:
     """Where the arrays of the step's record lie, in int32 items, and its length: counts, arrays of tokens,
-    logit rows, then page tables, which are uploaded for themselves."""
+    logit rows, addresses of adapters, two items each, then page tables, which are uploaded alone."""
     at, offsets = 0, {}
     sizes = {"counts": COUNTS, **dict.fromkeys(STEP_ARRAYS, step.tokens), "logit_rows": step.logits}
+    sizes["adapters"] = 2 * step.sequences
     sizes["page_tables"] = step.sequences * table_width(program, kv, step)
     for name, items in sizes.items():
         offsets[name] = at

@@ -61,6 +61,31 @@ class LinearLaunch:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """What adapters add to a product: out += scale * (the adapter's scale * B (A x)), for rows that use one.
+
+    op: its number among the program's linear and logits ops. scale: what the launch multiplied W x by.
+    """
+
+    op: int
+    weight: str
+    out: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankLaunch:
+    """A x of a launch's products, before it, or B (A x) added, after it; x (rows, cols) as it prepared it."""
+
+    kernel: Kernel
+    side: Literal["in", "out"]
+    updates: tuple[Update, ...]
+    x: str
+    cols: int
+    rows: Rows = "tokens"
+
+
+@dataclass(frozen=True, slots=True)
 class RowLaunch:
     """per: what a share of the grid is: a run of `group` values (`threads` each), a token, or any values."""
 
@@ -138,6 +163,7 @@ Launch = (
     EmbedLaunch
     | PrepareLaunch
     | LinearLaunch
+    | LowRankLaunch
     | RowLaunch
     | AnglesLaunch
     | AppendLaunch
@@ -148,10 +174,12 @@ Launch = (
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The launches of a step in order; `moves`: by layer, what moves rows of its cache; `tables` of angles, by
+    """The launches of a step in order; `adapting`: of one some of whose sequences use adapters, the same
+    numbers for all others; `moves`: by layer, what moves rows of its cache; `tables` of angles, by
     (inv_freq, scale)."""
 
     launches: tuple[Launch, ...]
+    adapting: tuple[Launch, ...]
     sample: SampleLaunches
     moves: tuple[Kernel, ...]
     tables: tuple[tuple[str, float], ...]
@@ -160,7 +188,7 @@ class Lowered:
 def kernels_of(lowered: Lowered) -> tuple[Kernel, ...]:
     """Every kernel that a step may launch, each once, by name."""
     found: dict[str, Kernel] = {}
-    for launch in lowered.launches:
+    for launch in (*lowered.launches, *lowered.adapting):
         for kernel in _kernels(launch):
             found[kernel.symbol] = kernel
     sample = lowered.sample

@@ -25,12 +25,13 @@ from edge_runtime.engine.launches import (
     Launch,
     LinearLaunch,
     Lowered,
+    LowRankLaunch,
     PrepareLaunch,
     Product,
     RotateLaunch,
     RowLaunch,
-    Rows,
     SampleLaunches,
+    Update,
     kernels_of,
 )
 from edge_runtime.engine.manifest import PartEntry
@@ -60,12 +61,14 @@ def lower(program: Program, formats: dict[str, str], kv: KvPlan) -> Lowered:
 
     Raises Unsupported for a format, a KV format or an op that the cuda backend has no kernel for.
     """
-    lowering = _Lowering(program, formats, kv)
-    lowering.run()
+    plain, adapting = (_Lowering(program, formats, kv, adapters=adapters) for adapters in (False, True))
+    plain.run()
+    adapting.run()
     head = program.ops[-1]
     assert isinstance(head, Logits)  # program.check() proved it
     return Lowered(
-        tuple(lowering.launches),
+        tuple(plain.launches),
+        tuple(adapting.launches),
         SampleLaunches(*code.sample_kernels(), softcap=head.softcap or 0.0),
         tuple(code.move_kernel(kv, slot.head_dim) for slot in program.cache),
         tuple(angle_tables(program)),
@@ -93,8 +96,12 @@ def launches_of_decoding(program: Program) -> int:
 class _Lowering:
     """One pass over the ops; `_prepared` says what the inputs hold: the buffer as last written, and kind."""
 
-    def __init__(self, program: Program, formats: dict[str, str], kv: KvPlan) -> None:
+    def __init__(self, program: Program, formats: dict[str, str], kv: KvPlan, *, adapters: bool) -> None:
+        """adapters: with what adds them, and the rows of every product's inputs, which they read."""
         self._program = program
+        self._adapters = adapters
+        updatable = (i for i, op in enumerate(program.ops) if isinstance(op, Linear | Logits))
+        self._numbers = {i: number for number, i in enumerate(updatable)}
         self._formats = formats
         self._kv = kv
         self._tables = list(angle_tables(program))
@@ -198,7 +205,7 @@ class _Lowering:
         kind = "rms" if op.kind == "rms" else "layer"
         if isinstance(following, Logits) and following.x == op.out:
             self._prepare(kind, self._matrix(following.weight).kind, op.x, ROWS, rows="logits", **source)
-            self._product(following, "logits", self._matrix(following.weight))
+            self._product(following, self._matrix(following.weight))
             return 2
         if isinstance(following, Linear) and following.x == op.out:
             inputs = self._matrix(following.weight).kind
@@ -242,6 +249,8 @@ class _Lowering:
 
     def _others(self, ops: Sequence[AnyOp], at: int, name: str, kind: str) -> str | None:
         """The buffer written at `at` if more than the run of linears with these inputs reads it, else None."""
+        if self._adapters:
+            return name
         run = True
         for op in ops[at + 1 :]:
             mine = isinstance(op, Linear) and op.x == name and self._matrix(op.weight).kind == kind
@@ -279,8 +288,23 @@ class _Lowering:
                 break
             if not self._read_later(ops, at + taken, op.out):
                 break  # nothing reads it, so its bytes may be those of the next one's outputs (layout.py)
-        self.launches.append(LinearLaunch(kernels, tuple(products), self._program.tensors[first.weight].cols))
+        cols = self._program.tensors[first.weight].cols
+        self._multiply(LinearLaunch(kernels, tuple(products), cols), first.x, at)
         return taken
+
+    def _multiply(self, launch: LinearLaunch, x: str, at: int) -> None:
+        """Append the launch of products of the ops at `at` and after it. Inputs x are read before outputs
+        are written, which may lie on their bytes."""
+        updates = tuple(
+            Update(self._numbers[at + i], p.weight, p.out, p.scale * p.add_scale)
+            for i, p in enumerate(launch.products)
+        )
+        into, out = code.low_rank_kernels()
+        if self._adapters:
+            self.launches.append(LowRankLaunch(into, "in", updates, x, launch.cols, launch.rows))
+        self.launches.append(launch)
+        if self._adapters:
+            self.launches.append(LowRankLaunch(out, "out", updates, x, launch.cols, launch.rows))
 
     def _fused_add(self, ops: Sequence[AnyOp], at: int, op: Linear) -> Product | None:
         """The linear with the add that follows it, where nothing else reads what lies between."""
@@ -355,8 +379,9 @@ class _Lowering:
     def _logits(self, op: Logits, x: str) -> None:
         kernels = self._matrix(op.weight)
         self._prepare("plain", kernels.kind, x, ROWS, rows="logits")
-        self._product(op, "logits", kernels)
+        self._product(op, kernels)
 
-    def _product(self, op: Logits, rows: Rows, kernels: MatrixKernels) -> None:
+    def _product(self, op: Logits, kernels: MatrixKernels) -> None:
         product = Product(op.weight, op.bias, LOGITS, scale=op.scale)
-        self.launches.append(LinearLaunch(kernels, (product,), self._program.tensors[op.weight].cols, rows))
+        launch = LinearLaunch(kernels, (product,), self._program.tensors[op.weight].cols, "logits")
+        self._multiply(launch, ROWS, len(self._program.ops) - 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edge_runtime.engine.adapter import updatable
 from edge_runtime.engine.angles import angle_tables
+from edge_runtime.engine.device_code import RANK_PANEL, RANK_UNIT
 from edge_runtime.engine.device_memory import device_scratch_nbytes
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.layout import lay_out, round_up
@@ -23,6 +25,7 @@ SMALLEST_GROUP = 16  # activations are quantized per group; the smallest group n
 GREATEST_GROUP = 128  # columns are padded to whole groups
 TILE = 16  # keys decoded at a time
 RANK_ROWS = 8  # rows of an adapter's A that are computed together
+ADAPTER_RECORD = 32  # bytes of EdgeAdapter, and of EdgeUpdate
 ATTENTION_TOKENS = 4  # tokens of a sequence that attend together
 
 
@@ -69,8 +72,29 @@ def low_rank_layout(program: Program, ranks: Mapping[str, int]) -> tuple[dict[in
     return offsets, stride
 
 
-def adapter_nbytes(program: Program, step: StepShape, ranks: Mapping[str, int]) -> int:
-    """Bytes that the cpu backend takes for a low-rank adapter: A and B padded, and A x of a step."""
+def device_adapter_regions(program: Program, step: StepShape, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of each region of an adapter on the cuda backend: its records (edge_cuda.h: EdgeAdapter), A and B
+    padded to what kernels/cuda/low_rank.cuh reads at once, and A x of a step."""
+    regions = {"records": ADAPTER_RECORD * (1 + len(updatable(program)))}
+    for name, rank in ranks.items():
+        spec, padded = program.tensors[name], _up(rank, RANK_UNIT)
+        regions[f"{name}.a"] = 2 * padded * _up(spec.cols, RANK_UNIT)
+        regions[f"{name}.b"] = 2 * padded * _up(spec.rows, RANK_PANEL)
+    _, stride = low_rank_layout(program, ranks)
+    regions["u"] = max(step.tokens, step.logits) * stride * 4
+    return {name: round_up(nbytes) for name, nbytes in regions.items()}
+
+
+def _up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def adapter_nbytes(
+    program: Program, step: StepShape, ranks: Mapping[str, int], *, backend: str = "cpu"
+) -> int:
+    """Bytes that a backend takes for a low-rank adapter: A and B padded, and A x of a step."""
+    if backend == "cuda":
+        return sum(device_adapter_regions(program, step, ranks).values())
     total = 0
     for name, rank in ranks.items():
         spec = program.tensors[name]

@@ -64,7 +64,6 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
             sizes.update(_check_part(name, part))
         except EdgeError as error:
             raise BadEngineFile(f"part {name!r}: {error}") from error
-    sizes.update(_check_adapters(manifest))
     _check_companions(manifest.parts)
     if len(manifest.blobs) > MAX_BLOBS:
         raise BadEngineFile(f"{len(manifest.blobs)} blobs, expected at most {MAX_BLOBS}")
@@ -72,6 +71,7 @@ def check_manifest(manifest: Manifest) -> dict[str, int]:
         _bounded(nbytes, f"length of blob {name!r}", least=1)
         sizes[f"{BLOB}/{name}"] = nbytes
     _check_device_code(manifest)
+    sizes.update(_check_adapters(manifest))
     _check_ids(manifest)
     _check_quality(manifest)
     for name in sizes:
@@ -166,7 +166,8 @@ def _check_adapters(manifest: Manifest) -> dict[str, int]:
         sizes |= found
         part = manifest.parts[adapter.part]
         ranks = {tensor: target.rank for tensor, target in adapter.targets.items()}
-        totals[adapter.part] += adapter_nbytes(part.program, part.plan.step, ranks)
+        backend = manifest.fingerprint.backend
+        totals[adapter.part] += adapter_nbytes(part.program, part.plan.step, ranks, backend=backend)
     for name, total in totals.items():
         said = manifest.parts[name].plan.memory.adapters
         if said != total:

@@ -106,6 +106,38 @@ struct EdgeLinear {
     int32_t row_count;     /* edge_cuda_count whose count says how many rows of inputs there are */
 };
 
+/* An adapter in device memory: this, then an EdgeUpdate for each linear and logits op of the program. */
+struct EdgeAdapter {
+    float* u;       /* (largest step, stride): A x of one launch's matrices */
+    int64_t stride; /* a multiple of 8 */
+    int64_t unused[2];
+};
+struct EdgeUpdate {
+    const void* a; /* f16 (rank padded to 8, cols padded to 8) */
+    const void* b; /* f16 [ceil(rows / 32)][ceil(rank / 8)][32 rows][8 columns] */
+    float scale;
+    int32_t rank;   /* 0 = none */
+    int32_t offset; /* of A x in a row of u, a multiple of 8 */
+    int32_t unused;
+};
+
+/* The updates of a linear launch's matrices, see low_rank.cuh. */
+struct EdgeUpdated {
+    float* out; /* (rows of x, rows) */
+    float scale;
+    int32_t op;   /* number of the op among the program's linear and logits ops */
+    int32_t rows, first_panel; /* panels of 32 rows, of the launch, before this matrix's first */
+};
+struct EdgeLowRank {
+    EdgeStep step;
+    const struct EdgeAdapter* const* adapters; /* (S) of each sequence, or NULL */
+    const float* x;
+    struct EdgeUpdated matrix[EDGE_MATRICES];
+    int32_t count, panels; /* matrices; panels of all */
+    int32_t cols;
+    int32_t row_count; /* edge_cuda_count whose count says how many rows x has */
+};
+
 struct EdgeEmbed {
     EdgeStep step;
     struct EdgeMatrix matrix;

@@ -88,7 +88,7 @@ def _cache(k: str, v: str, head_dim: int, share: int, capped: bool) -> list[Kern
 
 def _rows() -> list[Kernel]:
     found = [code.add_kernel(), code.gather_kernel(), code.input_kernel(), code.angles_kernel()]
-    found += [*code.sample_kernels()]
+    found += [*code.sample_kernels(), *code.low_rank_kernels()]
     found += [code.activation_kernel(gated + kind) for gated in ("", "gated_") for kind in ACTIVATIONS]
     for width in (128, 127, 256, 255, 1100, 1101):
         found += [code.norm_kernel(kind, width) for kind in ("rms", "layer")]

@@ -17,6 +17,7 @@ import numpy as np
 from edge_runtime.backends.batch import check_adapters, check_batch, check_move, check_page, refuse_tree
 from edge_runtime.backends.chain import check_chain
 from edge_runtime.backends.cuda import records as rec
+from edge_runtime.backends.cuda.adapters import DeviceAdapters
 from edge_runtime.backends.cuda.driver import Driver, Graph, Launch, Module
 from edge_runtime.backends.cuda.launcher import Launcher
 from edge_runtime.backends.cuda.mover import Mover
@@ -30,7 +31,9 @@ from edge_runtime.engine.device_code import TOKEN_BLOCK, TOP
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.launches import LOGITS, ROWS, Lowered
 from edge_runtime.engine.plan import MAX_DRAFT_LENGTH
-from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError, Unsupported
+from edge_runtime.errors import BackendUnavailable, BadRequest, NumericError
+
+StepKey = tuple[int, bool, bool]  # its size, whether it is a chain's, whether sequences use adapters
 
 
 class CudaExecutor:
@@ -50,8 +53,9 @@ class CudaExecutor:
         self._lowered = lowered
         self._tuning = tuning
         self._mover = Mover(driver, part, lowered, self._place, self._launcher)
-        self._launches: dict[tuple[int, bool], list[Launch]] = {}
-        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._adapters = DeviceAdapters(driver, part)
+        self._launches: dict[StepKey, list[Launch]] = {}
+        self._graphs: dict[StepKey, Graph] = {}
         self._likeliest: dict[int, list[Launch]] = {}
         self._answer = driver.pinned(4 * (1 + step.logits))
         self._results = driver.pinned(
@@ -86,7 +90,7 @@ class CudaExecutor:
             return tokens
 
     def top(self, batch: StepBatch, k: int) -> tuple[Array, Array]:
-        """`forward` of which the `k` likeliest (1 to 64) of each row cross: ids int32 and logits f32 (L, k).
+        """`forward` of which the `k` likeliest (1 to TOP) of each row cross: ids int32 and logits f32 (L, k).
 
         In descending order, equals by their lowest id. Raises BadRequest on another k.
         """
@@ -127,10 +131,10 @@ class CudaExecutor:
         # A step in each page that the chain comes to: those between are then as good
         for n in sorted({*range(0, len(out), self._part.kv.page_tokens), len(out) - 1}):
             later = replace(batch, positions=batch.positions + np.int32(n))
-            check_batch(later, self._part.program, self._part.kv, self._part.step)
-        self._stage(batch)
+            self._check(later)
+        adapting = self._stage(batch)
         for _ in range(len(out)):
-            self._run(size, advancing=True)
+            self._run((size, True, adapting))
         history = self._results.array[: out.nbytes]
         self._driver.download_async(history, self._place.region("history"))
         self._finish()
@@ -141,30 +145,37 @@ class CudaExecutor:
         self._row_count = 0
         self._hidden = self._hidden[:0]
         refuse_tree(batch, self._part.kv)
-        check_adapters(batch.adapters, ())
         return bucket(len(batch.tokens), self._part.step.tokens)
 
     def _step(self, batch: StepBatch) -> None:
         """Check, stage and queue a step."""
         size = self._begin(batch)
-        check_batch(batch, self._part.program, self._part.kv, self._part.step)
-        self._stage(batch)
-        self._run(size, advancing=False)
+        self._check(batch)
+        adapting = self._stage(batch)
+        self._run((size, False, adapting))
 
-    def _stage(self, batch: StepBatch) -> None:
-        self._staged.stage(batch)
+    def _check(self, batch: StepBatch) -> None:
+        """Raises BadRequest."""
+        check_batch(batch, self._part.program, self._part.kv, self._part.step)
+        check_adapters(batch.adapters, self._adapters)
+
+    def _stage(self, batch: StepBatch) -> bool:
+        """Queue the copies of a proved step; returns whether any of its sequences uses an adapter."""
+        using = None if batch.adapters is None else self._adapters.addresses(batch.adapters)
+        adapting = using is not None and bool(using.any())
+        self._staged.stage(batch, using)
         if batch.inputs is not None:
             self._staged.stage_inputs(self._place.region("inputs"), batch.inputs)
+        return adapting
 
-    def _run(self, size: int, *, advancing: bool) -> None:
-        key = size, advancing
+    def _run(self, key: StepKey) -> None:
         if not self._driver.graphs:
             self._queue(self._launches_of(key))
             return
         self._prepare(key)
         self._driver.launch_graph(self._graphs[key])
 
-    def _prepare(self, key: tuple[int, bool]) -> None:
+    def _prepare(self, key: StepKey) -> None:
         """The launches of a size of step, and their graph where the driver has graphs."""
         launches = self._launches_of(key)
         if self._driver.graphs and key not in self._graphs:
@@ -172,10 +183,11 @@ class CudaExecutor:
                 self._queue(launches)
             self._graphs[key] = graph
 
-    def _launches_of(self, key: tuple[int, bool]) -> list[Launch]:
+    def _launches_of(self, key: StepKey) -> list[Launch]:
         if key not in self._launches:
-            launches = self._launcher.step(key[0])
-            self._launches[key] = [*launches, self._launcher.advance()] if key[1] else launches
+            size, advancing, adapting = key
+            launches = self._launcher.step(size, adapting=adapting)
+            self._launches[key] = [*launches, self._launcher.advance()] if advancing else launches
         return self._launches[key]
 
     def _queue(self, launches: Sequence[Launch]) -> None:
@@ -203,9 +215,12 @@ class CudaExecutor:
         raise NumericError("the step produced NaN or Inf; no token was emitted")
 
     def warm_up(self, sizes: Sequence[int], chains: Sequence[int] = ()) -> None:
-        """Capture the graphs of steps of so many tokens, and of chains of so many sequences."""
+        """Capture the graphs of steps of so many tokens, and of chains of so many sequences; with adapters
+        too, where one is loaded."""
         most = self._part.step.tokens
-        keys = {(bucket(n, most), False) for n in sizes} | {(bucket(n, most), True) for n in chains}
+        steps = {(bucket(n, most), False) for n in sizes} | {(bucket(n, most), True) for n in chains}
+        ways = (False, True) if len(self._adapters) else (False,)
+        keys = {(size, advancing, adapting) for size, advancing in steps for adapting in ways}
         with self._turn():
             for key in sorted(keys):
                 self._prepare(key)
@@ -273,18 +288,23 @@ class CudaExecutor:
             self._mover.write_page(page, data)
 
     def add_adapter(self, adapter: Adapter) -> int:
-        """Raises Unsupported: adapters are served by the cpu and reference backends."""
-        raise Unsupported(
-            "the cuda backend serves no adapters; merge it into the weights, or use --backend cpu"
-        )
+        """Copy a low-rank adapter (`engine.memory.adapter_nbytes`); returns the lowest free number.
+
+        Raises BadRequest on a tensor that is no linear's weight, a wrong shape, or NaN/Inf; DoesNotFit.
+        """
+        with self._turn():
+            return self._adapters.add(adapter)
 
     def drop_adapter(self, number: int) -> None:
-        raise BadRequest(f"adapter {number} is not loaded")
+        """Free an adapter; its number may be given again. Raises BadRequest for one that is not loaded."""
+        with self._turn():
+            self._adapters.drop(number)
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of device memory held beyond the weights: KV pages, buffers and scratch."""
-        return self._place.nbytes - self._place.weights_nbytes if self._open else 0
+        """Bytes of device memory held beyond the weights: KV pages, buffers, scratch and adapters."""
+        held = self._place.nbytes - self._place.weights_nbytes + self._adapters.nbytes
+        return held if self._open else 0
 
     def close(self) -> None:
         """Give the memory back and leave the context; a second close does nothing."""
@@ -295,6 +315,7 @@ class CudaExecutor:
             self._graphs.clear()
             self._launches.clear()
             self._likeliest.clear()
+            self._adapters.clear()
             self._hidden = np.empty((0, 0), np.float32)
             self._driver.close()
 

@@ -12,7 +12,7 @@ from edge_runtime.backends.cuda.tuning import Form, default_form, product_key
 from edge_runtime.backends.protocol import Part
 from edge_runtime.engine import device_code as code
 from edge_runtime.engine.device_code import Kernel
-from edge_runtime.engine.device_memory import SPLIT_TOKENS
+from edge_runtime.engine.device_memory import SPLIT_TOKENS, step_layout
 from edge_runtime.engine.launches import (
     LOGITS,
     AnglesLaunch,
@@ -21,6 +21,7 @@ from edge_runtime.engine.launches import (
     EmbedLaunch,
     LinearLaunch,
     Lowered,
+    LowRankLaunch,
     PrepareLaunch,
     RotateLaunch,
     RowLaunch,
@@ -58,10 +59,12 @@ class Launcher:
             kernel.symbol: driver.function(module, kernel.symbol) for kernel in kernels_of(lowered)
         }
 
-    def step(self, tokens: int) -> list[Launch]:
-        """A forward pass: from ids to finished logits and the likeliest token of each row."""
+    def step(self, tokens: int, *, adapting: bool = False) -> list[Launch]:
+        """A forward pass: from ids to finished logits and the likeliest token of each row; adapting: of
+        sequences some of which use adapters."""
         logits = min(self._part.step.logits, tokens)
-        steps = [s for launch in self._lowered.launches for s in self._of(launch, tokens, logits)]
+        launches = self._lowered.adapting if adapting else self._lowered.launches
+        steps = [s for launch in launches for s in self._of(launch, tokens, logits)]
         sample, record = self._lowered.sample, self._sample(0)
         slices = code.sample_slices(self._part.program.vocab_size)
         steps.append((sample.finish, (slices, logits, 1), record))
@@ -119,6 +122,8 @@ class Launcher:
                 rows = self.rows_of(launch, tokens)
                 form = self._forms.get(self.key_of(launch, rows), default_form(rows))
                 yield self._linear(launch, rows, form)
+            case LowRankLaunch():
+                yield self._low_rank(launch, tokens if launch.rows == "tokens" else logits)
             case RowLaunch():
                 yield launch.kernel, (self._row_blocks(launch, tokens), 1, 1), self._row(launch)
             case AnglesLaunch():
@@ -206,6 +211,32 @@ class Launcher:
             kernel = kernels.deep if form == "deep" else kernels.split[blocks]
             return kernel, (panels, -(-rows // (blocks * code.TOKEN_BLOCK)), 1), record
         return kernels.tile, (panels // tile, -(-rows // code.TILE_TOKENS), 1), record
+
+    def _low_rank(self, launch: LowRankLaunch, rows: int) -> Step:
+        """For so many rows of x."""
+        at = step_layout(self._part.program, self._part.kv, self._part.step)[0]["adapters"]
+        record = rec.LowRank(
+            step=self._step,
+            adapters=self._place.region("step") + 4 * at,
+            x=self._place.buffer(launch.x),
+            count=len(launch.updates),
+            cols=launch.cols,
+            row_count=rec.TOKENS if launch.rows == "tokens" else rec.LOGITS,
+        )
+        panels = 0
+        for i, update in enumerate(launch.updates):
+            size = self._part.program.tensors[update.weight].rows
+            record.matrix[i] = rec.Updated(
+                out=self._place.buffer(update.out),
+                scale=update.scale,
+                op=update.op,
+                rows=size,
+                first_panel=panels,
+            )
+            panels += -(-size // code.RANK_PANEL)
+        record.panels = panels
+        into, out = code.low_rank_grids(len(launch.updates), panels, rows)
+        return launch.kernel, into if launch.side == "in" else out, record
 
     def _row_blocks(self, launch: RowLaunch, tokens: int) -> int:
         match launch.per:

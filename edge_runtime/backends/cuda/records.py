@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 VERSION = 1  # EDGE_CUDA_VERSION
 MATRICES = 4  # EDGE_MATRICES
@@ -80,6 +80,52 @@ class Linear(Structure):
         ("cols", c_int32),
         ("units", c_int32),
         ("out_stride", c_int32),
+        ("row_count", c_int32),
+    ]
+
+
+class Adapter(Structure):
+    """EdgeAdapter"""
+
+    _fields_ = [("u", c_void_p), ("stride", c_int64), ("unused", c_int64 * 2)]
+
+
+class Update(Structure):
+    """EdgeUpdate"""
+
+    _fields_ = [
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("scale", c_float),
+        ("rank", c_int32),
+        ("offset", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class Updated(Structure):
+    """EdgeUpdated"""
+
+    _fields_ = [
+        ("out", c_void_p),
+        ("scale", c_float),
+        ("op", c_int32),
+        ("rows", c_int32),
+        ("first_panel", c_int32),
+    ]
+
+
+class LowRank(Structure):
+    """EdgeLowRank"""
+
+    _fields_ = [
+        ("step", Step),
+        ("adapters", c_void_p),
+        ("x", c_void_p),
+        ("matrix", Updated * MATRICES),
+        ("count", c_int32),
+        ("panels", c_int32),
+        ("cols", c_int32),
         ("row_count", c_int32),
     ]
 

@@ -25,16 +25,21 @@ class StagedStep:
         at = self._offsets["page_tables"]
         self._head, self._tables = record[:at], record[at:]
         self._arrays = {name: record[self._offsets[name] :] for name in (*STEP_ARRAYS, "logit_rows")}
+        at = self._offsets["adapters"]
+        self._adapters = record[at : at + 2 * part.step.sequences].view(np.int64)
         self._width = self._tables.size // part.step.sequences
         self._shown: tuple[int, int] = (0, 0)  # rows and columns of the tables on the device
         self._values = part.program.input_width
         self._inputs = driver.pinned(4 * part.step.tokens * self._values) if self._values else None
         self.record = rec.Step(
-            **{name: address + 4 * self._offsets[name] for name in self._offsets}, status=status
+            **{n: address + 4 * at for n, at in self._offsets.items() if n != "adapters"}, status=status
         )
 
-    def stage(self, batch: StepBatch) -> None:
-        """Fill the record from a proved batch, and queue its copy. Nothing may be running that reads it."""
+    def stage(self, batch: StepBatch, adapters: Array | None = None) -> None:
+        """Fill the record from a proved batch, and queue its copy. Nothing may be running that reads it.
+
+        adapters: int64 (S,) address of each sequence's, 0 = none; may be left out where no launch reads them.
+        """
         count = len(batch.tokens)
         rows, columns = batch.page_tables.shape
         columns = min(columns, self._width)
@@ -46,6 +51,8 @@ class StagedStep:
         arrays["positions"][:count] = batch.positions
         arrays["sequence"][:count] = batch.sequence
         arrays["logit_rows"][: len(batch.logit_rows)] = batch.logit_rows
+        if adapters is not None:
+            self._adapters[:rows] = adapters
         if batch.parents is None or batch.places is None:
             arrays["places"][:count] = batch.positions
             arrays["parents"][:count] = -1
