@@ -56,6 +56,7 @@ ATTENTIONS = (
     ("f16", "f16", 64, 1, False),
     ("int4", "int4", 128, 2, False),
     ("int8", "int8", 8, 17, False),
+    ("f16", "f16", 8, 2, False),
 )
 GROUPS = (8, 20, 32, 33, 200)  # of norms
 
