@@ -14,12 +14,14 @@ from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadRequest
 
 
-def check_batch(batch: StepBatch, program: Program, kv: KvPlan, step: StepShape) -> None:
+def check_batch(
+    batch: StepBatch, program: Program, kv: KvPlan, step: StepShape, *, device: bool = False
+) -> None:
     """Raises BadRequest naming the array or row, what it holds and what it may hold.
 
     A program without cache slots stores nothing, so its steps need no pages and may name a position twice.
     """
-    check_arrays(batch, program)
+    check_arrays(batch, program, device=device)
     count = len(batch.tokens)
     sequences = len(batch.page_tables)
     for what, have, most in (
@@ -42,8 +44,11 @@ def check_batch(batch: StepBatch, program: Program, kv: KvPlan, step: StepShape)
         _check_places(batch, program, kv, reach)
 
 
-def check_arrays(batch: StepBatch, program: Program) -> None:
-    """Presence, type and shape of every array. Raises BadRequest."""
+def check_arrays(batch: StepBatch, program: Program, *, device: bool = False) -> None:
+    """Presence, type and shape of every array. Raises BadRequest.
+
+    device: inputs may lie in a GPU's memory; the caller then proves what those are.
+    """
     for name in ("tokens", "positions", "sequence", "logit_rows"):
         _integers(name, getattr(batch, name), 1)
     _integers("page_tables", batch.page_tables, 2)
@@ -62,8 +67,27 @@ def check_arrays(batch: StepBatch, program: Program) -> None:
             raise BadRequest("the step brings inputs, but the program looks its tokens up")
     elif inputs is None:
         raise BadRequest(f"the program needs inputs f32 ({count}, {width}) with each step")
+    elif not isinstance(inputs, np.ndarray):
+        _check_foreign(inputs, f"float32 ({count}, {width})", device)
     elif inputs.dtype != np.float32 or inputs.shape != (count, width):
         raise BadRequest(f"inputs is {inputs.dtype} {inputs.shape}, expected float32 ({count}, {width})")
+
+
+def host_inputs(batch: StepBatch) -> Array | None:
+    """The step's inputs, which `check_arrays` proved to be none of a device."""
+    assert batch.inputs is None or isinstance(batch.inputs, np.ndarray)
+    return batch.inputs
+
+
+def _check_foreign(inputs: object, expected: str, device: bool) -> None:
+    """Raises BadRequest for inputs that are no numpy array, unless a device may have them and has."""
+    kind = type(inputs).__name__
+    if not hasattr(inputs, "__cuda_array_interface__"):
+        raise BadRequest(f"inputs is a {kind}, expected {expected}")
+    if not device:
+        raise BadRequest(
+            f"inputs is a {kind} in a GPU's memory, which the cuda backend alone takes; copy it to the host"
+        )
 
 
 def check_adapters(adapters: Array | None, loaded: Container[int]) -> None:

@@ -15,6 +15,7 @@ from edge_runtime.backends.batch import (
     check_arrays,
     check_move,
     check_page,
+    host_inputs,
     refuse_tree,
 )
 from edge_runtime.backends.chain import check_chain
@@ -124,7 +125,8 @@ class CpuExecutor(HostLogits):
             given = getattr(batch, name)
             if given is not None:
                 arrays[name] = _int32(name, given)
-        inputs = None if batch.inputs is None else np.ascontiguousarray(batch.inputs)
+        given = host_inputs(batch)
+        inputs = None if given is None else np.ascontiguousarray(given)
         b = self._batch
         for name in _OPTIONAL:
             setattr(b, name, None)
@@ -134,7 +136,7 @@ class CpuExecutor(HostLogits):
         b.token_count, b.logit_count = len(arrays["tokens"]), len(arrays["logit_rows"])
         b.sequence_count, b.pages_per_sequence = arrays["page_tables"].shape
         self._arrays = [*arrays.values(), inputs]
-        if inputs is batch.inputs and all(array is getattr(batch, name) for name, array in arrays.items()):
+        if inputs is given and all(array is getattr(batch, name) for name, array in arrays.items()):
             self._prepared = batch  # no copies: what the caller writes into them is seen
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.device_code import TOP
@@ -19,7 +19,17 @@ from edge_runtime.engine.packed import PackedTensor
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
-__all__ = ["TOP", "Backend", "DeviceCode", "Executor", "PackedTensor", "Part", "StepBatch", "Support"]
+__all__ = [
+    "TOP",
+    "Backend",
+    "DeviceCode",
+    "Executor",
+    "OnDevice",
+    "PackedTensor",
+    "Part",
+    "StepBatch",
+    "Support",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,13 @@ class Part:
     code: DeviceCode | None = None
 
 
+class OnDevice(Protocol):
+    """An array in a GPU's memory, of torch, cupy, pycuda or a DeviceArray."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """One forward pass over T tokens of S sequences. Integer arrays are int32 and C-contiguous.
@@ -74,7 +91,8 @@ class StepBatch:
     are then one run of consecutive positions, which begins at a page's start or goes on in a page that the
     slot holds: at least the last and the one before it, so that guesses can be rolled back. No trees then.
     adapters (S,): number of the adapter (of `add_adapter`) that the sequence uses, -1 = none.
-    inputs f32 (T, width): rows for the program's `input` op; tokens are then not looked up.
+    inputs f32 (T, width): rows for the program's `input` op; tokens are then not looked up. The cuda backend
+    takes them in the GPU's memory too.
     """
 
     tokens: Array
@@ -86,7 +104,7 @@ class StepBatch:
     places: Array | None = None
     slots: Array | None = None
     adapters: Array | None = None
-    inputs: Array | None = None
+    inputs: Array | OnDevice | None = None
 
 
 class Executor(Protocol):

@@ -16,6 +16,7 @@ from edge_runtime.backends import numpy_ops, page_bytes
 from edge_runtime.backends.batch import (
     check_adapters,
     check_batch,
+    host_inputs,
     places_seen,
     refuse_tree,
     straight_below,
@@ -217,9 +218,10 @@ class ReferenceExecutor(HostLogits):
                     rows = weight(op.weight)[batch.tokens]
                 b[op.out] = rows * np.float32(op.scale)
             case Input():
-                assert batch.inputs is not None  # check_batch proved it
-                _finite(batch.inputs, "the step's inputs")
-                b[op.out] = batch.inputs
+                inputs = host_inputs(batch)
+                assert inputs is not None  # check_batch proved it
+                _finite(inputs, "the step's inputs")
+                b[op.out] = inputs
             case Norm():
                 shift = None if op.bias is None else weight(op.bias)[0]
                 b[op.out] = numpy_ops.norm(b[op.x], weight(op.weight)[0], shift, op.eps, op.kind, op.group)

@@ -18,6 +18,7 @@ from edge_runtime.backends.batch import check_adapters, check_batch, check_move,
 from edge_runtime.backends.chain import check_chain
 from edge_runtime.backends.cuda import records as rec
 from edge_runtime.backends.cuda.adapters import DeviceAdapters
+from edge_runtime.backends.cuda.device_array import DeviceArray
 from edge_runtime.backends.cuda.driver import Driver, Graph, Launch, Module
 from edge_runtime.backends.cuda.launcher import Launcher
 from edge_runtime.backends.cuda.mover import Mover
@@ -156,17 +157,16 @@ class CudaExecutor:
 
     def _check(self, batch: StepBatch) -> None:
         """Raises BadRequest."""
-        check_batch(batch, self._part.program, self._part.kv, self._part.step)
+        check_batch(batch, self._part.program, self._part.kv, self._part.step, device=True)
         check_adapters(batch.adapters, self._adapters)
 
     def _stage(self, batch: StepBatch) -> bool:
         """Queue the copies of a proved step; returns whether any of its sequences uses an adapter."""
+        if batch.inputs is not None:  # first, as those on a device may be refused
+            self._staged.stage_inputs(self._place.region("inputs"), batch.inputs, len(batch.tokens))
         using = None if batch.adapters is None else self._adapters.addresses(batch.adapters)
-        adapting = using is not None and bool(using.any())
         self._staged.stage(batch, using)
-        if batch.inputs is not None:
-            self._staged.stage_inputs(self._place.region("inputs"), batch.inputs)
-        return adapting
+        return using is not None and bool(using.any())
 
     def _run(self, key: StepKey) -> None:
         if not self._driver.graphs:
@@ -252,6 +252,23 @@ class CudaExecutor:
                 self._hidden = np.empty((self._row_count, width), np.float32)
                 self._driver.download(self._hidden, self._place.buffer(ROWS))
             return self._hidden
+
+    @property
+    def device_logits(self) -> DeviceArray:
+        """Logits f32 (L, vocab) of the last step where they lie in the GPU's memory, until the next step."""
+        return self._on_device(LOGITS, self._part.program.vocab_size)
+
+    @property
+    def device_hidden(self) -> DeviceArray:
+        """`hidden` where it lies in the GPU's memory, until the next step: for a head in torch or cupy."""
+        return self._on_device(ROWS, self._part.program.hidden_width)
+
+    def _on_device(self, name: str, width: int) -> DeviceArray:
+        """Rows that the last step left, if it ended well; it has ended, so nothing is to be waited for."""
+        with self._lock:
+            self._check_open()
+            shape = self._row_count, width
+            return DeviceArray(self._place.buffer(name), shape, np.dtype(np.float32), owner=self)
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one KV page in every layer. Raises BadRequest on a page that does not exist."""

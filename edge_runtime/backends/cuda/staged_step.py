@@ -6,8 +6,9 @@ import numpy as np
 
 from edge_runtime.backends.batch import straight_below
 from edge_runtime.backends.cuda import records as rec
+from edge_runtime.backends.cuda.device_array import as_address
 from edge_runtime.backends.cuda.driver import Driver
-from edge_runtime.backends.protocol import Part, StepBatch
+from edge_runtime.backends.protocol import OnDevice, Part, StepBatch
 from edge_runtime.engine.device_memory import STEP_ARRAYS, step_layout
 from edge_runtime.engine.formats import Array
 
@@ -68,9 +69,17 @@ class StagedStep:
             self._shown = (rows, columns)
         self._driver.upload_async(self._address, self._head)
 
-    def stage_inputs(self, address: int, inputs: Array) -> None:
-        """Queue the copy of the step's rows f32 (T, width) for its input op, which finds NaN and Inf."""
-        assert self._inputs is not None  # check_batch proved that the program takes inputs
+    def stage_inputs(self, address: int, inputs: Array | OnDevice, count: int) -> None:
+        """Queue the copy of the step's rows f32 (`count`, width) for its input op, which finds NaN and Inf.
+
+        Raises BadRequest for an array in device memory that is none of these.
+        """
+        assert self._inputs is not None and self._values  # check_batch proved that the program takes inputs
+        if not isinstance(inputs, np.ndarray):
+            source = as_address(inputs, (count, self._values), np.float32)
+            self._driver.follow(inputs)
+            self._driver.copy(address, source, 4 * count * self._values)
+            return
         pinned = self._inputs.array.view(np.float32)[: inputs.size]
         pinned[:] = inputs.reshape(-1)
         self._driver.upload_async(address, pinned)
