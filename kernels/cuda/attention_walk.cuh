@@ -30,6 +30,13 @@ struct Softmax {
     float top, total;
 };
 
+// cap * tanh(x / cap), with 2 log2(e) / cap for `inverse`; errs by some 2^-23 of cap, which is less than
+// scores do.
+EDGE_DEVICE float soft_capped(float x, float cap, float inverse) {
+    const float power = exp2_flushed(product(size_of(x), inverse));
+    return with_sign(fused(-2.0f * cap, reciprocal_fast(power + 1.0f), cap), x);
+}
+
 // Weights with which two parts are summed, and their softmax.
 struct Joint {
     Softmax both;
@@ -79,7 +86,7 @@ struct Walk {
     float key_scale[4], value_scale[4];  // of keys 4q .. 4q+3
     int row;                             // of the tile's first key in the cache
     bool gathers;                        // its keys lie apart, or end before the tile:
-    int key_rows[2], value_rows[4];      // where those of the lane lie
+    int gathered;                        // the row of key lane % 16
 
     EDGE_DEVICE Walk(const EdgeAttention& record, Words4* memory, int head)
         : args(record),
@@ -298,25 +305,22 @@ struct Walk {
         int position = tile + lane() % kTile;
         position = position < first() ? first() : position;
         position = position > group.most ? group.most : position;
-        int mine;
         if (position < group.bend) {
-            mine = row_in(page_of(position), position);
+            gathered = row_in(page_of(position), position);
         } else {
             int ancestor = group.token;
             for (int n = group.most - position; n > 0; --n) ancestor = args.step.parents[ancestor];
             const int place = args.step.places[ancestor];
-            mine = row_in(page_of(place), place);
+            gathered = row_in(page_of(place), place);
         }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) key_rows[n] = __shfl_sync(kAll, mine, r / 2 * 4 + r % 2 + 2 * n);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) value_rows[n] = __shfl_sync(kAll, mine, 4 * q + n);
     }
 
+    EDGE_DEVICE int gathered_row(int key) const { return __shfl_sync(kAll, gathered, key); }
     EDGE_DEVICE void load_keys() {
         if (gathers) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n) keys.rows.load(args.k, key_start, n, key_rows[n], 0);
+            for (int n = 0; n < 2; ++n)
+                keys.rows.load(args.k, key_start, n, gathered_row(r / 2 * 4 + r % 2 + 2 * n), 0);
         } else {
             const int at = row + r / 2 * 4 + r % 2;
 #pragma unroll
@@ -326,7 +330,7 @@ struct Walk {
     EDGE_DEVICE void load_values() {
         if (gathers) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) values.rows.load(args.v, value_start, n, value_rows[n], 0);
+            for (int n = 0; n < 4; ++n) values.rows.load(args.v, value_start, n, gathered_row(4 * q + n), 0);
         } else {
             const int at = row + 4 * q;
 #pragma unroll
@@ -342,7 +346,7 @@ struct Walk {
         uint32_t words[4];
         if (gathers) {
 #pragma unroll
-            for (int n = 0; n < 4; ++n) load_words<4>(all + value_rows[n], &words[n]);
+            for (int n = 0; n < 4; ++n) load_words<4>(all + gathered_row(4 * q + n), &words[n]);
         } else {
             load_words<16>(all + (row + 4 * q), words);
         }
@@ -357,6 +361,8 @@ struct Walk {
     // whole: every row sees every key.
     template <bool whole>
     EDGE_DEVICE void weigh(int tile, const float (&scores)[tiles][2][4], uint32_t (&weights)[tiles][4]) {
+        const float cap = capped ? product(args.softcap, kLog2e) : 0.0f;
+        const float inverse_cap = capped ? product(reciprocal_fast(args.softcap), 2.0f * kLog2e) : 0.0f;
         uint32_t common = 0;
         if constexpr (V::kRowScale) {
             if (whole) common = unit_of(0xf);
@@ -384,8 +390,7 @@ struct Walk {
                     if constexpr (K::kRowScale) x[n] = product(x[n], key_scale[n]);
                     x[n] = product(x[n], row.factor);
                     if constexpr (K::kRowScale || capped) x[n] = fused(x[n], 0.0f, x[n]);  // NaN for Inf
-                    if constexpr (capped)
-                        x[n] = product(product(args.softcap, tanh_of(quotient(x[n], args.softcap))), kLog2e);
+                    if constexpr (capped) x[n] = soft_capped(x[n], cap, inverse_cap);
                     if (!(seen >> n & 1)) x[n] = no_score();
                 }
                 float top = larger(larger(x[0], x[1]), larger(x[2], x[3]));
