@@ -6,6 +6,7 @@ GPU links. A test's part gets that module by `ready`.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from emulated_parts import SM, packed, part_of, random_weights
-from emulation import compile_cached, compile_kernels
+from emulation import cache_folder, compile_cached, compile_kernels
 from fake_cuda import cubin, image_hash
 
 from edge_runtime.backends.cuda.executor import CudaExecutor
@@ -111,7 +112,8 @@ def _library() -> tuple[DeviceCode, Path]:
     for attention in ATTENTIONS:
         families.append([k for k in _cache(*attention) if k.symbol not in seen])
         seen |= {kernel.symbol for kernel in families[-1]}
-    with ThreadPoolExecutor(2) as two:  # each waits for a compiler
+    with (cache_folder() / "families.lock").open("w") as lock, ThreadPoolExecutor(2) as two:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same tests takes what this one compiles
         libraries = list(two.map(lambda family: compile_kernels(code.source(family)), families))
     link = ("-Wl,--no-as-needed", *map(str, libraries))
     module = compile_cached("module", "// links the kernels\n", (), link)

@@ -135,7 +135,8 @@ def test_attention_of_every_shape(on_gpu: Loader, shape: dict[str, Any], page_to
             oracle.forward(batch)
             off = np.abs(executor.hidden - oracle.hidden) / np.abs(oracle.hidden).max()
             assert off.max() <= max(APART[name] for name in shape["kv"].split(","))
-            assert np.median(off) <= 3e-4
+            # keys and values of int4 are rounded to f16 when they are decoded, the others' are f16
+            assert np.median(off) <= (8e-4 if "int4" in shape["kv"] else 3e-4)
 
 
 def test_a_context_of_several_chunks(on_gpu: Loader) -> None:
