@@ -24,18 +24,21 @@ EDGE_DEVICE const EdgeAdapter* adapter_of(const EdgeLowRank& p, int row) {
 }
 
 // act(first row, rows, adapter, update of matrix m) of each run of rows with one adapter that updates it,
-// among the four of a block.
+// among the four of a block. Warps pass whole: a lane looks up each row's adapter, so that their waits are
+// one.
 template <class Act>
 EDGE_DEVICE void each_run(const EdgeLowRank& p, const EdgeUpdated& m, int first, const Act& act) {
     const int count = p.step.counts[p.row_count];
-    const int end = first + kLowRankTokens < count ? first + kLowRankTokens : count;
-    for (int at = first; at < end;) {
-        const EdgeAdapter* adapter = adapter_of(p, at);
+    const int rows = first + kLowRankTokens < count ? kLowRankTokens : count - first;
+    const uint64_t mine = lane() < rows ? reinterpret_cast<uint64_t>(adapter_of(p, first + lane())) : 0;
+    for (int at = 0; at < rows;) {
+        const uint64_t user = __shfl_sync(kAll, mine, at);
         int n = 1;
-        while (at + n < end && adapter_of(p, at + n) == adapter) ++n;
-        if (adapter != nullptr) {
+        while (at + n < rows && __shfl_sync(kAll, mine, at + n) == user) ++n;
+        if (user != 0) {
+            const EdgeAdapter* adapter = reinterpret_cast<const EdgeAdapter*>(user);
             const EdgeUpdate& update = reinterpret_cast<const EdgeUpdate*>(adapter + 1)[m.op];
-            if (update.rank > 0) act(at, n, *adapter, update);
+            if (update.rank > 0) act(first + at, n, *adapter, update);
         }
         at += n;
     }
