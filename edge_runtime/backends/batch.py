@@ -15,11 +15,18 @@ from edge_runtime.errors import BadRequest
 
 
 def check_batch(
-    batch: StepBatch, program: Program, kv: KvPlan, step: StepShape, *, device: bool = False
+    batch: StepBatch,
+    program: Program,
+    kv: KvPlan,
+    step: StepShape,
+    *,
+    device: bool = False,
+    window: int | None = None,
 ) -> None:
     """Raises BadRequest naming the array or row, what it holds and what it may hold.
 
     A program without cache slots stores nothing, so its steps need no pages and may name a position twice.
+    window: of `widest_window`, where the caller has kept it.
     """
     check_arrays(batch, program, device=device)
     count = len(batch.tokens)
@@ -41,7 +48,14 @@ def check_batch(
     if (np.diff(batch.logit_rows) <= 0).any():
         raise BadRequest("logit_rows must ascend")
     if program.cache:
-        _check_places(batch, program, kv, reach)
+        widest = widest_window(program) if window is None else window
+        _check_places(batch, widest or reach, kv, reach)
+
+
+def widest_window(program: Program) -> int:
+    """Keys that some attention of the program sees, 0 = all that came before."""
+    windows = [op.window or 0 for op in program.ops if isinstance(op, Attention)]
+    return 0 if 0 in windows else max(windows, default=1)
 
 
 def check_arrays(batch: StepBatch, program: Program, *, device: bool = False) -> None:
@@ -157,10 +171,8 @@ def places_seen(batch: StepBatch, t: int, first: int) -> Array:
     return seen
 
 
-def _check_places(batch: StepBatch, program: Program, kv: KvPlan, reach: int) -> None:
-    """Every key that is stored or seen has a place, and no place is taken twice."""
-    # Keys that some attention of the program sees
-    widest = max((op.window or reach for op in program.ops if isinstance(op, Attention)), default=1)
+def _check_places(batch: StepBatch, widest: int, kv: KvPlan, reach: int) -> None:
+    """Every key that is stored or seen has a place, and none is taken twice. widest: keys that are seen."""
     positions = batch.positions.astype(np.int64)
     places, roots = positions, positions
     if batch.parents is not None and batch.places is not None:
@@ -176,6 +188,8 @@ def _check_places(batch: StepBatch, program: Program, kv: KvPlan, reach: int) ->
     taken = batch.sequence.astype(np.int64) * reach + places
     if len(np.unique(taken)) != len(taken):
         raise BadRequest("two tokens of the step have the same sequence and position or place")
+    if _have_pages(batch, np.maximum(positions - widest + 1, 0), np.maximum(places, roots - 1), kv):
+        return
     for t, s in enumerate(batch.sequence.tolist()):
         table = batch.page_tables[s]
         first = max(0, int(positions[t]) - widest + 1) // kv.page_tokens
@@ -187,6 +201,18 @@ def _check_places(batch: StepBatch, program: Program, kv: KvPlan, reach: int) ->
                     f"token {t} at position {int(positions[t])} needs page {int(table[i])} of its sequence's "
                     f"table, expected 0 to {kv.pages - 1}"
                 )
+
+
+def _have_pages(batch: StepBatch, first: Array, last: Array, kv: KvPlan) -> bool:
+    """Whether each sequence has every page from the first place that a token of it needs to the last: looked
+    at a sequence at a time, for long contexts; False may also come of pages between that none needs."""
+    first, last = first // kv.page_tokens, last // kv.page_tokens
+    for s in np.unique(batch.sequence).tolist():
+        mine = batch.sequence == s
+        pages = batch.page_tables[s, int(first[mine].min()) : int(last[mine].max()) + 1]
+        if int(pages.min()) < 0 or int(pages.max()) >= kv.pages:
+            return False
+    return True
 
 
 def _roots(batch: StepBatch) -> Array:

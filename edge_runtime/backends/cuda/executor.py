@@ -14,7 +14,14 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from edge_runtime.backends.batch import check_adapters, check_batch, check_move, check_page, refuse_tree
+from edge_runtime.backends.batch import (
+    check_adapters,
+    check_batch,
+    check_move,
+    check_page,
+    refuse_tree,
+    widest_window,
+)
 from edge_runtime.backends.chain import check_chain
 from edge_runtime.backends.cuda import records as rec
 from edge_runtime.backends.cuda.adapters import DeviceAdapters
@@ -51,6 +58,7 @@ class CudaExecutor:
         self._launcher = Launcher(
             driver, module, lowered, part, self._place, self._staged.record, tuning.forms
         )
+        self._window = widest_window(part.program)
         self._lowered = lowered
         self._tuning = tuning
         self._mover = Mover(driver, part, lowered, self._place, self._launcher)
@@ -157,7 +165,9 @@ class CudaExecutor:
 
     def _check(self, batch: StepBatch) -> None:
         """Raises BadRequest."""
-        check_batch(batch, self._part.program, self._part.kv, self._part.step, device=True)
+        check_batch(
+            batch, self._part.program, self._part.kv, self._part.step, device=True, window=self._window
+        )
         check_adapters(batch.adapters, self._adapters)
 
     def _stage(self, batch: StepBatch) -> bool:
