@@ -214,7 +214,7 @@ struct EdgeAttention {
 /* Logits (L, vocab) brought to their end in place (check, soft cap), and their likeliest tokens: sample.cuh. */
 #define EDGE_SLICE 4096     /* logits of a row that one block looks at */
 #define EDGE_SLICES_MAX 128 /* of a row */
-#define EDGE_TOP_MAX 64     /* greatest k */
+#define EDGE_TOP_MAX 72     /* greatest k: one more than top-k of 64 keeps, and then some */
 struct EdgeSample {
     EdgeStep step;
     float* logits;

@@ -103,8 +103,9 @@ class CudaExecutor:
 
         In descending order, equals by their lowest id. Raises BadRequest on another k.
         """
-        if not 1 <= k <= min(TOP, self._part.program.vocab_size):
-            raise BadRequest(f"the {k} likeliest tokens; expected 1 to {TOP} of the vocabulary's")
+        most = min(TOP, self._part.program.vocab_size)
+        if not 1 <= k <= most:
+            raise BadRequest(f"the {k} likeliest tokens; expected 1 to {most}")
         with self._turn():
             self._step(batch)
             if k not in self._likeliest:
