@@ -119,7 +119,10 @@ class Updated:
 def random(updated: Updated, count: int, seed: int = 1) -> tuple[Array, list[Array]]:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((count, updated.cols)).astype(np.float32)
-    return x, [rng.standard_normal((count, size)).astype(np.float32) for size in updated.sizes]
+    before = [rng.standard_normal((count, size)).astype(np.float32) for size in updated.sizes]
+    for out in before:
+        out[2:5] = -0.0  # to which nothing can be added unseen
+    return x, before
 
 
 SHAPES = [
