@@ -1,7 +1,8 @@
 """A loaded part on a GPU: each step one upload, one graph launch and one wait for its answer.
 
 Graphs are captured once for each size of step (tokens rounded up to a power of two), when the size first
-comes or by `warm_up`; steps with adapters have graphs of their own. Where the driver has no graphs the same launches are queued one by one.
+comes or by `warm_up`; steps with adapters have graphs of their own. Where the driver has no graphs the same
+launches are queued one by one.
 """
 
 from __future__ import annotations
