@@ -248,7 +248,7 @@ class _Lowering:
         )
 
     def _others(self, ops: Sequence[AnyOp], at: int, name: str, kind: str) -> str | None:
-        """The buffer written at `at` if more than the run of linears with these inputs reads it, else None."""
+        """The buffer written at `at` if more than the run of linears with these inputs reads it."""
         if self._adapters:
             return name
         run = True
