@@ -33,9 +33,17 @@ RANK_TOKENS = 4  # kLowRankTokens: rows of a block
 CACHES = ("f16", "int8", "int4", "fp8")  # KV formats that have kernels
 CHUNK = 256  # EDGE_ATTENTION_CHUNK: positions whose keys are summed up by themselves
 
+# Names of code_planes.cuh by the encodings of a format's planes of codes
 _CODES = {
+    "u2": "kInt2",
+    "u2o2": "kInt2Offset",
+    "u2 u1": "kInt3",
+    "u2o4 u1": "kInt3Offset",
     "u4": "kInt4",
     "u4o8": "kInt4Offset",
+    "u4 u1": "kInt5",
+    "u4o16 u1": "kInt5Offset",
+    "u4o32 u2": "kInt6Offset",
     "i8": "kInt8",
     "f16": "kHalf",
     "bf16": "kBfloat",
@@ -44,7 +52,6 @@ _CODES = {
     "nf4": "kNf4",
     "e2m1": "kE2m1",
 }
-_INTEGERS = ("u4", "u4o8", "i8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +96,21 @@ def matrix_kernels(name: str) -> MatrixKernels:
     """The kernels of a weight format. Raises Unsupported for one that has none."""
     if not has_kernels(name):
         usable = ", ".join(sorted(f for f in FORMATS if has_kernels(f)))
-        raise Unsupported(f"the cuda backend has no kernel for format {name!r}; it has: {usable}")
+        outliers = name in FORMATS and FORMATS[name].plane("outlier") is not None
+        why = " (its columns of f16 want inputs that are not int8)" if outliers else ""
+        raise Unsupported(f"the cuda backend has no kernel for format {name!r}{why}; it has: {usable}")
     fmt = get_format(name)
-    code = fmt.codes[0].encoding
-    integer = code in _INTEGERS
+    code = _CODES[" ".join(plane.encoding for plane in fmt.codes)]
     scale = _scale(fmt)
     group = fmt.group or INPUT_GROUP
-    grouped = scale in ("kHalf", "kFloat", "kDouble", "kE8m0")
+    grouped = scale not in ("kNone", "kRow", "kTensor", "kFolded")
     unit = max(group, mma_order.UNIT)
-    weights = f"edge::Weights<edge::Code::{_CODES[code]}, edge::Scale::{scale}, {group}>"
-    kind = f"int{group}" if integer else "bfloat" if code == "bf16" else "half"
-    wide = unit == mma_order.UNIT and (group == mma_order.UNIT or not grouped)  # Weights::kTilePanels
-    ahead = 2 if fmt.codes[0].encoding in ("f16", "bf16") else 4
+    weights = f"edge::Weights<edge::Code::{code}, edge::Scale::{scale}, {group}>"
+    kind = f"int{group}" if code.startswith("kInt") else "bfloat" if code == "kBfloat" else "half"
+    # What registers hold: panels of a warp of `tile`; units that are on their way in `split`
+    panels = 4 if unit == mma_order.UNIT and (group == mma_order.UNIT or not grouped) else 2
+    ahead = 2 if code in ("kHalf", "kBfloat") or unit > mma_order.UNIT else 4
+    crowded = kind == "int16" or "Shift" in scale  # many shares beside the codes
 
     def split(symbol: str, blocks: int, units: int) -> Kernel:
         call = f"edge::linear_split<{weights}, {blocks}, {units}>"
@@ -109,11 +119,18 @@ def matrix_kernels(name: str) -> MatrixKernels:
     return MatrixKernels(
         kind=kind,
         unit=unit,
-        tile_panels=8 if wide else 4,
-        split={n: split(f"linear_split{n}_{name}", n, ahead) for n in SPLIT_BLOCKS},
+        tile_panels=2 * panels,
+        split={
+            n: split(f"linear_split{n}_{name}", n, ahead // 2 if crowded and n == 4 else ahead)
+            for n in SPLIT_BLOCKS
+        },
         deep=split(f"linear_deep_{name}", 1, 2 * ahead),
         tile=Kernel(
-            f"linear_tile_{name}", "linear.cuh", "EdgeLinear", f"edge::linear_tile<{weights}>", TILE_THREADS
+            f"linear_tile_{name}",
+            "linear.cuh",
+            "EdgeLinear",
+            f"edge::linear_tile<{weights}, {panels}>",
+            TILE_THREADS,
         ),
         embed=Kernel(f"embed_{name}", "linear.cuh", "EdgeEmbed", f"edge::embed<{weights}>", ROW_THREADS),
     )
@@ -345,10 +362,22 @@ def source(kernels: Iterable[Kernel]) -> str:
 
 def _scale(fmt: Format) -> str:
     """The name of formats.cuh for what a scale of the format covers and how it is stored."""
+    names = {plane.name for plane in fmt.grid_planes}
+    if "super_min" in names:
+        return "kSuperShift" if "min" in names else "kSuperNibbles"
     plane = fmt.plane("scale")
     if plane is None:
         return "kNone"
     if plane.per in ("row", "tensor"):
         return "kRow" if plane.per == "row" else "kTensor"
-    stored = {"f16": "kHalf", "f32": "kFloat", "dynamic8": "kDouble", "e8m0": "kE8m0", "e4m3": "kFolded"}
+    if "min" in names:
+        return "kHalfShift"
+    stored = {
+        "f16": "kHalf",
+        "f32": "kFloat",
+        "dynamic8": "kDouble",
+        "e8m0": "kE8m0",
+        "e4m3": "kFolded",
+        "i8": "kSuper",
+    }
     return stored[plane.encoding]

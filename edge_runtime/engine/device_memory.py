@@ -1,4 +1,4 @@
-"""Device memory of a part on the cuda backend to the byte: the planner adds it up, the backend lays it out."""
+"""Device memory of a part on cuda to the byte: the planner adds it up, the backend lays it out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_runtime.engine.plan import MAX_DRAFT_LENGTH, KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
 INPUT_BYTES = 2  # of an input of a linear at most: f16
-SMALLEST_GROUP = 32  # of inputs with one scale
+SMALLEST_GROUP = 16  # of inputs with one scale
 COUNTS = 16  # EDGE_COUNTS
 STEP_ARRAYS = ("tokens", "positions", "sequence", "places", "parents", "bends")  # (step.tokens) each
 SPLIT_TOKENS = 8  # steps of so many tokens attend in chunks of the context

@@ -19,10 +19,11 @@ n16k4 (integer formats: kind int) and n16 (float and table formats), for the cpu
     n16, plane q/w, 8..32 bit: [panel][units*U inputs][16 rows] items; padding is 0.
     n16, nibble (nf4):      [panel][unit][U/2][16 rows] bytes; low nibble input j of the unit, high j + U/2.
                             A padding code is 7 (the table's zero).
-m16 (formats whose codes are one plane of 4, 8 or 16 bits), for the cuda backend
-    Rows are padded to panels of 16, columns to units of 64 or the group; padding codes, scales and zero
-    points are 0. Codes: [panel][units*U/C chunks][512 bytes] in the order of engine/mma_order.py, C columns a
-    chunk. Planes that weights share as below.
+m16 (all but f32 and formats with outlier columns), for the cuda backend
+    Rows are padded to panels of 16, columns to units of 64 or the group; padding codes and what they share
+    are 0. Planes of codes: [panel][units*U/C chunks][chunk] in the order of engine/mma_order.py, C columns a
+    chunk. Planes that every n weights share: [panel][runs][8 rows r][r, r + 8][items of a run], with runs of
+    max(U, n) columns, the last one whole. The others as below.
 
     planes that weights share (scale, zero, min, super, outlier): every n weights [panel][ceil(units*U/n)][16
                             rows]; per row [panel][16 rows]; per tensor [1]; shared by all rows (index)
@@ -182,6 +183,11 @@ class _Grid:
         """Items of a row of a plane that weights of a row share, with padding."""
         return 1 if plane.per == "row" else -(-self.width // int(plane.per))
 
+    def run(self, plane: Plane) -> int:
+        """Items of a row of such a plane that lie together for each unit."""
+        fragments = self.packing == "m16" and plane.per != "row"
+        return max(1, self.unit // int(plane.per)) if fragments else 0
+
     def chunks(self) -> list[tuple[slice, slice]]:
         """(panels, rows) slices of about _CHUNK weights; rows end at the matrix' last one."""
         step = max(1, _CHUNK // (PANEL * self.width))
@@ -230,18 +236,23 @@ def _unpack_codes(plane: Plane, packed: Array, grid: _Grid) -> Array:
 
 
 def _pack_shared(plane: Plane, source: Array, grid: _Grid) -> Array:
-    """Scales and the like (rows, n) -> [panel][padded n][16 rows], padded with 0."""
+    """Scales and the like (rows, n), padded with 0, -> 1-D in the order that the packing has."""
     if plane.whole:
         return source.reshape(-1)
     full = np.zeros((grid.panels * PANEL, grid.shared_cols(plane)), source.dtype)
     full[: grid.rows, : source.shape[1]] = source
+    if run := grid.run(plane):
+        return mma_order.to_runs(full, run)
     return np.ascontiguousarray(full.reshape(grid.panels, PANEL, -1).transpose(0, 2, 1)).reshape(-1)
 
 
 def _unpack_shared(plane: Plane, packed: Array, grid: _Grid) -> Array:
     if plane.whole:
         return packed.reshape(1, -1)
-    full = packed.reshape(grid.panels, -1, PANEL).transpose(0, 2, 1).reshape(grid.panels * PANEL, -1)
+    if run := grid.run(plane):
+        full = mma_order.from_runs(packed, run, grid.shared_cols(plane))
+    else:
+        full = packed.reshape(grid.panels, -1, PANEL).transpose(0, 2, 1).reshape(grid.panels * PANEL, -1)
     return np.ascontiguousarray(full[: grid.rows, : plane.shape(grid.rows, grid.cols)[1]])
 
 
@@ -264,17 +275,16 @@ def _order(plane: Plane, grid: _Grid) -> _Order:
 
 
 def _fragment_order(encoding: str, grid: _Grid) -> _Order:
-    """Codes in chunks of a warp's fragments; two nibbles a byte, low first."""
+    """Codes in chunks of a warp's fragments; those that share a byte from its lowest bits up."""
     bits = ENCODINGS[encoding].bits
 
     def forth(codes: Array) -> Array:
         stored = mma_order.to_chunks(codes, encoding)
-        return stored[::2] | stored[1::2] << np.uint8(4) if bits == 4 else stored
+        return pack_bits(stored[None], bits)[0] if bits < 8 else stored
 
     def back(packed: Array) -> Array:
-        if bits == 4:
-            packed = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=1).reshape(-1)
-        return mma_order.from_chunks(packed, encoding, grid.width)
+        stored = unpack_bits(packed[None], bits, packed.size * 8 // bits)[0] if bits < 8 else packed
+        return mma_order.from_chunks(stored, encoding, grid.width)
 
     return _Order(forth, back)
 

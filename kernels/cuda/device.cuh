@@ -54,6 +54,9 @@ namespace edge {
 constexpr int kWarp = 32;
 constexpr uint32_t kAll = 0xffffffffu;
 
+struct alignas(8) Words2 {
+    uint32_t x, y;
+};
 struct alignas(16) Words4 {
     uint32_t x, y, z, w;
 };
@@ -113,14 +116,19 @@ EDGE_DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b,
 EDGE_DEVICE float product(float a, float b) { return a * b; }
 EDGE_DEVICE float quotient(float a, float b) { return a / b; }
 EDGE_DEVICE float reciprocal(float b) { return 1.0f / b; }  // of 2^-126 to 2^126
-EDGE_DEVICE Words4 load_weights(const void* p) { return *static_cast<const Words4*>(p); }
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+EDGE_DEVICE Words2 load_pair(const void* p) { return *static_cast<const Words2*>(p); }
 // `bytes` (1, 2, 4, 8 or 16, aligned to it) that this kernel does not write, as words; above them zeros.
 template <int bytes>
 EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
     if (reinterpret_cast<uintptr_t>(p) % bytes != 0) emu::fail("a load of %d bytes at %p", bytes, p);
     words[0] = 0;
     __builtin_memcpy(words, p, bytes);
+}
+// `bytes` (2, 4, 8 or 16) that no kernel writes; those read once are not kept in L1.
+template <int bytes, bool kOnce>
+EDGE_DEVICE void load_weights(const void* p, uint32_t* words) {
+    load_words<bytes>(p, words);
 }
 // 2^x; a result below 2^-126 is 0.
 EDGE_DEVICE float exp2_flushed(float x) {
@@ -139,6 +147,8 @@ EDGE_DEVICE uint32_t pack_halves(float low, float high) {
 // d (16x8) += a (16x32) b (32x8): bytes of a unsigned (kUnsigned) or signed, of b signed; fragments as the PTX
 // ISA's m16n8k32 has them (emulator/mma.h says how).
 using emu::mma_i8;
+// The same of half the columns, d (16x8) += a (16x16) b (16x8): m16n8k16.
+using emu::mma_i8_k16;
 
 // d (16x8) += a (16x16) b (16x8) in f16 or bf16, summed in f32: m16n8k16.
 using emu::mma_f16;
@@ -202,15 +212,31 @@ EDGE_DEVICE float reciprocal(float b) {  // as CUDA's own division has it where 
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
     return __fmaf_rn(r, __fmaf_rn(-b, r, 1.0f), r);
 }
-// 16 bytes that are read once: not kept in L1.
-EDGE_DEVICE Words4 load_weights(const void* p) {
-    Words4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
 EDGE_DEVICE Words4 load_cached(const void* p) { return *static_cast<const Words4*>(p); }
+EDGE_DEVICE Words2 load_pair(const void* p) { return *static_cast<const Words2*>(p); }
+template <int bytes, bool kOnce>
+EDGE_DEVICE void load_weights(const void* p, uint32_t* words) {
+    if constexpr (bytes == 16 && kOnce) {
+        asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+            : "l"(p));
+    } else if constexpr (bytes == 16) {
+        asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+            : "l"(p));
+    } else if constexpr (bytes == 8 && kOnce) {
+        asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+    } else if constexpr (bytes == 8) {
+        asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+    } else if constexpr (bytes == 4 && kOnce) {
+        asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    } else if constexpr (bytes == 4) {
+        asm("ld.global.nc.u32 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    } else {
+        static_assert(bytes == 2 && !kOnce);
+        asm("ld.global.nc.u16 %0, [%1];" : "=r"(words[0]) : "l"(p));
+    }
+}
 // Of what a launch before this one may have written: never by the read-only path, nor before wait_for_inputs().
 template <int bytes>
 EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
@@ -263,6 +289,23 @@ EDGE_DEVICE void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t 
             "{%0, %1, %2, %3};"
             : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+template <bool kUnsigned>
+EDGE_DEVICE void mma_i8_k16(int32_t (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+    if constexpr (kUnsigned) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b[0]));
     }
 }
 

@@ -84,9 +84,11 @@ struct EdgePrepare {
 /* One matrix of a linear launch, as packed for mma (engine/packing.py: m16). */
 struct EdgeMatrix {
     const uint8_t* codes;
+    const uint8_t* high; /* bits of codes above those in `codes`, or NULL */
     const void* scale;
-    const uint8_t* zero;
-    const void* second; /* nf4_g64_dq: scale2; nvfp4: super */
+    const void* shift; /* zero points, or minima (u8 or f16) */
+    const void* second; /* nf4_g64_dq: scale2; nvfp4 and k-quants: super */
+    const void* super_min;
     const float* offset;
     const float* bias;  /* or NULL */
     float* out;

@@ -1,7 +1,8 @@
 // y = W x on tensor cores, for weights of any packing m16 format.
 //
 // The order of every sum is a function of the matrix alone. Columns are cut into kSpans spans of whole units.
-// Inside a span, integers: the dot of a group is exact in int32, groups are added in ascending order by fma;
+// Inside a span, integers: the dot of a group is exact in int32, groups are added in ascending order by fma
+// (dot * (input scale * scale), and after it, where there is one, (sum of inputs * input scale) * minimum);
 // floats: mma's of 16 columns in ascending order, by groups where they have scales. Spans are added in
 // ascending order. So one token's outputs are the same bits in both kernels below, whatever shares the step:
 //   linear_split: eight warps of a block, each a span of one panel; for a few tokens, bound by the weights'
@@ -40,19 +41,47 @@ EDGE_DEVICE void fetch_inputs(Inputs<W>& x, const EdgeInputs& in, int block, int
 #pragma unroll
         for (int g = 0; g < W::kGroups; ++g) {
             const int at = (block * in.groups + unit * W::kGroups + g) * kTokenBlock + 2 * q;
-            for (int j = 0; j < 2; ++j) {
-                x.scale[g][j] = in.scales[at + j];
-                if constexpr (W::kSums) x.sum[g][j] = in.sums[at + j];
+            const Words2 scales = load_pair(in.scales + at);
+            x.scale[g][0] = float_of(scales.x);
+            x.scale[g][1] = float_of(scales.y);
+            if constexpr (W::kSums) {
+                const Words2 sums = load_pair(in.sums + at);
+                x.sum[g][0] = static_cast<int32_t>(sums.x);
+                x.sum[g][1] = static_cast<int32_t>(sums.y);
             }
         }
     }
 }
 
+// The inputs' fragment of one mma.
 template <class W>
-EDGE_DEVICE void input_fragment(const Inputs<W>& x, int step, uint32_t (&b)[2]) {
-    const Words4& c = x.codes[step / 2];
-    b[0] = step % 2 == 0 ? c.x : c.z;
-    b[1] = step % 2 == 0 ? c.y : c.w;
+EDGE_DEVICE void input_fragment(const Inputs<W>& x, int step, uint32_t (&b)[W::kWords / 2]) {
+    constexpr int kLoadSteps = 8 / W::kWords;
+    const Words4& c = x.codes[step / kLoadSteps];
+    const uint32_t words[4] = {c.x, c.y, c.z, c.w};
+    for (int i = 0; i < W::kWords / 2; ++i) b[i] = words[step % kLoadSteps * (W::kWords / 2) + i];
+}
+
+// The dots of a group, from where its offset or zero points put them: exact.
+template <class W>
+EDGE_DEVICE void dot_group(const uint32_t (&a)[W::kGroupSteps][W::kWords], const int32_t (&zero)[2],
+                           const Inputs<W>& x, int g, int32_t (&dot)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        dot[i] = 0;
+        if constexpr (W::kZero) dot[i] = -zero[i / 2] * x.sum[g][i % 2];
+        if constexpr (W::kOffset != 0) dot[i] = -W::kOffset * x.sum[g][i % 2];
+    }
+#pragma unroll
+    for (int s = 0; s < W::kGroupSteps; ++s) {
+        uint32_t b[W::kWords / 2];
+        input_fragment(x, g * W::kGroupSteps + s, b);
+        if constexpr (W::kWords == 2) {
+            mma_i8_k16<W::kUnsigned>(dot, a[s], b);
+        } else {
+            mma_i8<W::kUnsigned>(dot, a[s], b);
+        }
+    }
 }
 
 // Groups with their own scales: each dot by itself, then added.
@@ -61,29 +90,32 @@ EDGE_DEVICE void multiply_groups(const typename W::Unit& w, const Inputs<W> (&x)
                                  const uint32_t* table, float (&sum)[kBlocks][4]) {
 #pragma unroll
     for (int g = 0; g < W::kGroups; ++g) {
-        uint32_t a[W::kGroupSteps][4];
+        uint32_t a[W::kGroupSteps][W::kWords];
 #pragma unroll
         for (int s = 0; s < W::kGroupSteps; ++s) W::fragment(w, g * W::kGroupSteps + s, table, a[s]);
+        float scale[2] = {1.0f, 1.0f}, shift[2] = {0.0f, 0.0f};
+        int32_t zero[2] = {0, 0};
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if constexpr (W::kGrouped) scale[h] = W::group_scale(w, h, g);
+            if constexpr (W::kShift) shift[h] = W::group_shift(w, h, g);
+            if constexpr (W::kZero) zero[h] = static_cast<int32_t>(w.shift.bits(h, g));
+        }
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
             if constexpr (W::kInteger) {
-                int32_t dot[4] = {0, 0, 0, 0};
+                int32_t dot[4];
+                dot_group<W>(a, zero, x[n], g, dot);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    if constexpr (W::kZero) dot[i] = -w.zero[g][i / 2] * x[n].sum[g][i % 2];
-                    if constexpr (W::kSums && !W::kZero) dot[i] = -8 * x[n].sum[g][i % 2];
+                    const float by = W::kGrouped ? x[n].scale[g][i % 2] * scale[i / 2] : x[n].scale[g][i % 2];
+                    sum[n][i] = fused(static_cast<float>(dot[i]), by, sum[n][i]);
                 }
+                if constexpr (W::kShift) {
+                    const float all[2] = {static_cast<float>(x[n].sum[g][0]) * x[n].scale[g][0],
+                                          static_cast<float>(x[n].sum[g][1]) * x[n].scale[g][1]};
 #pragma unroll
-                for (int s = 0; s < W::kGroupSteps; ++s) {
-                    uint32_t b[2];
-                    input_fragment(x[n], g * W::kGroupSteps + s, b);
-                    mma_i8<W::kBits == 4>(dot, a[s], b);
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float scale =
-                        W::kGrouped ? x[n].scale[g][i % 2] * w.scale[g][i / 2] : x[n].scale[g][i % 2];
-                    sum[n][i] = fused(static_cast<float>(dot[i]), scale, sum[n][i]);
+                    for (int i = 0; i < 4; ++i) sum[n][i] = fused(all[i % 2], shift[i / 2], sum[n][i]);
                 }
             } else {
                 float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -94,7 +126,7 @@ EDGE_DEVICE void multiply_groups(const typename W::Unit& w, const Inputs<W> (&x)
                     mma_f16<W::kBfloat>(part, a[s], b);
                 }
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sum[n][i] = fused(part[i], w.scale[g][i / 2], sum[n][i]);
+                for (int i = 0; i < 4; ++i) sum[n][i] = fused(part[i], scale[i / 2], sum[n][i]);
             }
         }
     }
@@ -194,11 +226,11 @@ EDGE_DEVICE void linear_split(const EdgeLinear& args) {
     }
 }
 
-// Grid (ceil(panels / (2 * W::kTilePanels)), ceil(tokens / 64)), 128 threads; every matrix begins with a new
-// block of panels.
-template <class W>
+// Grid (ceil(panels / (2 * kPanels)), ceil(tokens / 64)), 128 threads; every matrix begins with a new block
+// of panels, of which a warp has kPanels: what registers hold.
+template <class W, int kPanels>
 EDGE_DEVICE void linear_tile(const EdgeLinear& args) {
-    constexpr int kThreads = kTileWarps * kTileWarps * kWarp, kPanels = W::kTilePanels;
+    constexpr int kThreads = kTileWarps * kTileWarps * kWarp;
     EDGE_SHARED float totals[kPanels * kTileBlocks * 4][kThreads];  // of spans before; a thread reads its own
     EDGE_SHARED uint32_t table[W::kTable ? 256 : 1];
     W::fill_table(table);

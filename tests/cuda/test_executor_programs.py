@@ -185,7 +185,7 @@ def test_decoders_of_every_format(on_gpu: Loader, name: str, kv: str) -> None:
         return
     assert most <= 0.08 and median <= 8e-3
     most, median = off(got, np.concatenate(other(CPU, part, *batches)))
-    assert most <= 0.03 and median <= 3e-3
+    assert most <= 0.03 and median <= 4e-3
 
 
 def test_layers_heads_windows_and_caps_together(on_gpu: Loader) -> None:

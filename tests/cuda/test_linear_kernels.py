@@ -24,6 +24,17 @@ from edge_runtime.engine.formats import FORMATS, Array, get_format
 from edge_runtime.engine.packing import pack
 
 NAMES = sorted(name for name in FORMATS if has_kernels(name))
+FIELDS = {  # of rec.Matrix, by plane
+    "high": "high",
+    "scale": "scale",
+    "scale_min": "scale",
+    "zero": "shift",
+    "min": "shift",
+    "scale2": "second",
+    "super": "second",
+    "super_min": "super_min",
+    "offset": "offset",
+}
 SHAPES = ((33, 70), (16, 64), (5, 520), (130, 1100))  # rows, columns
 
 
@@ -129,10 +140,8 @@ class Case:
         return np.array(out.view(np.float32, (self.tokens, self.rows)))
 
     def matrix(self, out: int) -> rec.Matrix:
-        first = {"codes": next(iter(self.packed.values())), "scale": self.packed.get("scale")}
-        first |= {"zero": self.packed.get("zero"), "offset": self.packed.get("offset")}
-        first["second"] = self.packed.get("scale2", self.packed.get("super"))
-        planes = {name: self.at(a) for name, a in first.items() if a is not None}
+        planes = {"codes": self.at(next(iter(self.packed.values())))}
+        planes |= {FIELDS[name]: self.at(a) for name, a in self.packed.items() if name in FIELDS}
         return rec.Matrix(**planes, out=out, scale_all=1.0, rows=self.rows)
 
     def split(self, blocks: int, count: int, **more: bool) -> Array:

@@ -13,12 +13,14 @@ from device_programs import NAMES
 from edge_runtime.engine import mma_order, packing
 from edge_runtime.engine.formats import ENCODINGS, FORMATS, Array, get_format
 from edge_runtime.engine.formats.codes import pack_bits
-from edge_runtime.engine.mma_order import CHUNK_BYTES, chunk_columns, chunk_order, from_chunks, to_chunks
+from edge_runtime.engine.mma_order import chunk_columns, chunk_order, from_chunks, to_chunks
 from edge_runtime.engine.packing import cuda_packing, pack, packed_nbytes, plane_items, unpack
 from edge_runtime.errors import Unsupported, ValueOutOfRange
 
 TAILS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 193, 255, 1023)
-ENCODED = sorted({get_format(name).codes[0].encoding for name in NAMES})
+ENCODED = sorted({plane.encoding for name in NAMES for plane in get_format(name).codes})
+COLUMNS = {"i8": 32, "f16": 16, "bf16": 16, "e4m3": 32, "e5m2": 32}  # of a chunk; others 64
+INTEGER = ("i8", "u4", "u4o8", "u4o16", "u4o32", "u2", "u2o2", "u2o4", "u1")
 GOLDEN = Path(__file__).parents[1] / "engine" / "golden"
 PACKED = Path(__file__).with_name("packed_m16.json")
 
@@ -28,13 +30,13 @@ def random_planes(name: str, rows: int, cols: int) -> dict[str, Array]:
     rng = np.random.default_rng(rows * 10007 + cols)
     fmt = get_format(name)
     planes = fmt.encode(rng.uniform(-9, 5, (rows, cols)).astype(np.float32))
-    (codes,) = fmt.codes
-    bits = ENCODINGS[codes.encoding].bits
-    if bits < 8:
-        planes[codes.name] = pack_bits(rng.integers(0, 1 << bits, (rows, cols), dtype=np.uint8), bits)
-    else:
-        data = planes[codes.name].view(np.uint8)
-        data[:] = rng.integers(0, 256, data.shape)
+    for codes in fmt.codes:
+        bits = ENCODINGS[codes.encoding].bits
+        if bits < 8:
+            planes[codes.name] = pack_bits(rng.integers(0, 1 << bits, (rows, cols), dtype=np.uint8), bits)
+        else:
+            data = planes[codes.name].view(np.uint8)
+            data[:] = rng.integers(0, 256, data.shape)
     return planes
 
 
@@ -49,13 +51,19 @@ def same(a: dict[str, Array], b: dict[str, Array]) -> bool:
 
 
 def place(encoding: str, row: int, column: int) -> int:
-    """In a chunk, where the code of a row and column lies: its item of a lane's 16 bytes, from the module's
-    table. Items are nibbles, bytes or halves; nibbles count low first."""
+    """In a chunk, where the code of a row and column lies: its item of a lane's bytes, from the module's
+    table. Items are bits, pairs of them, nibbles, bytes or halves; those of a byte count from the lowest."""
     w_row, r = row // 8, row % 8
+    if encoding in INTEGER and ENCODINGS[encoding].bits < 4:  # k = 32*m + 16*half + 4*q + i
+        m, half, q, i = column // 32, column // 16 % 2, column // 4 % 4, column % 4
+        lane, word = 4 * r + q, 2 * half + w_row
+        if encoding == "u1":  # bit 4m + w of byte i
+            return (lane * 4 + i) * 8 + 4 * m + word
+        return (lane * 8 + 4 * m + i) * 4 + word  # bits 2w, 2w + 1 of byte i of word m
     if encoding == "i8":  # k = 16*half + 4*q + i
         half, q, item = column // 16, column // 4 % 4, column % 4
         items = 4
-    elif encoding in ("u4", "u4o8"):  # k = 32*m + 16*half + 4*q + i
+    elif encoding in INTEGER:  # k = 32*m + 16*half + 4*q + i
         m, half, q, i = column // 32, column // 16 % 2, column // 4 % 4, column % 4
         item, items = 2 * i + m, 8
     elif encoding in ("f16", "bf16"):  # k = 8*half + 2*q + i
@@ -68,30 +76,31 @@ def place(encoding: str, row: int, column: int) -> int:
     return (lane * 4 + word) * items + item
 
 
-def slow_codes(name: str, planes: dict[str, Array], rows: int, cols: int) -> bytes:
-    """The plane of codes, placed one by one."""
+def slow_codes(name: str, plane: str, planes: dict[str, Array], rows: int, cols: int) -> bytes:
+    """A plane of codes, placed one by one."""
     fmt = get_format(name)
-    (plane,) = fmt.codes
-    encoding = plane.encoding
-    bits = ENCODINGS[encoding].bits
-    per = {"i8": 32, "u4": 64, "u4o8": 64, "f16": 16, "bf16": 16, "e4m3": 32, "e5m2": 32}.get(encoding, 64)
+    record = fmt.plane(plane)
+    assert record is not None
+    bits, per = ENCODINGS[record.encoding].bits, COLUMNS.get(record.encoding, 64)
     unit = max(fmt.group or 64, 64)
     chunks = -(-cols // unit) * unit // per
     panels = -(-rows // 16)
-    out = [0] * (panels * chunks * 512 * 8 // bits)
-    raw = planes[plane.name].view(f"<u{planes[plane.name].itemsize}").tolist()
+    out = [0] * (panels * chunks * 16 * per)
+    raw = planes[plane].view(f"<u{planes[plane].itemsize}").tolist()
+    share = max(1, 8 // bits)  # codes of a byte
     for row in range(rows):
         for col in range(cols):
-            value = raw[row][col // 2] >> (4 * (col % 2)) & 15 if bits == 4 else raw[row][col]
-            start = (row // 16 * chunks + col // per) * (512 * 8 // bits)
-            out[start + place(encoding, row % 16, col % per)] = value
-    if bits == 4:
-        return bytes(low | high << 4 for low, high in zip(out[::2], out[1::2], strict=True))
+            value = raw[row][col // share] >> (bits * (col % share)) & ((1 << bits) - 1)
+            start = (row // 16 * chunks + col // per) * 16 * per
+            out[start + place(record.encoding, row % 16, col % per)] = value
+    if bits < 8:
+        joined = zip(*(out[i::share] for i in range(share)), strict=True)
+        return bytes(sum(value << bits * i for i, value in enumerate(byte)) for byte in joined)
     return b"".join(value.to_bytes(bits // 8, "little") for value in out)
 
 
 def slow_shared(name: str, plane: str, planes: dict[str, Array], rows: int, cols: int) -> bytes:
-    """Scales and the like: [panel][group][16 rows], one a row, or one in all."""
+    """Scales and the like: [panel][run][r][row r, row r + 8][items of a run], one a row, or one in all."""
     fmt = get_format(name)
     record = fmt.plane(plane)
     assert record is not None
@@ -99,15 +108,28 @@ def slow_shared(name: str, plane: str, planes: dict[str, Array], rows: int, cols
     raw = data.view(f"<u{data.itemsize}").tolist()
     if record.whole:
         return data.tobytes()
-    unit = max(fmt.group or 64, 64)
+    panels, unit = range(-(-rows // 16)), max(fmt.group or 64, 64)
     width = -(-cols // unit) * unit
-    groups = 1 if record.per == "row" else -(-width // int(record.per))
-    out = []
-    for panel in range(-(-rows // 16)):
-        for g in range(groups):
-            for row in range(16 * panel, 16 * panel + 16):
-                out.append(raw[row][g] if row < rows and g < len(raw[row]) else 0)
+    if record.per == "row":
+        items = [(16 * panel + row, 0) for panel in panels for row in range(16)]
+    else:
+        run = max(unit, int(record.per))  # columns
+        each = run // int(record.per)
+        items = [
+            (16 * panel + row, at * each + item)
+            for panel in panels
+            for at in range(-(-width // run))
+            for r in range(8)
+            for row in (r, r + 8)
+            for item in range(each)
+        ]
+    out = [raw[row][g] if row < rows and g < len(raw[row]) else 0 for row, g in items]
     return b"".join(value.to_bytes(data.itemsize, "little") for value in out)
+
+
+def slow(name: str, plane: str, planes: dict[str, Array], rows: int, cols: int) -> bytes:
+    is_codes = plane in {p.name for p in get_format(name).codes}
+    return (slow_codes if is_codes else slow_shared)(name, plane, planes, rows, cols)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,11 +138,8 @@ def test_bytes_are_those_of_the_spec(name: str, shape: tuple[int, int]) -> None:
     """Padding codes, scales and zero points are 0: the slow reading leaves 0 where it puts nothing."""
     planes = random_planes(name, *shape)
     packed = pack(name, "m16", planes, *shape)
-    codes = get_format(name).codes[0].name
     for plane, data in packed.items():
-        slow = slow_codes if plane == codes else None
-        want = slow(name, planes, *shape) if slow else slow_shared(name, plane, planes, *shape)
-        assert data.tobytes() == want, plane
+        assert data.tobytes() == slow(name, plane, planes, *shape), plane
 
 
 # --- PTX: which value of A a lane holds in which register --------------------------------------------------
@@ -145,13 +164,14 @@ def ptx_element(bits: int, lane: int, i: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_a_lane_s_words_are_its_fragments(encoding: str) -> None:
-    """A lane's 16 bytes, decoded as the kernels do, are fragments of consecutive products: registers in PTX's
-    order, of bytes or halves. The columns of A are those of the inputs, in products of 32 or 16."""
+    """A lane's bytes, decoded as the kernels do, are fragments of consecutive products: registers in PTX's
+    order, of bytes or halves. The columns of A are those of the inputs, in products of 32 or 16. (Those of 16
+    columns of bytes, m16n8k16, have the first or the last two registers of one of 32.)"""
     bits = ENCODINGS[encoding].bits
-    integer = encoding in ("i8", "u4", "u4o8")
+    integer = encoding in INTEGER
     columns = chunk_columns(encoding)
     codes = np.arange(16 * columns).reshape(16, columns)
-    stored = to_chunks(codes, encoding).reshape(32, 4, 32 // bits)  # lane, word, item
+    stored = to_chunks(codes, encoding).reshape(32, -1, 32 // bits)  # lane, word, item
     product = 32 if integer else 16  # columns of one
     for step in range(columns // product):
         for lane in range(32):
@@ -161,6 +181,10 @@ def test_a_lane_s_words_are_its_fragments(encoding: str) -> None:
                 word, within = i // each, i % each
                 if bits == 16 or encoding == "i8":
                     item = within
+                elif encoding == "u1":  # bit 4m + w of the byte
+                    word, item = 0, 8 * within + 4 * step + word
+                elif bits == 2:  # w-th two bits of the byte, in a word for each product
+                    word, item = step, 4 * within + word
                 elif integer:  # low or high nibble of the byte
                     item = 2 * within + step
                 else:  # byte or nibble 2m + i
@@ -171,7 +195,8 @@ def test_a_lane_s_words_are_its_fragments(encoding: str) -> None:
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_orders_are_permutations(encoding: str) -> None:
     order = chunk_order(encoding)
-    assert order.size == 16 * chunk_columns(encoding) == CHUNK_BYTES * 8 // ENCODINGS[encoding].bits
+    columns = COLUMNS.get(encoding, 64)
+    assert chunk_columns(encoding) == columns and order.size == 16 * columns
     assert np.array_equal(np.sort(order), np.arange(order.size))
     codes = np.random.default_rng(1).integers(0, 99, (48, 3 * chunk_columns(encoding)))
     stored = to_chunks(codes, encoding)
@@ -209,14 +234,17 @@ def test_padding_is_zero_bits(name: str) -> None:
     """All codes are ones, so what is 0 is padding: exactly as many codes as the matrix has not."""
     rows, cols, fmt = 18, 67, get_format(name)
     planes = random_planes(name, rows, cols)
-    (codes,) = fmt.codes
-    bits = ENCODINGS[codes.encoding].bits
-    ones = pack_bits(np.full((rows, cols), 15, np.uint8), 4) if bits == 4 else planes[codes.name]
-    if bits > 4:
-        ones.view(np.uint8)[:] = 0xFF
-    packed = pack(name, "m16", {**planes, codes.name: ones}, rows, cols)[codes.name].view(np.uint8)
-    set_bits = int(np.unpackbits(packed).sum())
-    assert set_bits == rows * cols * bits < packed.size * 8
+    for codes in fmt.codes:
+        bits = ENCODINGS[codes.encoding].bits
+        if bits < 8:
+            planes[codes.name] = pack_bits(np.full((rows, cols), (1 << bits) - 1, np.uint8), bits)
+        else:
+            planes[codes.name].view(np.uint8)[:] = 0xFF
+    packed = pack(name, "m16", planes, rows, cols)
+    for codes in fmt.codes:
+        data = packed[codes.name].view(np.uint8)
+        set_bits = int(np.unpackbits(data).sum())
+        assert set_bits == rows * cols * ENCODINGS[codes.encoding].bits < data.size * 8
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -231,7 +259,7 @@ def test_sizes_follow_from_the_record(name: str) -> None:
 
 def test_which_formats_have_it() -> None:
     assert {name for name in FORMATS if cuda_packing(name) == "m16"} == set(NAMES)
-    for name in ("f32", "int3_g64", "q4_k", "int8_row_o128", "int4_g32_min"):
+    for name in ("f32", "int8_row_o128"):
         assert cuda_packing(name) == "rows"
         with pytest.raises(Unsupported, match=f"{name} has no packing 'm16'; use rows or n16"):
             plane_items(name, "m16", 16, 64)
@@ -258,12 +286,7 @@ def golden_digests() -> dict[str, dict[str, dict[str, str]]]:
             planes[plane.name] = np.frombuffer(data, dtype).reshape(plane.shape(rows, cols))
         out[name] = {}
         for plane in fmt.planes:
-            slow = plane.name == fmt.codes[0].name
-            data = (
-                slow_codes(name, planes, rows, cols)
-                if slow
-                else slow_shared(name, plane.name, planes, rows, cols)
-            )
+            data = slow(name, plane.name, planes, rows, cols)
             out[name][plane.name] = {"first": data[:64].hex(), "sha256": hashlib.sha256(data).hexdigest()}
             packed = pack(name, "m16", planes, rows, cols)[plane.name]
             assert packed.tobytes() == data

@@ -49,14 +49,14 @@ def test_figures_by_hand() -> None:
     want = {
         "answer": 64,  # a status and five ids: 24 bytes
         "codes": 64 * 128 * 2,  # a tile of 64 tokens; 64 columns are padded to 128, of f16 at most
-        "scales": 64 * 4 * 4,  # a group of 32 has one
-        "sums": 64 * 4 * 4,
+        "scales": 64 * 8 * 4,  # a group of 16 has one
+        "sums": 64 * 8 * 4,
         "angles": 20 * 2 * 4 * 4,
         "partial": 8 * 4 * (1 * 8 + 4) * 4,  # of 8 tokens, 4 heads: one chunk of 8 sums; its softmax in 4
         "rows": 5 * 32 * 4,
         "logits": 5 * 64 * 4,
-        "keys": 8 * 5 * 64,
-        "top": 2 * 4 * 5 * 64,
+        "keys": 8 * 5 * 72,
+        "top": 2 * 4 * 5 * 72,
         "history": 4 * 64 * 5,
         "move": 576,  # 4 * (2 * 64 + 4) = 528
     }

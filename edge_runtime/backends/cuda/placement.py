@@ -21,7 +21,17 @@ from edge_runtime.engine.packing import cuda_packing, pack, plane_items, unpack
 from edge_runtime.errors import BadEngineFile
 
 # Fields of rec.Matrix by plane; the first plane of codes is `codes` whatever it is called
-_FIELDS = {"scale": "scale", "zero": "zero", "scale2": "second", "super": "second", "offset": "offset"}
+_FIELDS = {
+    "high": "high",
+    "scale": "scale",
+    "scale_min": "scale",
+    "zero": "shift",
+    "min": "shift",
+    "scale2": "second",
+    "super": "second",
+    "super_min": "super_min",
+    "offset": "offset",
+}
 
 
 class Placement:

@@ -54,9 +54,11 @@ class Matrix(Structure):
 
     _fields_ = [
         ("codes", c_void_p),
+        ("high", c_void_p),
         ("scale", c_void_p),
-        ("zero", c_void_p),
+        ("shift", c_void_p),
         ("second", c_void_p),
+        ("super_min", c_void_p),
         ("offset", c_void_p),
         ("bias", c_void_p),
         ("out", c_void_p),

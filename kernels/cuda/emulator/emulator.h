@@ -74,6 +74,12 @@ template <bool kUnsigned>
 inline void mma_i8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EDGE_EMU_WHERE) {
     multiply(d, a, b, product_i8<kUnsigned>, file, line);
 }
+// m16n8k16 on bytes is m16n8k32 without its last 16 columns.
+template <bool kUnsigned>
+inline void mma_i8_k16(int32_t (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], EDGE_EMU_WHERE) {
+    const uint32_t wide_a[4] = {a[0], a[1], 0, 0}, wide_b[2] = {b[0], 0};
+    multiply(d, wide_a, wide_b, product_i8<kUnsigned>, file, line);
+}
 template <bool kBfloat>
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EDGE_EMU_WHERE) {
     multiply(d, a, b, product_f16<kBfloat>, file, line);
