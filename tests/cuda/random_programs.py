@@ -129,7 +129,7 @@ class Drawing:
         q, k, v = self.source(16), self.source(8), self.source(8)
         if q is None or k is None or v is None:
             return
-        for x in self.pick((q, k), (k, q), (q,), (k,), (), (v,), (k, v), (q, q)):
+        for x in self.pick((q, k), (k, q), (q,), (k,), (), (v,), (k, v), (q, q), (k, k)):
             self.rope(x)
         if self.pick(False, False, True):
             self.sum(self.pick(q, k))

@@ -172,3 +172,15 @@ def test_two_threads_take_turns(on_gpu: Loader) -> None:
             found.append([executor.read_page(page) for page in TABLES[:2, :2].reshape(-1).tolist()])
     assert all(equal(a, b) for a, b in zip(*found, strict=True))
     assert not equal(found[0][0], found[0][2])
+
+
+def test_what_moves_nothing_costs_nothing(on_gpu: Loader, fake_gpu: FakeCuda) -> None:
+    part = model("f16", kv="f16", layers=1)
+    with opened(on_gpu(part)) as executor:
+        executor.forward(step((0, 0, ids(20))))
+        with costs(fake_gpu):
+            executor.copy_page(3, 3)
+            executor.move(TABLES[0], i32([2, 7]), i32([2, 7]))
+            executor.move(TABLES[0], i32([]), i32([]))
+        executor.copy_page(3, 9)
+        assert equal(executor.read_page(9), executor.read_page(3))

@@ -248,6 +248,11 @@ CASES: dict[str, tuple[tuple[AnyOp, ...], list[str]]] = {
         ["plain int64", "linear q k v", "rotate q 0", "rotate q 0", "append None", "attention", "plain int64",
          "linear y"],
     ),
+    "a key that turns twice": (
+        (*PROJECTED, rope("k"), rope("k"), STORE, QUERY, linear("a", "y", "o")),
+        ["plain int64", "linear q k v", "rotate k 0", "append None 0", "attention", "plain int64",
+         "linear y"],
+    ),
     "attention and ffn beside each other": (
         (NORM, linear("n", "q"), linear("n", "k", "wk"), linear("n", "v", "wv"), rope("q"), rope("k"), STORE,
          QUERY, linear("a", "u", "o"), Add(a="x", b="u", out="u"), linear("n", "g", "b"),
