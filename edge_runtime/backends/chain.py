@@ -29,7 +29,9 @@ def run_chain(executor: _Forward, batch: StepBatch, count: int) -> Array:
 
 
 def check_chain(batch: StepBatch) -> None:
-    """Raises BadRequest unless every sequence has one token, and one row of logits."""
+    """Raises BadRequest unless every sequence has one token, not of a tree, and one row of logits."""
+    if batch.parents is not None or batch.places is not None:
+        raise BadRequest("a chain follows positions; it takes no tree (parents, places)")
     if not len(batch.tokens) == len(batch.logit_rows) == len(batch.page_tables):
         raise BadRequest(
             f"a chain takes one token and one row of logits of each sequence; got {len(batch.tokens)} "
