@@ -32,7 +32,7 @@ def packed(values: np.ndarray, fmt: str, packing: str) -> PackedTensor:
 
 
 def random_weights(program: Program, formats: Mapping[str, str], seed: int = 0) -> dict[str, PackedTensor]:
-    """Matrices around zero; norm weights around one, inv_freq as Llama has it, orders of gather a permutation."""
+    """Matrices around zero; norm weights around one, inv_freq as Llama has it, orders a permutation."""
     rng = np.random.default_rng(seed)
     orders = {op.order for op in program.ops if type(op).__name__ == "Gather"}
     freqs = {op.inv_freq for op in program.ops if type(op).__name__ == "Rope"}

@@ -1,4 +1,4 @@
-"""The job under AddressSanitizer: a decoder's steps in every form of its products, reads and writes watched."""
+"""The job under AddressSanitizer: a decoder's steps in every form of its products."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def c_header() -> str:
         *("  " + ", ".join(_c_float(v) for v in DYNAMIC[i : i + 4]) + "," for i in range(0, 256, 4)),
         "};",
         "",
-        "#ifndef __CUDACC_RTC__ /* what follows names formats to the host; a kernel is compiled for its own */",
+        "#ifndef __CUDACC_RTC__ /* names formats to the host; a kernel is compiled for its own */",
         _STRUCT,
         "EDGE_TABLE struct EdgeFormat EDGE_FORMATS[EDGE_FORMAT_COUNT] = {",
         *(_format_row(FORMATS[name]) for name in names),
