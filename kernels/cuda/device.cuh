@@ -1,5 +1,5 @@
-// What the kernels need of a device, in two variants: inline PTX for a GPU (NVRTC, sm_80 and newer), plain C++ for
-// the host emulator of tests. Everything above this header is shared by both.
+// What the kernels need of a device, in two variants: inline PTX for a GPU (NVRTC, sm_80 and newer), plain
+// C++ for the host emulator of tests. Everything above this header is shared by both.
 #pragma once
 
 #include "edge_cuda.h"
@@ -15,8 +15,8 @@ EDGE_DEVICE void wait_for_inputs() {}
 #define EDGE_SHARED __shared__
 namespace edge {
 // From sm_90 on a launch may begin while the one before it still runs (programmatic dependent launch). Every
-// kernel waits for that one's end, and so for all before it, before it reads what they wrote or writes; one that
-// has something to do until then calls wait_for_inputs() itself.
+// kernel waits for that one's end, and so for all before it, before it reads what they wrote or writes; one
+// that has something to do until then calls wait_for_inputs() itself.
 EDGE_DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -76,15 +76,15 @@ EDGE_DEVICE float half_to_float(uint16_t h) { return static_cast<float>(__builti
 EDGE_DEVICE uint16_t float_to_half(float v) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(v)); }
 EDGE_DEVICE uint32_t half2_mul(uint32_t a, uint32_t b) {
     const auto one = [](uint32_t x, uint32_t y) {
-        return uint32_t{float_to_half(half_to_float(static_cast<uint16_t>(x)) *
-                                      half_to_float(static_cast<uint16_t>(y)))};
+        return uint32_t{
+            float_to_half(half_to_float(static_cast<uint16_t>(x)) * half_to_float(static_cast<uint16_t>(y)))};
     };
     return one(a, b) | one(a >> 16, b >> 16) << 16;
 }
 EDGE_DEVICE uint32_t half2_sub(uint32_t a, uint32_t b) {
     const auto one = [](uint32_t x, uint32_t y) {
-        return uint32_t{float_to_half(half_to_float(static_cast<uint16_t>(x)) -
-                                      half_to_float(static_cast<uint16_t>(y)))};
+        return uint32_t{
+            float_to_half(half_to_float(static_cast<uint16_t>(x)) - half_to_float(static_cast<uint16_t>(y)))};
     };
     return one(a, b) | one(a >> 16, b >> 16) << 16;
 }
@@ -105,7 +105,8 @@ EDGE_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
 EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t both = a | static_cast<uint64_t>(b) << 32;
     uint32_t out = 0;
-    for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    for (int i = 0; i < 4; ++i)
+        out |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return out;
 }
 EDGE_DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }
@@ -136,7 +137,9 @@ EDGE_DEVICE float exp2_flushed(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 EDGE_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }  // to an ulp
-EDGE_DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }  // of NaN and a number the number
+EDGE_DEVICE float larger(float a, float b) {
+    return __builtin_fmaxf(a, b);
+}  // of NaN and a number the number
 EDGE_DEVICE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
 EDGE_DEVICE double product(double a, double b) { return a * b; }
 EDGE_DEVICE double round_even(double x) { return __builtin_nearbyint(x); }
@@ -144,8 +147,8 @@ EDGE_DEVICE uint32_t pack_halves(float low, float high) {
     return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
 
-// d (16x8) += a (16x32) b (32x8): bytes of a unsigned (kUnsigned) or signed, of b signed; fragments as the PTX
-// ISA's m16n8k32 has them (emulator/mma.h says how).
+// d (16x8) += a (16x32) b (32x8): bytes of a unsigned (kUnsigned) or signed, of b signed; fragments as the
+// PTX ISA's m16n8k32 has them (emulator/mma.h says how).
 using emu::mma_i8;
 // The same of half the columns, d (16x8) += a (16x16) b (16x8): m16n8k16.
 using emu::mma_i8_k16;
@@ -192,7 +195,9 @@ EDGE_DEVICE uint32_t half2_fma(uint32_t a, uint32_t b, uint32_t c) {
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
-EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+EDGE_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
 EDGE_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -237,13 +242,14 @@ EDGE_DEVICE void load_weights(const void* p, uint32_t* words) {
         asm("ld.global.nc.u16 %0, [%1];" : "=r"(words[0]) : "l"(p));
     }
 }
-// Of what a launch before this one may have written: never by the read-only path, nor before wait_for_inputs().
+// Of what a launch before this one may have written: never by the read-only path, nor before
+// wait_for_inputs().
 template <int bytes>
 EDGE_DEVICE void load_words(const void* p, uint32_t* words) {
     if constexpr (bytes == 16) {
         asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-            : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-            : "l"(p));
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                     : "l"(p));
     } else if constexpr (bytes == 8) {
         asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
     } else if constexpr (bytes == 4) {
@@ -313,7 +319,8 @@ template <bool kBfloat>
 EDGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (kBfloat) {
         asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+            "%9}, "
             "{%0, %1, %2, %3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -41,13 +41,13 @@ enum edge_cuda_count {
  * graph serves every step of its size. Rows at and beyond counts[EDGE_TOKENS] hold nothing and are skipped.
  */
 struct EdgeStep {
-    int32_t* counts;          /* (EDGE_COUNTS), by edge_cuda_count */
-    int32_t* tokens;          /* (T) ids */
-    int32_t* positions;       /* (T) */
-    const int32_t* sequence;  /* (T) row of page_tables */
-    int32_t* places;          /* (T) where the token's key lies; its position unless in a tree */
-    const int32_t* parents;   /* (T) row of the token one position before, -1 = it is in the cache */
-    const int32_t* bends;     /* (T) first position whose key lies where an ancestor was put, INT_MAX = none */
+    int32_t* counts;         /* (EDGE_COUNTS), by edge_cuda_count */
+    int32_t* tokens;         /* (T) ids */
+    int32_t* positions;      /* (T) */
+    const int32_t* sequence; /* (T) row of page_tables */
+    int32_t* places;         /* (T) where the token's key lies; its position unless in a tree */
+    const int32_t* parents;  /* (T) row of the token one position before, -1 = it is in the cache */
+    const int32_t* bends;    /* (T) first position whose key lies where an ancestor was put, INT_MAX = none */
     const int32_t* page_tables; /* (S, counts[EDGE_TABLE_STRIDE]) page of each run of a sequence */
     const int32_t* logit_rows;  /* (L) */
     uint32_t* status;
@@ -86,15 +86,15 @@ struct EdgeMatrix {
     const uint8_t* codes;
     const uint8_t* high; /* bits of codes above those in `codes`, or NULL */
     const void* scale;
-    const void* shift; /* zero points, or minima (u8 or f16) */
+    const void* shift;  /* zero points, or minima (u8 or f16) */
     const void* second; /* nf4_g64_dq: scale2; nvfp4 and k-quants: super */
     const void* super_min;
     const float* offset;
-    const float* bias;  /* or NULL */
+    const float* bias; /* or NULL */
     float* out;
-    const float* add;   /* or NULL: out = add + add_scale * (W x + bias) */
+    const float* add;           /* or NULL: out = add + add_scale * (W x + bias) */
     float add_scale, scale_all; /* scale_all multiplies W x + bias (the logits op's scale) */
-    int32_t rows, first_panel; /* the launch's panels before this matrix's first */
+    int32_t rows, first_panel;  /* the launch's panels before this matrix's first */
 };
 
 #define EDGE_MATRICES 4
@@ -127,7 +127,7 @@ struct EdgeUpdate {
 struct EdgeUpdated {
     float* out; /* (rows of x, rows) */
     float scale;
-    int32_t op;   /* number of the op among the program's linear and logits ops */
+    int32_t op;                /* number of the op among the program's linear and logits ops */
     int32_t rows, first_panel; /* panels of 32 rows, of the launch, before this matrix's first */
 };
 struct EdgeLowRank {
@@ -170,7 +170,8 @@ struct EdgeAngles {
     float scale;
 };
 
-/* One side of a cache slot: pages [page][kv head][page_tokens] rows of head_dim values, planes as in kv.py. */
+/* One side of a cache slot: pages [page][kv head][page_tokens] rows of head_dim values, planes as in kv.py.
+ */
 struct EdgeKv {
     uint8_t* codes;
     void* scale;
@@ -181,14 +182,15 @@ struct EdgeKv {
 struct EdgeRopeAppend {
     EdgeStep step;
     EdgeKv k, v;
-    float* q;             /* rotated in place; NULL where only keys and values are stored */
-    float* key;           /* rotated in place too */
+    float* q;   /* rotated in place; NULL where only keys and values are stored */
+    float* key; /* rotated in place too */
     const float* value;
-    const float* angles;  /* of q and k alike; NULL for no rotation */
+    const float* angles; /* of q and k alike; NULL for no rotation */
     int32_t heads, kv_heads, freqs, page_tokens;
 };
 
-/* Rows of keys and values copied from places to places of a sequence, in this order: both ascend, and none moves up. */
+/* Rows of keys and values copied from places to places of a sequence, in this order: both ascend, and none
+ * moves up. */
 struct EdgeMove {
     EdgeKv k, v;
     const int32_t* pages;   /* the sequence's row of page tables */
@@ -208,12 +210,13 @@ struct EdgeAttention {
     float* out; /* may be q */
     float* partial;
     int32_t heads, kv_heads, page_tokens;
-    int32_t chunks; /* of the longest context that the launch may meet */
-    int32_t window; /* 0 = none */
+    int32_t chunks;       /* of the longest context that the launch may meet */
+    int32_t window;       /* 0 = none */
     float scale, softcap; /* softcap only in kernels that have one */
 };
 
-/* Logits (L, vocab) brought to their end in place (check, soft cap), and their likeliest tokens: sample.cuh. */
+/* Logits (L, vocab) brought to their end in place (check, soft cap), and their likeliest tokens: sample.cuh.
+ */
 #define EDGE_SLICE 4096     /* logits of a row that one block looks at */
 #define EDGE_SLICES_MAX 128 /* of a row */
 #define EDGE_TOP_MAX 72     /* greatest k: one more than top-k of 64 keeps, and then some */
@@ -224,7 +227,8 @@ struct EdgeSample {
     float* top;       /* (L, k) values, descending; NULL where k is 0 */
     int32_t* top_ids; /* (L, k) */
     uint64_t* keys;   /* (L, max(k, 1), slices), scratch: the likeliest of each slice */
-    int32_t* history; /* (steps, L) tokens of a chain, or NULL; `advance` writes row counts[EDGE_CHAIN_STEP] */
+    int32_t*
+        history; /* (steps, L) tokens of a chain, or NULL; `advance` writes row counts[EDGE_CHAIN_STEP] */
     int32_t vocab, k, slices; /* slices = ceil(vocab / EDGE_SLICE); 0 <= k <= min(vocab, EDGE_TOP_MAX) */
     float softcap;            /* 0 = none */
 };
