@@ -20,10 +20,13 @@ from edge_runtime.engine.device_code import (
     matrix_kernels,
     source,
 )
-from edge_runtime.engine.formats import FORMATS, Array, get_format
+from edge_runtime.engine.formats import ENCODINGS, FORMATS, Array, Format, get_format
+from edge_runtime.engine.formats.codes import pack_bits
 from edge_runtime.engine.packing import pack
 
 NAMES = sorted(name for name in FORMATS if has_kernels(name))
+INTEGER = [name for name in NAMES if matrix_kernels(name).kind.startswith("int")]
+SPANS = 8  # kSpans of linear.cuh
 FIELDS = {  # of rec.Matrix, by plane
     "high": "high",
     "scale": "scale",
@@ -48,18 +51,35 @@ def _all(kernels: MatrixKernels) -> list[Any]:
     return [*kernels.split.values(), kernels.deep, kernels.tile, kernels.embed]
 
 
-class Case:
-    """A matrix in a format and inputs of `tokens` rows, as the kernels get them."""
+def scattered(fmt: Format, planes: dict[str, Array], shape: tuple[int, int], seed: int) -> dict[str, Array]:
+    """Planes with any codes, and any whole numbers that stand for scales and minima."""
+    rng, made = np.random.default_rng(seed), dict(planes)
+    for plane in fmt.planes:
+        bits = ENCODINGS[plane.encoding].bits
+        whole = fmt.plane("super") is not None and plane.encoding in ("i8", "u8", "u4u4")
+        if plane.per == 1 and bits < 8:
+            made[plane.name] = pack_bits(rng.integers(0, 1 << bits, shape, dtype=np.uint8), bits)
+        elif whole:
+            data = rng.integers(0, 256, planes[plane.name].shape, dtype=np.uint8)
+            made[plane.name] = data.view(planes[plane.name].dtype)
+    return made
 
-    def __init__(self, name: str, rows: int, cols: int, tokens: int, seed: int = 0) -> None:
+
+class Case:
+    """A matrix in a format and inputs of `tokens` rows, as the kernels get them; scattered: any codes."""
+
+    def __init__(
+        self, name: str, rows: int, cols: int, tokens: int, seed: int = 0, *, scatter: bool = False
+    ) -> None:
         rng = np.random.default_rng(seed)
         self._memory: dict[int, tuple[Array, Guarded]] = {}
         self.kernels = matrix_kernels(name)
         self.rows, self.cols, self.tokens = rows, cols, tokens
         fmt = get_format(name)
         planes = fmt.encode((rng.standard_normal((rows, cols)) * 0.1).astype(np.float32))
-        self.weights = fmt.decode(planes, rows, cols)
-        self.packed = pack(name, "m16", planes, rows, cols)
+        self.planes = scattered(fmt, planes, (rows, cols), seed) if scatter else planes
+        self.weights = fmt.decode(self.planes, rows, cols)
+        self.packed = pack(name, "m16", self.planes, rows, cols)
         x = rng.standard_normal((tokens, cols)).astype(np.float32) * rng.uniform(0.1, 9, (tokens, 1))
         self.prepare(x.astype(np.float32))
         self.bias = rng.standard_normal(rows).astype(np.float32)
@@ -83,6 +103,7 @@ class Case:
             cut = full.reshape(len(full), -1, group)
             scale = np.abs(cut).max(axis=2) / np.float32(127)
             codes = np.rint(cut / np.where(scale > 0, scale, np.inf)[..., None]).astype(np.int8)
+            self.input_codes, self.input_scales = codes, scale
             self.sums = _by_block(codes.astype(np.int32).sum(axis=2, dtype=np.int32))
             self.scales = _by_block(scale)
             self.inputs = (codes * scale[..., None].astype(np.float64)).reshape(len(full), width)
@@ -200,7 +221,52 @@ def test_every_kernel_gives_a_token_the_same_bits(name: str) -> None:
             assert np.isnan(got[count:]).all()
 
 
-@pytest.mark.parametrize("name", ["int4_g64", "f16"])
+def in_order(case: Case, fmt: Format) -> Array:
+    """Outputs (tokens, rows) of an integer format by a slow reading of the order in linear.cuh: f32."""
+    group, unit = int(case.kernels.kind[3:]), case.kernels.unit
+    assert fmt.affine is not None
+    scale, shift = (a.astype(np.float64) for a in fmt.affine(case.planes))  # (rows, groups or 1)
+    groups = case.units * unit // group
+    if fmt.plane("zero") is not None:
+        shift = np.zeros_like(scale)  # codes are those less their zero points
+    wide = [np.repeat(a, group, axis=1)[:, : case.cols] if fmt.group else a for a in (scale, shift)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        whole = np.where(wide[0] == 0, 0, np.rint((case.weights - wide[1]) / wide[0]))
+    codes = np.zeros((case.rows, groups * group), np.int64)
+    codes[:, : case.cols] = whole
+    inputs = case.input_codes[: case.tokens].astype(np.int64)  # (tokens, groups, group)
+    dots = np.einsum("tgi,rgi->gtr", inputs, codes.reshape(case.rows, groups, group))
+    sums, by = inputs.sum(axis=2), case.input_scales[: case.tokens].astype(np.float32)
+    total = np.zeros((case.tokens, case.rows), np.float32)
+    own = -(-case.units // SPANS) * (unit // group)  # groups of a span
+    for first in range(0, groups, own):
+        acc = np.zeros_like(total)
+        for g in range(first, min(first + own, groups)):
+            if not fmt.group:
+                acc = _fma(dots[g], by[:, g, None], acc)
+                continue
+            at = min(g, scale.shape[1] - 1)  # codes beyond the last group are 0, and so are inputs
+            acc = _fma(dots[g], by[:, g, None] * scale[:, at].astype(np.float32), acc)
+            if fmt.plane("min") is not None or fmt.plane("scale_min") is not None:
+                acc = _fma((sums[:, g].astype(np.float32) * by[:, g])[:, None], shift[:, at], acc)
+        total = total + acc
+    return total if fmt.group else total * scale[:, 0].astype(np.float32)
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of f32, rounded once (but for sums that f64 rounds to a middle: one in 2^29)."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_sums_are_in_the_stated_order(name: str) -> None:
+    """Bit for bit, with any codes and any whole numbers of k-quants."""
+    case = Case(name, 20, 1100, tokens=5, seed=3, scatter=True)
+    got = case.split(1, 5)
+    assert np.isfinite(got).all() and got.tobytes() == in_order(case, get_format(name)).tobytes()
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "q4_k", "f16"])
 def test_bias_and_residual(name: str) -> None:
     case = Case(name, 40, 128, tokens=9)
     plain = case.split(2, 9)
@@ -209,9 +275,10 @@ def test_bias_and_residual(name: str) -> None:
         assert got.tobytes() == want.astype(np.float32).tobytes()
 
 
+@pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_embedding_rows_are_the_codec_s(name: str) -> None:
-    case = Case(name, 37, 200, tokens=5)
+def test_embedding_rows_are_the_codec_s(name: str, scatter: bool) -> None:
+    case = Case(name, 37, 200, tokens=5, scatter=scatter)
     tokens = np.array([36, 0, 17, 8, 3], np.int32)
     counts, ids = Guarded.of(np.array([4] * rec.COUNTS, np.int32)), Guarded.of(tokens)
     out = guarded(5 * 200 * 4)
