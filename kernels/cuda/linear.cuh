@@ -187,9 +187,15 @@ EDGE_DEVICE void linear_split(const EdgeLinear& args) {
     const int own = span_units(args.units), begin = warp() * own;
     const int end = begin + own < args.units ? begin + own : args.units;
     typename W::Unit w[kAhead];
+    // One branch around all of them: ptxas moves loads that have predicates of their own behind the wait
+    if (begin + kAhead <= end) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-        if (begin + i < end) W::fetch(w[i], m, panel, begin + i, args.units);
+        for (int i = 0; i < kAhead; ++i) W::fetch(w[i], m, panel, begin + i, args.units);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            if (begin + i < end) W::fetch(w[i], m, panel, begin + i, args.units);
+    }
     wait_for_inputs();
     const int count = args.step.counts[args.row_count];
     const int first = static_cast<int>(blockIdx.y) * kBlocks;
