@@ -19,7 +19,7 @@ from builders.nvrtc import Compiled, Nvrtc, compiler_for, limit_of, release, sm_
 from builders.ptxas_report import Usage, read_report
 from edge_runtime.engine.device_code import Kernel, source
 from edge_runtime.engine.formats.c_header import c_header
-from edge_runtime.engine.manifest import DeviceCodeEntry, KernelEntry
+from edge_runtime.engine.manifest import DeviceCodeEntry, KernelEntry, loaded_nbytes
 from edge_runtime.engine.profile import Profile, capability_of
 from edge_runtime.errors import BuildError
 
@@ -34,10 +34,6 @@ class DeviceCode:
     blobs: dict[str, bytes]
     entries: tuple[DeviceCodeEntry, ...]
     notices: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(len, self.blobs.values()))
 
 
 def compile_device_code(kernels: Sequence[Kernel], profile: Profile, room: int) -> DeviceCode:
@@ -82,9 +78,10 @@ def compile_device_code(kernels: Sequence[Kernel], profile: Profile, room: int) 
         ),
         notices=tuple(_spills(kernels, usage, sm)),
     )
-    if code.nbytes > room:
+    if loaded_nbytes(code.entries) > room:
         raise BuildError(
-            f"device code of {len(kernels)} kernels takes {code.nbytes} bytes, the plan has room for {room}"
+            f"device code of {len(kernels)} kernels takes {loaded_nbytes(code.entries)} bytes, the plan has "
+            f"room for {room}; choose from fewer formats (--formats)"
         )
     return code
 

@@ -65,7 +65,7 @@ def check_target(target: Path, model: Path, *, force: bool) -> None:
 
 def check_disk(target: Path, plans: Plans, contents: Contents) -> None:
     """Raise BuildError when the folder has no room for the engine beside the old one."""
-    need = sum(plan.memory.weights + plan.memory.device_code for plan in plans.values())
+    need = sum(plan.memory.weights + 3 * plan.memory.device_code for plan in plans.values())
     need += sum(update.nbytes for adapter in contents.adapters.values() for update in adapter.values())
     need += len(contents.target.source.tokenizer_json) + HEADER_LIMIT
     free = shutil.disk_usage(target.parent).free

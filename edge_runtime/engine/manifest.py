@@ -6,7 +6,7 @@ Plane names are `<part>/<tensor>#<plane>`; blobs are U8 tensors named `blob/<nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -108,6 +108,12 @@ class DeviceCodeEntry(_Strict, frozen=True):
     cuda: Release
     nbytes: int
     kernels: dict[Symbol, KernelEntry]
+
+
+def loaded_nbytes(entries: Sequence[DeviceCodeEntry]) -> int:
+    """Bytes of the device code that a device loads: one entry, a cubin where there is one."""
+    sizes = {kind: [e.nbytes for e in entries if e.kind == kind] for kind in ("cubin", "ptx")}
+    return max(sizes["cubin"] or sizes["ptx"], default=0)
 
 
 class Vocabulary(_Strict, frozen=True):

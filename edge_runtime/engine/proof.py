@@ -27,6 +27,7 @@ from edge_runtime.engine.manifest import (
     KernelEntry,
     Manifest,
     PartEntry,
+    loaded_nbytes,
     medusa_parts,
 )
 from edge_runtime.engine.memory import adapter_nbytes, adapter_planes
@@ -273,7 +274,7 @@ def _check_plan(part: PartEntry, plan: Plan, weights: int) -> None:
 
 
 def _check_device_code(manifest: Manifest) -> None:
-    """Each entry is one of the blobs, of its size, and the plan has room for all of them."""
+    """Each entry is one of the blobs, of its size, and the plan has room for the one that a device loads."""
     entries = manifest.device_code
     if entries and manifest.fingerprint.backend != "cuda":
         raise BadEngineFile(f"device code in an engine for backend {manifest.fingerprint.backend!r}")
@@ -293,7 +294,7 @@ def _check_device_code(manifest: Manifest) -> None:
             _check_kernels(entry)
         except BadEngineFile as error:
             raise BadEngineFile(f"device code {entry.blob!r}: {error}") from error
-    total = sum(entry.nbytes for entry in entries)
+    total = loaded_nbytes(entries)
     room = sum(part.plan.memory.device_code for part in manifest.parts.values())
     if total > room:
         raise BadEngineFile(f"the plan says {room} bytes of device code, it takes {total}")

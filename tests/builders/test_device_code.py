@@ -23,7 +23,7 @@ from builders.ptxas_report import read_report
 from edge_runtime.cli import inspect
 from edge_runtime.engine.device_code import Kernel, matrix_kernels, source
 from edge_runtime.engine.file import read_engine
-from edge_runtime.engine.manifest import DeviceCodeEntry
+from edge_runtime.engine.manifest import DeviceCodeEntry, loaded_nbytes
 from edge_runtime.engine.profile import CudaLimit, Profile, load_profile
 from edge_runtime.errors import BuildError
 
@@ -111,9 +111,13 @@ def test_a_kernel_that_spills_is_a_notice(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_code_that_is_too_large_is_refused() -> None:
     code = compile_device_code(some_kernels(), load_profile("orin"), ROOM)
-    assert compile_device_code(some_kernels(), load_profile("orin"), code.nbytes) == code
-    with pytest.raises(BuildError, match=f"2 kernels takes {code.nbytes} bytes, .* for {code.nbytes - 1}$"):
-        compile_device_code(some_kernels(), load_profile("orin"), code.nbytes - 1)
+    size = loaded_nbytes(code.entries)
+    assert size == max(len(b) for name, b in code.blobs.items() if name.endswith(".cubin"))
+    assert compile_device_code(some_kernels(), load_profile("orin"), size) == code
+    with pytest.raises(
+        BuildError, match=f"2 kernels takes {size} bytes, the plan has room for {size - 1}; choose"
+    ):
+        compile_device_code(some_kernels(), load_profile("orin"), size - 1)
 
 
 def test_ptx_that_the_driver_does_not_know_is_refused() -> None:
