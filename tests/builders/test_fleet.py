@@ -53,13 +53,13 @@ def run(path: Path, capsys: Captured, *words: str, code: int = 0) -> dict[str, A
 
 def test_a_fleet_is_built_and_then_left_alone(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox " * 20)
-    options = {"weights": "int4_g32", "eval-tokens": 64, "eval": "text.txt"}
+    options = {"weights": "int4_g32", "eval-tokens": 64, "eval": "text.txt", "no-device-code": True}
     path = write_fleet(tmp_path, options=options)
     rows = run(path, capsys, "--jobs", "2")
     assert list(rows) == ["ant-cpu", "ant-orin-nano-8gb", "bee-cpu", "bee-orin-nano-8gb"]
     assert all(r["status"] == "built" and r["exit_code"] == 0 for r in rows.values())
     # each is the engine that the plain command makes
-    plain = ["--profile", "cpu", "--weights", "int4_g32", "--eval-tokens", "64", "--json"]
+    plain = ["--profile", "cpu", "--weights", "int4_g32", "--eval-tokens", "64", "--no-device-code", "--json"]
     plain += ["--eval", str(tmp_path / "text.txt"), "-o", str(tmp_path / "plain.edge"), str(tmp_path / "bee")]
     assert main(plain) == 0
     alone = json.loads(capsys.readouterr().out)
@@ -144,13 +144,15 @@ def test_cells_of_one_calibration_share_it(tmp_path: Path, capsys: Captured) -> 
         "calibration": "text.txt",
         "samples": 4,
         "sample-tokens": 32,
+        "no-device-code": True,
     }
     path = write_fleet(tmp_path, models=["ant"], options=options)
     rows = run(path, capsys, "--jobs", "2")
     assert [r["status"] for r in rows.values()] == ["built", "built"]
     (folder,) = (tmp_path / "out" / "calibrations").iterdir()
-    words = [f"--{k}={v}" for k, v in options.items() if k not in ("calibration", "no-eval")]
-    words += ["--no-eval", "--calibration", str(tmp_path / "text.txt"), "--profile", "cpu", "--json"]
+    words = [f"--{k}={v}" for k, v in options.items() if k != "calibration" and v is not True]
+    words += ["--no-eval", "--no-device-code", "--calibration", str(tmp_path / "text.txt")]
+    words += ["--profile", "cpu", "--json"]
     assert main([*words, "-o", str(tmp_path / "plain.edge"), str(tmp_path / "ant")]) == 0
     assert (tmp_path / "plain.edge").read_bytes() == (tmp_path / "out" / "ant-cpu.edge").read_bytes()
     capsys.readouterr()
