@@ -74,7 +74,7 @@ def environment_of(wheels: Path | None) -> dict[str, str] | None:
     paths = [str(ROOT), str(BENCH)]
     if EMULATED:
         paths += [str(ROOT / "tests" / "cuda"), str(ROOT / "tests" / "gpu")]
-    site = WORK / "site"
+    site = WORK / f"site-{sys.implementation.cache_tag}"  # one Python's packages are not another's
     sys.path[:0] = [str(site)]
     if wheels is not None:
         try:
