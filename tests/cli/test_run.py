@@ -58,6 +58,17 @@ def test_text_streams_to_stdout_and_figures_to_stderr(
         assert words in err
 
 
+def test_options_may_stand_between_the_engine_and_the_prompt(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = str(folder / "plain.edge")
+    texts = []
+    for words in ([engine, "once", *FIXED], [engine, *FIXED, "once"], [*FIXED, engine, "once"]):
+        assert run.main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] and len(set(texts)) == 1
+
+
 def test_json_is_one_object_with_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--temperature", "0.8", "--top-k", 40, "--top-p", 0.9, "--min-p", 0.01, "--seed", 3)
     options += ("--repetition-penalty", 1.1, "--frequency-penalty", 0.1, "--presence-penalty", 0.1)
