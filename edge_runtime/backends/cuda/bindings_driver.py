@@ -69,8 +69,8 @@ def _result(api: Any, doing: str, function: Callable[..., Any], *args: object) -
     except RuntimeError as error:  # of cuda-bindings itself: no libcuda, or one without this function
         if type(error).__name__ == "DynamicLibNotFoundError":
             raise BackendUnavailable(
-                "the NVIDIA driver (libcuda.so.1) is missing: where there is a GPU, install its driver, and the "
-                f"cuda-bindings of its release: {PIP}"
+                "the NVIDIA driver (libcuda.so.1) is missing: where there is a GPU, install its driver, and "
+                f"the cuda-bindings of its release: {PIP}"
             ) from error
         raise BackendUnavailable(
             f"the CUDA driver did not answer while {doing}: {error}; install the NVIDIA driver "
