@@ -17,6 +17,7 @@ import edge_runtime
 from edge_runtime.backends import cpu_records as rec
 from edge_runtime.backends.cpu_executor import CpuExecutor
 from edge_runtime.backends.cpu_weights import kernel_shape
+from edge_runtime.backends.kernel_support import kernel_support
 from edge_runtime.backends.protocol import DeviceCode, Part, Support
 from edge_runtime.engine.formats import FORMATS, abi_hash
 from edge_runtime.engine.packing import cpu_packing
@@ -74,19 +75,7 @@ class CpuBackend:
         return Support(True)
 
     def supports(self, program: Program, formats: Mapping[str, str]) -> Support:
-        for tensor, spec in program.tensors.items():
-            if tensor not in formats:
-                return Support(False, f"tensor {tensor!r} of the program has no format")
-            name = formats[tensor]
-            if name not in FORMATS:
-                return Support(
-                    False, f"tensor {tensor!r} has the unknown format {name!r}; {nearest(name, FORMATS)}"
-                )
-            if spec.role != "vector" and kernel_shape(name) is None:
-                return Support(
-                    False, f"the cpu backend has no kernel for format {name!r} (tensor {tensor!r})"
-                )
-        return Support(True)
+        return kernel_support(self.name, program, formats, lambda name: kernel_shape(name) is not None)
 
     def check_code(self, code: DeviceCode) -> None:
         """Nothing: no device code is used."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from edge_runtime.backends import cpu_records as rec
+from edge_runtime.backends.packed_planes import check_planes, in_packing, tensor_of
 from edge_runtime.backends.protocol import PackedTensor, Part
-from edge_runtime.backends.stored_indices import check_indices, check_order
+from edge_runtime.backends.stored_indices import check_order
 from edge_runtime.engine.formats import ENCODINGS, Array, Format, Plane, get_format
 from edge_runtime.engine.formats.record import Per
 from edge_runtime.engine.layout import round_up
-from edge_runtime.engine.packing import DEFAULT_GROUP, cpu_packing, pack, plane_items, unpack
-from edge_runtime.errors import BadEngineFile
+from edge_runtime.engine.packing import DEFAULT_GROUP, cpu_packing, unpack
 
 ENCODING_ID = {name: i for i, name in enumerate(ENCODINGS)}  # as in the generated header
 
@@ -81,7 +81,7 @@ class CpuWeights:
 
     def matrix(self, name: str) -> rec.Matrix:
         if name not in self._matrices:
-            tensor = self._tensor(name)
+            tensor = tensor_of(self._part, name)
             fmt = get_format(tensor.format)
             shape = kernel_shape(tensor.format)
             assert shape is not None  # supports() has said so
@@ -123,7 +123,7 @@ class CpuWeights:
     def _values(self, name: str) -> Array:
         """A vector as f32 (n,), kept."""
         if name not in self._vectors:
-            tensor = self._tensor(name)
+            tensor = tensor_of(self._part, name)
             planes = self._packed(name, tensor, "rows")
             if tensor.format == "f32":
                 values = planes["w"]
@@ -136,28 +136,11 @@ class CpuWeights:
             self._vectors[name] = self.planes[-1]
         return self._vectors[name]
 
-    def _tensor(self, name: str) -> PackedTensor:
-        tensor, spec = self._part.weights[name], self._part.program.tensors[name]
-        if (tensor.rows, tensor.cols) != (spec.rows, spec.cols):
-            raise BadEngineFile(
-                f"tensor {name!r} is {tensor.rows}x{tensor.cols}, its program says {spec.rows}x{spec.cols}"
-            )
-        return tensor
-
     def _packed(self, name: str, tensor: PackedTensor, packing: str) -> dict[str, Array]:
-        for plane, (count, dtype) in plane_items(
-            tensor.format, tensor.packing, tensor.rows, tensor.cols
-        ).items():
-            got = tensor.planes.get(plane)
-            if got is None or got.shape != (count,) or got.dtype != np.dtype(dtype):
-                found = "is missing" if got is None else f"is {got.dtype} {got.shape}"
-                raise BadEngineFile(f"tensor {name!r}: plane {plane!r} {found}, expected {dtype} ({count},)")
-        check_indices(name, tensor)
-        if tensor.packing == packing:
-            return dict(tensor.planes)
-        two_d = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)
-        planes = pack(tensor.format, packing, two_d, tensor.rows, tensor.cols)
-        self.repacked_bytes += sum(round_up(p.nbytes) for p in planes.values())
+        check_planes(name, tensor)
+        planes = in_packing(tensor, packing)
+        if tensor.packing != packing:
+            self.repacked_bytes += sum(round_up(p.nbytes) for p in planes.values())
         return planes
 
     def _keep(self, plane: Array) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from edge_runtime.engine import mma_order
 from edge_runtime.engine.formats import FORMATS, Format, get_format
@@ -92,6 +93,7 @@ def has_kernels(name: str) -> bool:
     return name in FORMATS and mma_order.has_order(FORMATS[name])
 
 
+@lru_cache(maxsize=64)
 def matrix_kernels(name: str) -> MatrixKernels:
     """The kernels of a weight format. Raises Unsupported for one that has none."""
     if not has_kernels(name):
@@ -150,11 +152,15 @@ def prepare_kernel(source: str, kind: str, width: int) -> Kernel:
     else:
         rows = f"edge::ActivatedRows<{_activation(source)}>"
     inputs = f"IntInputs<{kind[3:]}>" if kind.startswith("int") else f"{kind.capitalize()}Inputs"
-    shared = source not in ("rms", "layer") and kind != "half"  # a row among blocks: see prepare.cuh
-    kept = 1 if shared else _kept(width, ROW_THREADS)
+    kept = 1 if shares_rows(source, kind) else _kept(width, ROW_THREADS)
     call = f"edge::prepare<{rows}, edge::{inputs}, {kept}, {_whole(width)}>"
     name = f"prepare_{source}_{kind}_{kept}_{_whole(width)}"
     return Kernel(name, "prepare.cuh", "EdgePrepare", call, ROW_THREADS, early=True)
+
+
+def shares_rows(source: str, kind: str) -> bool:
+    """Whether blocks may share a row of `prepare_kernel`, where nothing is needed of the whole row."""
+    return source not in ("rms", "layer") and kind != "half"
 
 
 def norm_kernel(kind: str, group: int) -> Kernel:

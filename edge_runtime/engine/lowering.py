@@ -88,9 +88,11 @@ def device_kernels(parts: Mapping[str, PartEntry]) -> tuple[Kernel, ...]:
 def launches_of_decoding(program: Program) -> int:
     """Kernel launches of a step of few tokens, with matrices of one format."""
     formats = {name: "f32" if s.role == "vector" else "int4_g64" for name, s in program.tensors.items()}
-    lowered = lower(program, formats, KvPlan(k="f16", v="f16", page_tokens=16, pages=1))
-    merges = sum(isinstance(launch, AttentionLaunch) for launch in lowered.launches)
-    return len(lowered.launches) + merges + 2  # logits finished, tokens picked
+    cache = KvPlan(k="f16", v="f16", page_tokens=16, pages=1)
+    plain = _Lowering(program, formats, cache, adapters=False)
+    plain.run()
+    merges = sum(isinstance(launch, AttentionLaunch) for launch in plain.launches)
+    return len(plain.launches) + merges + 2  # logits finished, tokens picked
 
 
 class _Lowering:
@@ -194,7 +196,7 @@ class _Lowering:
 
     def _prepare(self, source: str, kind: str, x: str, out: str | None = None, **more: object) -> None:
         width = self._program.buffers[x]
-        shared = source not in ("rms", "layer") and kind != "half"
+        shared = code.shares_rows(source, kind)
         kernel = code.prepare_kernel(source, kind, width)
         self.launches.append(PrepareLaunch(kernel, kind, shared, width, x, out=out, **more))  # type: ignore[arg-type]
 

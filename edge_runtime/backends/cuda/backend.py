@@ -14,14 +14,16 @@ from edge_runtime.backends.cuda.device_check import check_device
 from edge_runtime.backends.cuda.driver import DeviceFacts, Driver, device_facts, open_driver
 from edge_runtime.backends.cuda.executor import CudaExecutor
 from edge_runtime.backends.cuda.tuning import Tuning, identity, read_tuning, tuning_path
+from edge_runtime.backends.kernel_support import kernel_support
 from edge_runtime.backends.protocol import DeviceCode, Part, Support
 from edge_runtime.engine.device_code import CACHES, has_kernels
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.launches import kernels_of
 from edge_runtime.engine.lowering import lower
+from edge_runtime.engine.manifest import DeviceCodeEntry
 from edge_runtime.engine.packing import cuda_packing
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import EdgeError, Unsupported, nearest
+from edge_runtime.errors import EdgeError, Unsupported
 
 
 class CudaBackend:
@@ -43,28 +45,11 @@ class CudaBackend:
         return Support(True)
 
     def supports(self, program: Program, formats: Mapping[str, str]) -> Support:
-        for tensor, spec in program.tensors.items():
-            if tensor not in formats:
-                return Support(False, f"tensor {tensor!r} of the program has no format")
-            name = formats[tensor]
-            if name not in FORMATS:
-                return Support(
-                    False, f"tensor {tensor!r} has the unknown format {name!r}; {nearest(name, FORMATS)}"
-                )
-            if spec.role != "vector" and not has_kernels(name):
-                return Support(
-                    False, f"the cuda backend has no kernel for format {name!r} (tensor {tensor!r})"
-                )
-        return Support(True)
+        return kernel_support(self.name, program, formats, has_kernels)
 
     def check_code(self, code: DeviceCode) -> None:
         """Raises DeviceMismatch naming the code's side and the device's; Unsupported where there is none."""
-        if not code.entries:
-            raise Unsupported(
-                "the engine has no device code; build it with a cuda profile (edge-build --profile auto on "
-                "this machine, without --no-device-code)"
-            )
-        check_device(device_facts(), code.entries)
+        _entry_for(code)
 
     def memory(self) -> tuple[int, str]:
         """What a context on the GPU leaves free; the context is kept for the next `load`, or `release`."""
@@ -98,8 +83,7 @@ class CudaBackend:
             raise Unsupported(f"the cuda backend cannot run this engine: {answer.why}")
         lowered = lower(part.program, formats, part.kv)
         code = part.code or DeviceCode((), lambda name: memoryview(b""))
-        self.check_code(code)
-        entry = check_device(device_facts(), code.entries)
+        entry = _entry_for(code)
         for kernel in kernels_of(lowered):
             if kernel.symbol not in entry.kernels:
                 raise Unsupported(
@@ -119,6 +103,16 @@ class CudaBackend:
         except BaseException:
             driver.close()
             raise
+
+
+def _entry_for(code: DeviceCode) -> DeviceCodeEntry:
+    """The entry that the device here loads. Raises as `check_code`."""
+    if not code.entries:
+        raise Unsupported(
+            "the engine has no device code; build it with a cuda profile (edge-build --profile auto on "
+            "this machine, without --no-device-code)"
+        )
+    return check_device(device_facts(), code.entries)
 
 
 def _tuning(facts: DeviceFacts, image: bytes, code: DeviceCode) -> Tuning:

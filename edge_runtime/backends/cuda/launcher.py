@@ -27,9 +27,9 @@ from edge_runtime.engine.launches import (
     RowLaunch,
     kernels_of,
 )
+from edge_runtime.engine.mma_order import PANEL
 
 Grid = tuple[int, int, int]
-PANEL = 16
 ROW_VALUES = 1024  # values of a block of a row kernel
 Step = tuple[Kernel, Grid, Structure]
 

@@ -9,16 +9,16 @@ import numpy as np
 from edge_runtime.backends.cuda import records as rec
 from edge_runtime.backends.cuda.driver import Driver
 from edge_runtime.backends.cuda.memory import DeviceArena, Region
+from edge_runtime.backends.packed_planes import check_planes, in_packing, tensor_of
 from edge_runtime.backends.protocol import PackedTensor, Part
-from edge_runtime.backends.stored_indices import check_indices, check_order
+from edge_runtime.backends.stored_indices import check_order
 from edge_runtime.engine.device_memory import device_regions
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.kv import CacheArray, cache_arrays
 from edge_runtime.engine.launches import LOGITS, ROWS
 from edge_runtime.engine.layout import ALIGN, lay_out, round_up
 from edge_runtime.engine.ops import Gather
-from edge_runtime.engine.packing import cuda_packing, pack, plane_items, unpack
-from edge_runtime.errors import BadEngineFile
+from edge_runtime.engine.packing import cuda_packing, plane_items, unpack
 
 # Fields of rec.Matrix by plane; the first plane of codes is `codes` whatever it is called
 _FIELDS = {
@@ -116,39 +116,23 @@ class Placement:
 
     def _items(self, name: str) -> dict[str, tuple[int, str]]:
         """Planes of a tensor as they lie on the device."""
-        tensor, spec = self._part.weights[name], self._part.program.tensors[name]
-        if (tensor.rows, tensor.cols) != (spec.rows, spec.cols):
-            raise BadEngineFile(
-                f"tensor {name!r} is {tensor.rows}x{tensor.cols}, its program says {spec.rows}x{spec.cols}"
-            )
+        tensor, spec = tensor_of(self._part, name), self._part.program.tensors[name]
         if spec.role == "vector":
             return {"w": (spec.cols, "<f4")}
         return plane_items(tensor.format, cuda_packing(tensor.format), spec.rows, spec.cols)
 
     def _upload(self, name: str) -> None:
         tensor = self._part.weights[name]
-        found = self._planes(name, tensor)
-        for plane, data in found.items():
+        check_planes(name, tensor)
+        for plane, data in self._planes(name, tensor).items():
             self._driver.upload(self._arena.addresses[f"{name}#{plane}"], np.ascontiguousarray(data))
 
     def _planes(self, name: str, tensor: PackedTensor) -> dict[str, Array]:
-        for plane, (count, dtype) in plane_items(
-            tensor.format, tensor.packing, tensor.rows, tensor.cols
-        ).items():
-            got = tensor.planes.get(plane)
-            if got is None or got.shape != (count,) or got.dtype != np.dtype(dtype):
-                found = "is missing" if got is None else f"is {got.dtype} {got.shape}"
-                raise BadEngineFile(f"tensor {name!r}: plane {plane!r} {found}, expected {dtype} ({count},)")
-        check_indices(name, tensor)
-        if self._part.program.tensors[name].role == "vector":
-            two_d = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)
-            values = get_format(tensor.format).decode(two_d, tensor.rows, tensor.cols).reshape(-1)
-            for op in self._part.program.ops:
-                if isinstance(op, Gather) and op.order == name:
-                    check_order(name, values, self._part.program.buffers[op.x])
-            return {"w": values}
-        packing = cuda_packing(tensor.format)
-        if tensor.packing == packing:
-            return dict(tensor.planes)
+        if self._part.program.tensors[name].role != "vector":
+            return in_packing(tensor, cuda_packing(tensor.format))
         two_d = unpack(tensor.format, tensor.packing, tensor.planes, tensor.rows, tensor.cols)
-        return pack(tensor.format, packing, two_d, tensor.rows, tensor.cols)
+        values = get_format(tensor.format).decode(two_d, tensor.rows, tensor.cols).reshape(-1)
+        for op in self._part.program.ops:
+            if isinstance(op, Gather) and op.order == name:
+                check_order(name, values, self._part.program.buffers[op.x])
+        return {"w": values}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 1  # EDGE_CUDA_VERSION
-MATRICES = 4  # EDGE_MATRICES
+from edge_runtime.engine.device_code import SLICE as SLICE
+from edge_runtime.engine.device_memory import COUNTS as COUNTS
+from edge_runtime.engine.launches import MATRICES as MATRICES
 
 # enum edge_cuda_status
 NOT_FINITE, OUT_OF_RANGE = 1, 2
 
 # enum edge_cuda_count
 TOKENS, SEQUENCES, LOGITS, TABLE_STRIDE, CHAIN_STEP = range(5)
-COUNTS = 16
 
-SLICE, SLICES_MAX, TOP_MAX = 4096, 128, 64  # EDGE_SLICE, EDGE_SLICES_MAX, EDGE_TOP_MAX
+SLICES_MAX = 128  # EDGE_SLICES_MAX
 
 
 class Step(Structure):
