@@ -20,8 +20,6 @@ typedef unsigned long long uint64_t;
 
 #include "edge_formats.h" /* generated from the format table */
 
-#define EDGE_CUDA_VERSION 1 /* of these records */
-
 /* Bits of a step's status word, which kernels only ever raise (atomicOr). */
 enum edge_cuda_status {
     EDGE_CUDA_NOT_FINITE = 1,   /* NaN or Inf in an activation, key, value or logit */
@@ -76,7 +74,7 @@ struct EdgePrepare {
     const float* weight; /* of a norm */
     const float* bias;   /* of a norm, or NULL */
     float* out;          /* where others read the values too, or NULL */
-    int32_t width, norm_group;
+    int32_t width;
     float eps;
     int32_t rows; /* 0: the step's tokens; 1: its logit rows, gathered */
 };
@@ -102,10 +100,8 @@ struct EdgeLinear {
     EdgeStep step;
     EdgeInputs inputs;
     struct EdgeMatrix matrix[EDGE_MATRICES];
-    int32_t count, panels; /* matrices; panels of all */
-    int32_t cols, units;   /* of every matrix; units of packed columns in a row */
-    int32_t out_stride;    /* f32 values from one token's outputs to the next's, if not the matrix' rows: 0 */
-    int32_t row_count;     /* edge_cuda_count whose count says how many rows of inputs there are */
+    int32_t count, units; /* matrices; units of packed columns in a row of each */
+    int32_t row_count;    /* edge_cuda_count whose count says how many rows of inputs there are */
 };
 
 /* An adapter in device memory: this, then an EdgeUpdate for each linear and logits op of the program. */

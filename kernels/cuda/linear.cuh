@@ -171,7 +171,7 @@ EDGE_DEVICE void finish(const EdgeLinear& args, const EdgeMatrix& m, int row, in
             args.inputs.scales[token / kTokenBlock * kTokenBlock * args.inputs.groups + token % kTokenBlock];
     if (m.bias != nullptr) v = v + m.bias[row];
     v = v * m.scale_all;
-    const int64_t at = static_cast<int64_t>(token) * (args.out_stride != 0 ? args.out_stride : m.rows) + row;
+    const int64_t at = static_cast<int64_t>(token) * m.rows + row;
     if (m.add != nullptr) v = m.add[at] + m.add_scale * v;
     m.out[at] = v;
 }

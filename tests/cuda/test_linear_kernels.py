@@ -146,8 +146,6 @@ class Case:
                 self.groups,
             ),
             count=1,
-            panels=-(-self.rows // 16),
-            cols=self.cols,
             units=self.units,
             row_count=rec.TOKENS,
         )

@@ -106,7 +106,6 @@ class Prepared:
             ),
             out=out.address,
             width=self.width,
-            norm_group=self.width,
             eps=eps,
             rows=int(logit_rows is not None),
         )

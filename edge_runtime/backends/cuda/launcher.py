@@ -178,7 +178,6 @@ class Launcher:
             bias=self._place.vector(launch.bias),
             out=self._optional(launch.out),
             width=launch.width,
-            norm_group=launch.width,
             eps=launch.eps,
             rows=int(launch.rows == "logits"),
         )
@@ -191,7 +190,6 @@ class Launcher:
             step=self._step,
             inputs=self._inputs(kernels.kind, launch.cols),
             count=len(launch.products),
-            cols=launch.cols,
             units=-(-launch.cols // kernels.unit),
             row_count=rec.TOKENS if launch.rows == "tokens" else rec.LOGITS,
         )
@@ -205,7 +203,6 @@ class Launcher:
             matrix.first_panel = panels
             panels += -(-matrix.rows // (PANEL * tile)) * tile
             record.matrix[i] = matrix
-        record.panels = panels
         if form != "tile":
             blocks = 1 if form == "deep" else int(form.removeprefix("split"))
             kernel = kernels.deep if form == "deep" else kernels.split[blocks]

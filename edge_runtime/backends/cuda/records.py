@@ -78,10 +78,7 @@ class Linear(Structure):
         ("inputs", Inputs),
         ("matrix", Matrix * MATRICES),
         ("count", c_int32),
-        ("panels", c_int32),
-        ("cols", c_int32),
         ("units", c_int32),
-        ("out_stride", c_int32),
         ("row_count", c_int32),
     ]
 
@@ -158,7 +155,6 @@ class Prepare(Structure):
         ("bias", c_void_p),
         ("out", c_void_p),
         ("width", c_int32),
-        ("norm_group", c_int32),
         ("eps", c_float),
         ("rows", c_int32),
     ]
