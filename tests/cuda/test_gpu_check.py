@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,10 +70,37 @@ def test_a_fault_ends_a_part_and_not_the_others(tmp_path: Path) -> None:
     assert "WRONG" in next(tmp_path.glob("fake-gpu-*.md")).read_text()
 
 
-def test_what_finds_no_time_is_said(tmp_path: Path) -> None:
-    _, text, results = run(tmp_path, "--minutes", "0.15", "--parts", "copy,decode,attention")
-    assert "not run: time" in {part["state"] for part in results["parts"].values()}, text
-    assert "not run: time" in text
+def test_a_part_that_finds_no_time_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_check
+
+    clock = [0.0]
+    taking = {"probe": 1.0, "copy": 50.0, "decode": 30.0, "attention": 1.0}  # s
+
+    def part(name: str, limit: float, environment: dict[str, str]) -> dict[str, Any]:
+        clock[0] += taking[name]
+        return {"state": "ran", "seconds": taking[name], "machine": {"gpu": "Fake GPU"}}
+
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gpu_check, "_run", part)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    assert gpu_check.check(["copy", "decode", "attention"], 86.0, {}) == 0
+    results = json.loads(next(tmp_path.glob("fake-gpu-*.json")).read_text())
+    states = {name: part["state"] for name, part in results["parts"].items()}
+    assert states == {"probe": "ran", "copy": "ran", "decode": "ran", "attention": "not run: time"}
+    assert "attention: not run: time" in capsys.readouterr().out
+
+
+def test_pieces_of_a_part_that_find_no_time_are_said(tmp_path: Path) -> None:
+    from gpu_report import Report
+
+    done: list[str] = []
+    report = Report("decode", tmp_path / "part.json", time.monotonic() + 1000.0)
+    report.each({"load": lambda: done.append("load")}, 10.0)
+    report.each({name: lambda: done.append("late") for name in ("first token", "tuning")}, 2000.0)
+    assert done == ["load"]
+    assert json.loads((tmp_path / "part.json").read_text())["notes"] == ["not run: time: first token, tuning"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile
+from unique_identifier_msgs.msg import UUID
 
 ENDED = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
 _STEP = 0.02  # s between looks at what has no event
@@ -149,6 +151,7 @@ class Robot:
         self._met: set[str] = set()  # nodes that have answered
         self._reports: Inbox | None = None
         self._statuses: dict[bytes, list[int]] = {}
+        self._feedback: dict[bytes, Callable[[Any], None]] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._spin, name=f"{name} executor", daemon=True)
         self._thread.start()
@@ -255,7 +258,12 @@ class Robot:
     ) -> SentGoal:
         """Sends, and waits for the server's yes or no. feedback: called with each feedback part."""
         if name not in self._actions:
-            self._actions[name] = ActionClient(self.node, action_type, name, feedback_sub_qos_profile=DEEP)
+            # Feedback is heard here and not through the client, which forgets a goal when its result has come
+            # (rclpy from Iron on), whatever parts still wait. And before the client: a server that can answer it
+            # knows of this subscription then, and no first part is lost.
+            heard = action_type.Impl.FeedbackMessage
+            self.node.create_subscription(heard, f"{name}/_action/feedback", self._note_feedback, DEEP)
+            self._actions[name] = ActionClient(self.node, action_type, name)
             # As the status topic's own publisher: what was said last is kept for who comes later.
             qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
             self.node.create_subscription(GoalStatusArray, f"{name}/_action/status", self._note_status, qos)
@@ -269,11 +277,18 @@ class Robot:
             if feedback is not None:
                 feedback(message.feedback)
 
-        future = self._asking(client.send_goal_async, goal, collect)
+        goal_id = UUID(uuid=list(uuid.uuid4().bytes))
+        self._feedback[bytes(goal_id.uuid)] = collect
+        future = self._asking(client.send_goal_async, goal, None, goal_id)
         handle = _finished(future, timeout, f"goal to {name}")
         sent.statuses = self._statuses.setdefault(bytes(handle.goal_id.uuid), [])
         sent.answered(handle)
         return sent
+
+    def _note_feedback(self, message: Any) -> None:
+        collect = self._feedback.get(bytes(message.goal_id.uuid))
+        if collect is not None:  # another's goal
+            collect(message)
 
     def _note_status(self, message: Any) -> None:
         for entry in message.status_list:
