@@ -259,8 +259,8 @@ class Robot:
         """Sends, and waits for the server's yes or no. feedback: called with each feedback part."""
         if name not in self._actions:
             # Feedback is heard here and not through the client, which forgets a goal when its result has come
-            # (rclpy from Iron on), whatever parts still wait. And before the client: a server that can answer it
-            # knows of this subscription then, and no first part is lost.
+            # (rclpy from Iron on), whatever parts still wait. And before the client: a server that can answer
+            # it knows of this subscription then, and no first part is lost.
             heard = action_type.Impl.FeedbackMessage
             self.node.create_subscription(heard, f"{name}/_action/feedback", self._note_feedback, DEEP)
             self._actions[name] = ActionClient(self.node, action_type, name)

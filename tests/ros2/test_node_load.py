@@ -77,7 +77,7 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
     # This process, which also hears of each goal's state, may be too slow for all of it on a busy machine:
     # what is pushed out of its queue is lost
     wait_until(lambda: sum(answers.values()) >= 0.9 * sent, 10.0, "answers")
-    wait_until(lambda: sum(ends.values()) == answers[True], 20.0, "ends")
+    wait_until(lambda: sum(ends.values()) >= 0.9 * answers[True], 20.0, "ends")
     most = max(int(v.value) for m in robot.reports for s in m.status for v in s.values if v.key == "goals")
     assert answers[True] and answers[False], answers
     assert set(ends) == {GoalStatus.STATUS_SUCCEEDED}, ends
