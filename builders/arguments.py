@@ -161,6 +161,12 @@ def make_parser() -> Parser:
         help="calibrate every tensor on what those before it have become: slower, and errors add up less",
     )
     add(
+        "--tune",
+        type=int,
+        metavar="STEPS",
+        help="then train all values together on the f32 model's answers to the calibration text [no]",
+    )
+    add(
         "--activations",
         choices=("int8", "fp8_e4m3"),
         help="round what linears read, as a device with 8-bit products does [as the backend does]",

@@ -76,6 +76,14 @@ class Calibrations:
     def covers(self, part: str) -> bool:
         return part in self._parts
 
+    def folder(self, part: str) -> Path:
+        """Of a calibrated part's calibration."""
+        return self._parts[part].folder
+
+    @property
+    def seed(self) -> int:
+        return self._request.corpus.seed
+
     def windows(self, part: Part) -> Array:
         """Token ids (windows, length) of the text, as long as the part can read them."""
         assert self._corpus is not None  # run() made it

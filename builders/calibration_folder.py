@@ -200,7 +200,16 @@ def write_safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
 def forget(path: Path) -> None:
     """Delete everything that a calibration writes in a folder that nobody holds, and the folder if nothing
     else is in it."""
-    for pattern in (DONE, "segment-*.safetensors", "rows-*.f32", "sensitivity-*", "*.part", MANIFEST, LOCK):
+    for pattern in (
+        DONE,
+        "segment-*.safetensors",
+        "rows-*.f32",
+        "sensitivity-*",
+        "tuning.*",
+        "*.part",
+        MANIFEST,
+        LOCK,
+    ):
         for file in path.glob(pattern):
             file.unlink()
     with suppress(OSError):

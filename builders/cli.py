@@ -109,6 +109,7 @@ def build_options(args: argparse.Namespace) -> Options:
         algorithm=args.algorithm,
         observer=args.observer,
         feedback=args.feedback,
+        tune=args.tune,
         activations=args.activations,
         static_scales=args.activation_scales == "static",
         rotate=args.rotate,

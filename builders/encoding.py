@@ -60,7 +60,7 @@ def _encode(
     spec = part.program.tensors[name]
     stored = part.weights.stored(name, fmt.name)
     if stored is not None:
-        return _measured(part, name, fmt, stored)
+        return _kept(part, name, fmt, stored)
     whole = not algorithm.ROW_WISE or any(p.whole for p in fmt.planes)
     blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
     planes: dict[str, Array] = {}
@@ -78,7 +78,7 @@ def _encode(
     return Encoded(planes, signal, noise)
 
 
-def _measured(part: Part, name: str, fmt: Format, stored: Stored) -> Encoded:
+def _kept(part: Part, name: str, fmt: Format, stored: Stored) -> Encoded:
     """A tensor that the checkpoint already holds in the format, its planes as they are."""
     spec = part.program.tensors[name]
     signal = noise = 0.0
@@ -88,6 +88,17 @@ def _measured(part: Part, name: str, fmt: Format, stored: Stored) -> Encoded:
             one = _energies(fmt, stored.rows(start, stop).planes, values)
             signal, noise = signal + one[0], noise + one[1]
     return Encoded(stored.planes, signal, noise)
+
+
+def measured(part: Part, name: str, fmt: Format, planes: dict[str, Array]) -> Encoded:
+    """Planes that something else has made, and how far they are from the tensor's values."""
+    spec = part.program.tensors[name]
+    signal = noise = 0.0
+    for start, stop in row_blocks(spec.rows, spec.cols):
+        piece = {p: d if fmt.plane(p).whole else d[start:stop] for p, d in planes.items()}  # type: ignore[union-attr]
+        one = _energies(fmt, piece, part.weights.block(name, start, stop))
+        signal, noise = signal + one[0], noise + one[1]
+    return Encoded(planes, signal, noise)
 
 
 def _energies(fmt: Format, planes: Planes, values: Array) -> tuple[float, float]:

@@ -201,7 +201,7 @@ def fit_grid(fmt: Format, levels: Levels, weight: Tensor, method: Fit) -> dict[s
     low, high = scaled.extent(weight.cpu().numpy(), span)
     if method == "minmax":
         return fmt.grid_for(low, high)
-    groups = _grouped(weight, span)
+    groups = grouped(weight, span)
     best = np.ones_like(low)
     least = torch.full(low.shape, math.inf, device=weight.device)
     for shrink in map(np.float32, SHRINKS):
@@ -229,12 +229,12 @@ def _thresholds(levels: Array, *, to_even: bool) -> Array:
     return np.where(upper_even, np.nextafter(near, np.float32(-np.inf)), near)
 
 
-def _grouped(x: Tensor, span: int) -> Tensor:
+def grouped(x: Tensor, span: int) -> Tensor:
     """(rows, cols) as (rows, groups, span), zero-padded when the last group is partial."""
     return F.pad(x, (0, -x.shape[1] % span)).unflatten(1, (-1, span))
 
 
-def _flat(groups: Tensor, cols: int) -> Tensor:
+def flat(groups: Tensor, cols: int) -> Tensor:
     return groups.flatten(1)[:, :cols]
 
 
@@ -243,8 +243,8 @@ class _Fixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, span: int, levels: Levels, grid: Grid) -> Tensor:
-        found = levels.round(_grouped(weight, span), grid)
-        inside, values = (_flat(t, weight.shape[1]).contiguous() for t in (found.inside, found.values))
+        found = levels.round(grouped(weight, span), grid)
+        inside, values = (flat(t, weight.shape[1]).contiguous() for t in (found.inside, found.values))
         if grid.outliers is not None:
             values[:, grid.outliers] = weight[:, grid.outliers].half().float()
             inside[:, grid.outliers] = True
@@ -263,17 +263,17 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, span: int, levels: Levels, stored: Any) -> Tensor:
-        found = levels.round(_grouped(weight, span), Grid(stored(scale)))
+        found = levels.round(grouped(weight, span), Grid(stored(scale)))
         slope = torch.where(found.inside, found.levels - found.quotients, found.levels)
-        ctx.save_for_backward(_flat(found.inside, weight.shape[1]), slope)
+        ctx.save_for_backward(flat(found.inside, weight.shape[1]), slope)
         ctx.span = span
         ctx.factor = 1.0 / math.sqrt(span * levels.greatest)
-        return _flat(found.values, weight.shape[1]).contiguous()
+        return flat(found.values, weight.shape[1]).contiguous()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inside, slope = ctx.saved_tensors
-        for_scale = (_grouped(gradient, ctx.span) * slope).sum(-1) * ctx.factor
+        for_scale = (grouped(gradient, ctx.span) * slope).sum(-1) * ctx.factor
         return gradient * inside, for_scale, None, None, None
 
 

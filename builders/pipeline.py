@@ -44,6 +44,7 @@ from builders.sensitivity_plot import draw
 from builders.task import Task
 from builders.task_file import read_task
 from builders.texts import text_files
+from builders.tuning import Tuning, require_tuning
 from builders.watcher import Watcher
 from builders.weights import StoredPlanes
 from edge_runtime.engine.folder import sha256_of
@@ -66,6 +67,7 @@ class Options:
     algorithm: str = "rtn"
     observer: str | None = None
     feedback: bool = False  # every tensor knows what those before it have become
+    tune: int | None = None  # steps in which all values then learn the f32 model's answers together
     activations: Kind | None = None  # what linears read is rounded to; static: scales from the calibration
     static_scales: bool = False
     rotate: int | None = None  # seed of the rotation, None for none
@@ -114,12 +116,16 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     with ExitStack() as stack:
         with _timed(seconds, "read"):
             contents, request = read(stack, options, algorithm)
+            if options.tune is not None:
+                asked = options.calibration
+                require_tuning(contents.target.program, options.tune, asked.corpus.samples, asked.device)
             text, task = read_measures(contents, request.context, options)
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
             needed = algorithm.CALIBRATED and request.weights != planner.KEEP
-            if needed or options.calibrates or options.static_scales:
+            asked = options.calibrates or options.static_scales or options.tune is not None
+            if needed or asked:
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
@@ -141,11 +147,23 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             with _timed(seconds, "compile"):
                 code = device_code(scaled, plans, profile, watcher)
             _keep(options, "device_code", code.entries)
+        tuning = None
+        if options.tune is not None:
+            tuning = Tuning(options.tune, contents.target, plans[LANGUAGE], calibrations, watcher)
         with _timed(seconds, "quantize"):
             sqnr = quantize(
-                scaled, plans, algorithm, how, calibrations, writer, watcher, feedback=options.feedback
+                scaled,
+                plans,
+                algorithm,
+                how,
+                calibrations,
+                writer,
+                watcher,
+                feedback=options.feedback,
+                tuner=tuning,
             )
-        _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr})
+        tuned = {} if tuning is None else tuning.kl
+        _keep(options, "quantize", {"algorithm": options.algorithm, "sqnr_db": sqnr, "tuned": tuned})
         with _timed(seconds, "verify"):
             # As it was before its channels were scaled: the same function, in the checkpoint's own basis
             part = replace(contents.language, program=scaled.language.program)
@@ -154,6 +172,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
             quality, answer = verify(subject, options, text, task, sqnr[LANGUAGE], watcher)
         _keep(options, "verify", {"quality": quality, "known_answer": answer})
         notices = [*contents.notices, *(() if code is None else code.notices)]
+        notices += [] if tuning is None else tuning.notices
         if quality is not None and quality.broken:
             if not options.force:
                 raise broken_limits(quality)
@@ -193,10 +212,11 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     changes = [f"--algorithm {options.algorithm}"] if isinstance(algorithm, ChannelScaler) else []
     if options.rotate is not None:
         changes.append("--rotate")
-    if changes and request.weights == planner.KEEP:
+    tunes = [] if options.tune is None else ["--tune"]
+    if (changes or tunes) and request.weights == planner.KEEP:
         raise BadConfig(
-            f"{' and '.join(changes)} would change every value, and quantized weights are kept as they are; "
-            "name another --weights, or leave it away"
+            f"{' and '.join([*changes, *tunes])} would change every value, and quantized weights are kept as "
+            "they are; name another --weights, or leave it away"
         )
     for change in changes:
         check_adapters(contents, change)

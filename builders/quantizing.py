@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from builders.activations import Kind, round_activations
 from builders.calibrating import Calibrations
-from builders.encoding import encode
+from builders.encoding import Encoded, encode, measured
 from builders.equalize import ScaledWeights, equalize
 from builders.parts import Contents, Part
 from builders.planner import Plans
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler
 from builders.statistics import InputStatistics
 from builders.watcher import Watcher
-from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.formats import Array, Planes, get_format
+from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.packing import pack
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.proof import plane_name
@@ -74,36 +76,58 @@ def inputs_of(part: Part, name: str, calibrations: Calibrations) -> InputStatist
     return part.weights.inputs(name, found) if isinstance(part.weights, ScaledWeights) else found
 
 
+# Planes of every tensor of a part -> those that are better, of the tensors that change
+Tuner = Callable[[Part, Mapping[str, Planes]], Mapping[str, dict[str, Array]]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """One part on its way into the file. `sqnr`: tensor -> dB, of those that are not exact; `written`: which
-    tensors are in the file."""
+    """One part on its way into the file. `sqnr`: tensor -> dB, of those that are not exact; `chosen`: tensors
+    whose values an algorithm has chosen. With `waits`, they lie in `held` until `finish`."""
 
     part: Part
     plan: Plan
     algorithm: Algorithm
     options: AlgorithmOptions
     writer: EngineWriter
+    waits: bool
     sqnr: dict[str, float] = field(default_factory=dict)
-    written: set[str] = field(default_factory=set)
+    chosen: set[str] = field(default_factory=set)
+    held: dict[str, Encoded] = field(default_factory=dict)
 
-    def write(self, name: str, inputs: InputStatistics | None) -> dict[str, Array]:
-        """Quantize, pack and write a tensor; its codec planes."""
+    def choose(self, name: str, inputs: InputStatistics | None) -> dict[str, Array]:
+        """Quantize a tensor, and pack and write it unless it waits; its codec planes."""
+        fmt = get_format(self.plan.tensors[name].format)
+        made = encode(self.part, name, fmt, self.algorithm, inputs, self.options)
+        self.chosen.add(name)
+        if self.waits:
+            self.held[name] = made
+        else:
+            self._write(name, made)
+        return made.planes
+
+    def choose_decoded(self, name: str, inputs: InputStatistics | None) -> Array:
+        """The same; its values f32 (rows, cols) as they will be read."""
+        spec = self.part.program.tensors[name]
+        fmt = get_format(self.plan.tensors[name].format)
+        return fmt.decode(self.choose(name, inputs), spec.rows, spec.cols)
+
+    def finish(self, tuner: Tuner) -> None:
+        """Tune what was held, and write it."""
+        tuned = tuner(self.part, {name: made.planes for name, made in self.held.items()})
+        for name in self.plan.tensors:
+            made = self.held.pop(name)
+            if name in tuned:
+                made = measured(self.part, name, get_format(self.plan.tensors[name].format), tuned[name])
+            self._write(name, made)
+
+    def _write(self, name: str, made: Encoded) -> None:
         spec, chosen = self.part.program.tensors[name], self.plan.tensors[name]
-        made = encode(self.part, name, get_format(chosen.format), self.algorithm, inputs, self.options)
         packed = pack(chosen.format, chosen.packing, made.planes, spec.rows, spec.cols)
         for plane, data in packed.items():
             self.writer.add(plane_name(self.part.name, name, plane), data)
         if made.sqnr_db is not None:
             self.sqnr[name] = made.sqnr_db
-        self.written.add(name)
-        return made.planes
-
-    def write_decoded(self, name: str, inputs: InputStatistics | None) -> Array:
-        """The same; its values f32 (rows, cols) as they will be read."""
-        spec = self.part.program.tensors[name]
-        fmt = get_format(self.plan.tensors[name].format)
-        return fmt.decode(self.write(name, inputs), spec.rows, spec.cols)
 
 
 def quantize(
@@ -116,21 +140,35 @@ def quantize(
     watcher: Watcher,
     *,
     feedback: bool = False,
+    tuner: Tuner | None = None,
 ) -> dict[str, dict[str, float]]:
     """Quantize, pack and write every tensor of every part; with `feedback` each knowing what those before it
-    have become, in the parts that were calibrated.
+    have become, in the parts that were calibrated. The language part is held in memory for a `tuner`.
 
     Returns part -> tensor -> SQNR in dB, of those that are not exact.
     """
-    parts = [_Writing(part, plans[part.name], algorithm, options, writer) for part in contents.parts]
+    parts = [
+        _Writing(
+            part,
+            plans[part.name],
+            algorithm,
+            options,
+            writer,
+            waits=tuner is not None and part.name == LANGUAGE,
+        )
+        for part in contents.parts
+    ]
     for writing in parts:
         if feedback and calibrations.covers(writing.part.name):
             known = partial(inputs_of, writing.part, calibrations=calibrations)
-            calibrations.in_order(writing.part, writing.write_decoded, known, watcher)
-    watcher.phase("quantize", sum(len(w.plan.tensors) - len(w.written) for w in parts))
+            calibrations.in_order(writing.part, writing.choose_decoded, known, watcher)
+    watcher.phase("quantize", sum(len(w.plan.tensors) - len(w.chosen) for w in parts))
     for writing in parts:
         part = writing.part
-        for name in [name for name in writing.plan.tensors if name not in writing.written]:
-            writing.write(name, inputs_of(part, name, calibrations) if algorithm.CALIBRATED else None)
+        for name in [name for name in writing.plan.tensors if name not in writing.chosen]:
+            writing.choose(name, inputs_of(part, name, calibrations) if algorithm.CALIBRATED else None)
             watcher.step(f"{part.name} {name}")
+    for writing in parts:
+        if writing.waits and tuner is not None:
+            writing.finish(tuner)
     return {writing.part.name: writing.sqnr for writing in parts}

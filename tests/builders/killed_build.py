@@ -1,10 +1,11 @@
-"""A build that kills itself with SIGKILL: `killed_build.py MODEL ENGINE STEP [--auto]`; step 0 is never."""
+"""A build that kills itself with SIGKILL: `killed_build.py MODEL ENGINE STEP [--auto | --tune]`; 0 is never."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from builders.calibrating import CalibrationRequest
@@ -35,4 +36,5 @@ def options_of(model: Path, engine: Path, *, auto: bool) -> Options:
 
 if __name__ == "__main__":
     model, engine, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    build(options_of(model, engine, auto="--auto" in sys.argv), Killer(step))
+    options = options_of(model, engine, auto="--auto" in sys.argv)
+    build(replace(options, tune=20 if "--tune" in sys.argv else None), Killer(step))
