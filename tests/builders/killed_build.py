@@ -1,4 +1,4 @@
-"""A build that kills itself with SIGKILL: `killed_build.py MODEL ENGINE STEP [--auto | --tune]`; 0 is never."""
+"""A build that kills itself by SIGKILL: `killed_build.py MODEL ENGINE STEP [--auto | --tune]`; 0 is never."""
 
 from __future__ import annotations
 
