@@ -143,7 +143,7 @@ def _train(
     state: Path,
     watcher: Watcher,
 ) -> None:
-    """All steps that are left. An interruption leaves the state as it is then."""
+    """All steps that are left. An interruption between two of them leaves the state as it is then."""
     settled = int(SETTLED * options.steps)
     points = {-(-k * options.steps // JUDGEMENTS) for k in range(1, JUDGEMENTS + 1)}
     watcher.phase("tune", options.steps)
@@ -151,9 +151,10 @@ def _train(
         watcher.step("done before")
     count = max(1, STEP_TOKENS // learned.shape[1])
     order = _Order(len(learned), options.seed)
-    saved = monotonic()
+    saved, whole = monotonic(), True  # a step that was cut short is no state to go on from
     try:
         while run.step < options.steps:
+            whole = False
             if run.step == settled:
                 models.settle(run)
             models.step(run, learned[order.batch(run.step, count)], run.step / options.steps)
@@ -161,12 +162,14 @@ def _train(
                 planes = models.planes()
                 models.decode(planes)
                 best.offer(models.judge(judged), planes)
+            whole = True
             watcher.step(f"KL {run.recent:.4g}, best of the judged {best.kl:.4g}")
             if monotonic() - saved > SAVE_SECONDS:
                 save_state(run, state)
                 saved = monotonic()
     except KeyboardInterrupt:
-        save_state(run, state)
+        if whole:
+            save_state(run, state)
         raise
 
 
