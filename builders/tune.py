@@ -38,7 +38,8 @@ from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, BuildError, NumericError
 
 STATE = "tuning.safetensors"  # in the calibration's folder; an interrupted build goes on from it
-LATENT_RATE = 0.015  # peak, in units of a latent number a step
+LATENT_RATE = 0.03  # peak, in units of a latent number a step
+LATENT_PATH = 5.0  # units that one could move at the peak rate all along: longer runs go in smaller steps
 FACTOR_RATE = 0.003  # peak, of the scales, and of vectors in units of their own size
 SETTLED = 0.75  # of the steps: scales are then what the format can hold
 STEP_TOKENS = 2048
@@ -257,7 +258,8 @@ class _Models:
         """A training run of all parameters, not begun."""
         tensors: dict[str, Tensor] = {}
         groups = []
-        for kind, rate in (("latents", LATENT_RATE), ("factors", FACTOR_RATE)):
+        latent_rate = min(LATENT_RATE, LATENT_PATH / options.steps)
+        for kind, rate in (("latents", latent_rate), ("factors", FACTOR_RATE)):
             own = {f"{kind}:{name}": t for name, made in self._tuned.items() for t in getattr(made, kind)}
             tensors |= own
             groups.append({"params": list(own.values()), "peak": rate})
