@@ -3,10 +3,10 @@
     python bench/mixed_plan.py [--models planner] [--samples 32] [--tune 600] [--work build/bench/mixed]
 
 Values by GPTQ with feedback on both sides, one calibration a model; with `--tune` also tuned end to end, on
-both sides. The mixed plan has 4.0 bits a weight on
-average, scales included, and no more bytes as stored, padding included, than any of them: `--max-memory` is
-what the smallest needs. "same bits": mixed plans as large as two of them. KL is to the f32 model, with f32
-activations and an f16 cache. Writes bench/results/cpu-<date>-mixed-plan.json.
+both sides. The mixed plan has 4.0 bits a weight on average, scales included, and no more bytes as stored,
+padding included, than any of them: `--max-memory` is what the smallest needs. "same bits": mixed plans as
+large as two of them. KL is to the f32 model, with f32 activations and an f16 cache. Writes
+bench/results/cpu-<date>-mixed-plan.json.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from builders.quantize import Algorithm, AlgorithmOptions
 from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
 from builders.weights import row_blocks
-from edge_runtime.engine.formats import Array, Format, Planes
+from edge_runtime.engine.formats import Array, Format, get_format
 from edge_runtime.errors import ValueOutOfRange
 
 _PIECE = 1 << 18  # values of one f64 sum: it needs little memory
@@ -60,7 +60,7 @@ def _encode(
     spec = part.program.tensors[name]
     stored = part.weights.stored(name, fmt.name)
     if stored is not None:
-        return _kept(part, name, fmt, stored)
+        return measured(part, name, stored) if stored.error else Encoded(stored.planes, 0.0, 0.0)
     whole = not algorithm.ROW_WISE or any(p.whole for p in fmt.planes)
     blocks = [(0, spec.rows)] if whole else row_blocks(spec.rows, spec.cols)
     planes: dict[str, Array] = {}
@@ -78,35 +78,22 @@ def _encode(
     return Encoded(planes, signal, noise)
 
 
-def _kept(part: Part, name: str, fmt: Format, stored: Stored) -> Encoded:
-    """A tensor that the checkpoint already holds in the format, its planes as they are."""
-    spec = part.program.tensors[name]
+def measured(part: Part, name: str, stored: Stored) -> Encoded:
+    """Planes of a tensor that are there already, and how far they are from its values."""
+    fmt, spec = get_format(stored.format), part.program.tensors[name]
     signal = noise = 0.0
-    if stored.error:
-        for start, stop in row_blocks(spec.rows, spec.cols):
-            values = part.weights.block(name, start, stop)
-            one = _energies(fmt, stored.rows(start, stop).planes, values)
-            signal, noise = signal + one[0], noise + one[1]
+    for start, stop in row_blocks(spec.rows, spec.cols):
+        values = part.weights.block(name, start, stop)
+        one = _energies(fmt, stored.rows(start, stop).planes, values)
+        signal, noise = signal + one[0], noise + one[1]
     return Encoded(stored.planes, signal, noise)
 
 
-def measured(part: Part, name: str, fmt: Format, planes: dict[str, Array]) -> Encoded:
-    """Planes that something else has made, and how far they are from the tensor's values."""
-    spec = part.program.tensors[name]
-    signal = noise = 0.0
-    for start, stop in row_blocks(spec.rows, spec.cols):
-        piece = {p: d if fmt.plane(p).whole else d[start:stop] for p, d in planes.items()}  # type: ignore[union-attr]
-        one = _energies(fmt, piece, part.weights.block(name, start, stop))
-        signal, noise = signal + one[0], noise + one[1]
-    return Encoded(planes, signal, noise)
-
-
-def _energies(fmt: Format, planes: Planes, values: Array) -> tuple[float, float]:
+def _energies(fmt: Format, planes: dict[str, Array], values: Array) -> tuple[float, float]:
     """Sums of squares of the values (rows, cols) and of what their planes miss of them."""
-    signal = noise = 0.0
+    made, signal, noise = Stored(fmt.name, planes), 0.0, 0.0
     for a, b in row_blocks(*values.shape, _PIECE):
-        piece = {p: d if fmt.plane(p).whole else d[a:b] for p, d in planes.items()}  # type: ignore[union-attr]
-        error = fmt.decode(piece, b - a, values.shape[1]) - values[a:b]
+        error = fmt.decode(made.rows(a, b).planes, b - a, values.shape[1]) - values[a:b]
         signal += float(np.square(values[a:b], dtype=np.float64).sum())
         noise += float(np.square(error, dtype=np.float64).sum())
     return signal, noise

@@ -117,8 +117,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "read"):
             contents, request = read(stack, options, algorithm)
             if options.tune is not None:
-                asked = options.calibration
-                require_tuning(contents.target.program, options.tune, asked.corpus.samples, asked.device)
+                require_tuning(contents.target.program, options.tune, options.calibration)
             text, task = read_measures(contents, request.context, options)
         _keep(options, "read", {"parts": {part.name: part.program for part in contents.parts}})
         with _timed(seconds, "calibrate"):

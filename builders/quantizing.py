@@ -13,6 +13,7 @@ from builders.equalize import ScaledWeights, equalize
 from builders.parts import Contents, Part
 from builders.planner import Plans
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler
+from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
 from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, Planes, get_format
@@ -118,7 +119,7 @@ class _Writing:
         for name in self.plan.tensors:
             made = self.held.pop(name)
             if name in tuned:
-                made = measured(self.part, name, get_format(self.plan.tensors[name].format), tuned[name])
+                made = measured(self.part, name, Stored(self.plan.tensors[name].format, tuned[name]))
             self._write(name, made)
 
     def _write(self, name: str, made: Encoded) -> None:

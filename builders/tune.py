@@ -279,9 +279,8 @@ class _Models:
     def use(self, kept: Mapping[str, Tensor]) -> None:
         """Scales that were settled before an interruption, if they were."""
         for name, tensor in self._tuned.items():
-            grid = {p: kept.get(f"grid:{name}#{p}") for p in getattr(tensor, "grid", {})}
-            if isinstance(tensor, TunedMatrix) and None not in grid.values():
-                tensor.use({p: data.numpy() for p, data in grid.items() if data is not None})
+            if isinstance(tensor, TunedMatrix) and f"grid:{name}#{next(iter(tensor.grid))}" in kept:
+                tensor.use({p: kept[f"grid:{name}#{p}"].numpy() for p in tensor.grid})
 
     def step(self, run: Run, windows: Array, done: float) -> None:
         """One step of the optimizer. Raises NumericError."""

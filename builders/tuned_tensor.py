@@ -61,7 +61,7 @@ class TunedMatrix:
         groups = grouped(values, self.span)
         divisor = torch.where(self._scale == 0, torch.inf, self._scale)[..., None]
         levels = self._levels.nearest((groups - self._shift[..., None]) / divisor)
-        distance = float(levels_of(fmt)[-1] - levels_of(fmt)[0]) / (len(levels_of(fmt)) - 1)
+        distance = (self._levels.greatest - self._levels.least) / (len(levels_of(fmt)) - 1)
         self.unit = max(distance, _SHARE * float(levels.std(correction=0)))
         self._latent = levels / self.unit
         self._factor = torch.ones_like(self._scale)
@@ -91,7 +91,7 @@ class TunedMatrix:
 
     def _held(self) -> dict[str, Array]:
         """The grid that the format holds nearest to the one that was learned."""
-        if not self.factors or bool((self._factor == 1).all()):
+        if bool((self._factor == 1).all()):
             return self.grid
         scale, shift = ((t * self._factor).cpu().numpy() for t in (self._scale, self._shift))
         return grid_for(self._format, *range_of(scale, shift, levels_of(self._format)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from builders.calibrating import Calibrations
+from builders.calibrating import CalibrationRequest, Calibrations
 from builders.parts import Checkpoint, Part
 from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, Planes, get_format
@@ -14,18 +14,18 @@ from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig
 
 
-def require_tuning(program: Program, steps: int, samples: int, device: str) -> None:
+def require_tuning(program: Program, steps: int, request: CalibrationRequest) -> None:
     """Raises BadConfig for what cannot be meant, Unsupported without torch or the device, BuildError without
     the memory that it takes: before any long work."""
     if steps < 1:
         raise BadConfig(f"--tune is {steps}, expected at least 1 step")
-    if samples < 2:
+    if request.corpus.samples < 2:
         raise BadConfig(
             "--tune keeps some windows of the calibration text for judging; give --samples 2 or more"
         )
     from builders.torch_device import resolve_device
 
-    found = resolve_device(device)
+    found = resolve_device(request.device)
     from builders.tune import require_memory
 
     require_memory(program, found)

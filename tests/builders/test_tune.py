@@ -14,7 +14,9 @@ from killed_build import options_of
 from made_weights import MadeWeights, logits_of, made_weights
 
 from builders import pipeline
+from builders.calibrating import CalibrationRequest
 from builders.cli import main as edge_build
+from builders.corpus import CorpusOptions
 from builders.planner import Request
 from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, get_format
@@ -154,16 +156,20 @@ def test_one_window_and_numbers_that_are_none_are_refused(tmp_path: Path) -> Non
 
 def test_too_little_memory_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     program = made_weights(CONFIG).program
-    tuning.require_tuning(program, 5, 16, "cpu")
+    tuning.require_tuning(program, 5, CalibrationRequest(device="cpu"))
     monkeypatch.setattr(tune_module, "available_memory", lambda: (1 << 16, "a test"))
     with pytest.raises(BuildError, match=r"GiB for the weights in training.*a test"):
-        tuning.require_tuning(program, 5, 16, "cpu")
+        tuning.require_tuning(program, 5, CalibrationRequest(device="cpu"))
 
 
 @pytest.mark.parametrize(("steps", "samples", "word"), [(0, 8, "at least 1 step"), (9, 1, "--samples")])
 def test_what_cannot_be_meant_is_refused(steps: int, samples: int, word: str) -> None:
     with pytest.raises(BadConfig, match=word):
-        tuning.require_tuning(made_weights(CONFIG).program, steps, samples, "cpu")
+        tuning.require_tuning(
+            made_weights(CONFIG).program,
+            steps,
+            CalibrationRequest(corpus=CorpusOptions(samples=samples), device="cpu"),
+        )
 
 
 @pytest.mark.parametrize(
