@@ -26,7 +26,8 @@ from machine import machine
 from random_llama import Shape, write_folder
 
 from edge_runtime import open_engine
-from edge_runtime.cli.calibrate import DECODE, Timer, calibrate, session_seconds
+from edge_runtime.cli.calibrate import DECODE, calibrate, session_times
+from edge_runtime.cli.timer import Timer
 from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, load_profile
 from edge_runtime.engine.roofline import Step, prompt_steps, timer
@@ -41,10 +42,11 @@ CASES = {
 }
 FORMATS = ["f16", "int4_g32", "int4_g64", "int8_row", "nf4_g64"]
 TIMES = (
-    *("request_us", "step_us", "token_us", "stage_us"),
-    *("value_ns", "output_ns", "logit_ns", "row_ns", "odd_kv_ns"),
+    *("request_us", "step_us", "small_step_us", "token_us", "stage_us", "unit_us"),
+    *("value_ns", "odd_head_ns", "logit_ns", "row_ns", "odd_kv_ns"),
 )
 RATES = ("gbps", "cached_gbps", "gops")
+ROWS = ("output_ns", "chunk_output_ns")
 LIMIT = 0.15  # of what was measured, that a prediction may be off
 
 
@@ -74,7 +76,10 @@ def best(profiles: list[Profile]) -> Profile:
             len(measured) // 2
         ]
     formats = {
-        name: FormatSpeed(**{f: max(getattr(m.formats[name], f) for m in measured) for f in RATES})
+        name: FormatSpeed(
+            **{f: max(getattr(m.formats[name], f) for m in measured) for f in RATES},
+            **{f: statistics.median(getattr(m.formats[name], f) for m in measured) for f in ROWS},
+        )
         for name in first.formats
     }
     keys = {name: statistics.median(m.kv_ns[name] for m in measured) for name in first.kv_ns}
@@ -83,11 +88,12 @@ def best(profiles: list[Profile]) -> Profile:
     return msgspec.structs.replace(profiles[0], efficiency=efficiency)
 
 
-def measure(engine: Path, clock: Timer) -> tuple[float, float]:
-    """Seconds to the first token of a prompt of half the context, and of a decoding step behind it."""
+def measure(engine: Path, clock: Timer) -> tuple[float, float, float]:
+    """Seconds to the first token of a prompt of half the context; then of two requests behind it, whose
+    difference is DECODE steps."""
     with open_engine(str(engine), backend="cpu", threads=clock.threads, verify=False) as session:
         depth = session.context // 2
-        return session_seconds(session, clock, depth, depth)
+        return session_times(session, clock, depth, depth)
 
 
 def predict(engine: Path, profile: Profile, threads: int) -> tuple[float, float]:
@@ -128,7 +134,7 @@ def main() -> int:
     count = time.process_time if args.clock == "cpu" else time.perf_counter
     clock = Timer(args.threads, args.limit, count)
     profiles: list[Profile] = []
-    seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for round_ in range(args.rounds):
         print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
         base = load_profile("cpu")
@@ -146,10 +152,12 @@ def main() -> int:
 
 
 def compared(
-    key: tuple[str, str], engine: Path, profile: Profile, seen: list[tuple[float, float]], threads: int
+    key: tuple[str, str], engine: Path, profile: Profile, seen: list[tuple[float, float, float]], threads: int
 ) -> list[dict[str, Any]]:
     """Two rows of an engine: decoding and the first token."""
-    first, step = (min(each) for each in zip(*seen, strict=True))
+    # the fastest of each, not of the differences: of those a disturbed short request gives the least
+    first, shortest, longest = (min(each) for each in zip(*seen, strict=True))
+    step = (longest - shortest) / DECODE
     first_said, step_said = predict(engine, profile, threads)
     model, case = key
     pairs = (("tokens/s", 1 / step_said, 1 / step), ("first token, ms", 1e3 * first_said, 1e3 * first))

@@ -1,14 +1,17 @@
 """`edge-bench --calibrate`: how fast the cpu backend is on this machine, as a profile that plans are made by.
 
-What is simple is measured first, and what is left of each later measurement is what it adds: stages, then
-values, then products of every format that the backend has kernels for, then attention for every cache format,
-then steps and requests of a whole session. The model that the figures are for is engine/roofline.py's.
+What is simple is measured first, and what is left of each later measurement is what it adds: values, then
+stages, then products of every format that the backend has kernels for, then attention for every cache format,
+then whole decoders, then steps and requests of a session. The model that the figures are for is
+engine/roofline.py's.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,19 +20,22 @@ import msgspec
 import numpy as np
 import yaml
 
-from edge_runtime.backends.protocol import Executor, Part, StepBatch
+from edge_runtime.backends.protocol import Executor, StepBatch
 from edge_runtime.cli import synthetic
 from edge_runtime.cli.measure import run
+from edge_runtime.cli.timer import CHUNK, Timer, step_of
 from edge_runtime.cli.workload import RandomTokens
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import K_FORMATS, kv_pair
-from edge_runtime.engine.plan import KvPlan, StepShape
+from edge_runtime.engine.packing import PANEL, cpu_packing, packed_nbytes
+from edge_runtime.engine.plan import KvPlan
 from edge_runtime.engine.probe import measure_bandwidth
 from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, QueryTime
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.roofline import (
     Step,
     family,
+    odd_heads,
     timer,
     unbroken_stages,
     values_per_token,
@@ -40,62 +46,22 @@ from edge_runtime.serving.device import get_backend
 from edge_runtime.serving.open import open_engine
 from edge_runtime.serving.session import Session
 
-CHUNK = 128  # tokens of a step of a prompt, as plans have it
-_WIDTH = 1024  # of the square matrices that products are timed with
+_WIDTH = 1024  # columns of the matrices that rates are timed with
+_SHORT = 64  # columns where what a row costs beside them shows
+_CHUNK_ROWS = 4096  # of the matrices that chunks are timed with
 _CACHED = 6 << 20  # bytes of weights that the last cache keeps, beyond what the cores' own do
+_OWN_CACHES = 4  # times the cores' own, where that is more: of fewer bytes they would keep a part
 _LEAST_STREAM = 96 << 20  # bytes of weights that no cache keeps
 _VOCABULARIES = (512, 32768)
 _DECODER = {"width": 256, "hidden": 768, "layers": 6}  # 4 MB of weights leave the cores' caches to no one
+_SMALL_DECODER = {"width": 64, "hidden": 192, "layers": 6}  # 0.3 MB leave them to the host
+_CHAINED = (40, 200)  # small products in a row that stages are timed with
 _PROMPT = 16  # tokens of a request for the overheads of a session
 DECODE = 16  # tokens written to time a step: few, so that a busy machine lets some runs be
 Watch = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Timer:
-    """Seconds of forward passes: the fastest, once it was met three times within 3%, or after `limit_s`."""
-
-    threads: int
-    limit_s: float = 1.0
-    clock: Callable[[], float] = perf_counter
-
-    def load(self, program: Program, fmt: str, k: str = "int8", v: str = "int8") -> tuple[Executor, KvPlan]:
-        step = StepShape(context=program.max_context, sequences=1, tokens=CHUNK, logits=1)
-        kv = synthetic.cache_of(program, k, v, step)
-        weights = synthetic.weights_of(program, synthetic.plans_of(program, fmt))
-        backend = get_backend("cpu")
-        return backend.load(Part(program, weights, kv, step), threads=self.threads), kv
-
-    def seconds(
-        self, executor: Executor, kv: KvPlan, tokens: int, before: int = 0, *, patient: bool = False
-    ) -> float:
-        """One step of `tokens` tokens after `before`."""
-        batch = StepBatch(
-            tokens=np.arange(tokens, dtype=np.int32) % synthetic.VOCAB,
-            positions=np.arange(before, before + tokens, dtype=np.int32),
-            sequence=np.zeros(tokens, np.int32),
-            page_tables=np.arange(max(1, kv.pages), dtype=np.int32)[None, :] if kv.pages else _NO_PAGES,
-            logit_rows=np.array([tokens - 1], np.int32),
-        )
-        executor.forward(batch)  # warms up, and checks the batch
-        return self.fastest(lambda: executor.forward(batch), patient=patient)
-
-    def fastest(self, work: Callable[[], object], *, patient: bool = False) -> float:
-        """The least seconds of something done again and again; `patient`: until the limit in any case,
-        for what other programs slow down evenly."""
-        taken: list[float] = []
-        start = perf_counter()
-        while len(taken) < _ALIKE or perf_counter() - start < self.limit_s:
-            began = self.clock()
-            work()
-            taken = sorted([*taken, self.clock() - began])
-            if not patient and len(taken) >= 2 * _ALIKE and taken[_ALIKE - 1] <= _NEAR * taken[0]:
-                break
-        return taken[0]
-
-
-_ALIKE, _NEAR = 3, 1.03  # so many times within this factor, and a time is believed
-_NO_PAGES = np.full((1, 1), -1, np.int32)
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def calibrate(
@@ -122,38 +88,41 @@ def calibrate(
     timing = Timer(threads, limit_s, clock)
     watch("reading memory")
     bandwidth = measure_bandwidth(threads, limit_s=max(0.2, limit_s))
-    watch("stages and values")
-    value = _value(timing)
-    stage, output = _stage(timing, value)
-    cache = last_cache()
+    watch("values and stages")
+    value, odd = _value(timing), _odd_head(timing)
+    stage = _stage(timing, value)
+    last, own = last_cache(), core_cache()
+    kept = max(_CACHED, min(last // 2, _OWN_CACHES * threads * own))
     names = list(formats) or runnable()
     speeds = {}
     for i, name in enumerate(names, 1):
         watch(f"products {i}/{len(names)}: {name}")
-        speeds[name] = _products(timing, name, stage, value, output, cache)
+        speeds[name] = _products(timing, name, stage, value, max(_LEAST_STREAM, 3 * last), kept)
     watch("attention")
     attending = _attention(timing, stage)
     measured = Measured(
         threads=threads,
         request_us=0.0,
         step_us=0.0,
+        small_step_us=0.0,
         token_us=0.0,
         stage_us=1e6 * stage,
+        unit_us=0.0,
         value_ns=1e9 * value,
-        output_ns=1e9 * output,
+        odd_head_ns=1e9 * odd,
         logit_ns=0.0,
         query=attending.alone,
         chunk_query=attending.chunk,
         row_ns=attending.row,
         odd_kv_ns=attending.odd,
         kv_ns=attending.keys,
-        cache_bytes=cache // 2,
+        cache_bytes=last // 2,
+        core_cache_bytes=own,
         formats=speeds,
     )
     measured = _whole(_with(base, bandwidth, measured), measured, timing)
-    profile = _with(base, bandwidth, measured)
     watch("steps and requests")
-    return _with(base, bandwidth, _session(profile, measured, timing))
+    return _with(base, bandwidth, _session(measured, timing))
 
 
 def runnable() -> list[str]:
@@ -167,14 +136,26 @@ def runnable() -> list[str]:
     return [fmt for fmt, ok in names.items() if ok]
 
 
-def last_cache(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+def last_cache(root: Path = _CACHES) -> int:
     """Bytes of the largest cache that core 0 sees; 0 where the system does not say."""
-    sizes = [0]
+    return max(_cache_sizes(root).values(), default=0)
+
+
+def core_cache(root: Path = _CACHES) -> int:
+    """Bytes of the second cache of core 0, the last that is a core's own; 0 where the system does not say."""
+    return _cache_sizes(root).get(2, 0)
+
+
+def _cache_sizes(root: Path) -> dict[int, int]:
+    """Bytes of the largest cache of each level."""
+    sizes: dict[int, int] = {}
     for entry in sorted(root.glob("index*/size")):
         text = entry.read_text(encoding="ascii").strip()
+        level = int((entry.parent / "level").read_text(encoding="ascii"))
         if text[:-1].isdigit() and text[-1:] in "KM":
-            sizes.append(int(text[:-1]) << (10 if text.endswith("K") else 20))
-    return max(sizes)
+            size = int(text[:-1]) << (10 if text.endswith("K") else 20)
+            sizes[level] = max(size, sizes.get(level, 0))
+    return sizes
 
 
 def profile_yaml(profile: Profile, machine: str, date: str) -> str:
@@ -195,55 +176,66 @@ def write_profile(profile: Profile, path: Path, machine: str, date: str) -> None
 def _value(clock: Timer) -> float:
     """Seconds of one value on one thread."""
     program = synthetic.values(4096, 24)
-    executor, kv = clock.load(program, "int8_row")
-    seconds = clock.seconds(executor, kv, CHUNK)
-    executor.close()
+    seconds = clock.program(program, "int8_row", CHUNK)
     return seconds / (values_per_token(program) * -(-CHUNK // clock.threads))
 
 
-def _stage(clock: Timer, value: float) -> tuple[float, float]:
-    """Seconds of a stage and, on one thread, of an output of a product: what the same bytes of weights take
-    longer in many small linears than in few, with one token and with a chunk."""
-    times: list[list[float]] = []
-    stages: list[int] = []
-    outputs: list[int] = []
-    for width in (_WIDTH // 4, _WIDTH):
-        program = synthetic.products(width, _CACHED // width**2)
-        executor, kv = clock.load(program, "int8_row")
-        inputs = value * values_per_token(program)
-        one = clock.seconds(executor, kv, 1) - inputs
-        many = clock.seconds(executor, kv, CHUNK) - inputs * -(-CHUNK // clock.threads)
-        times.append([one, many])
-        stages.append(unbroken_stages(program))
-        outputs.append(sum(s.rows for s in program.tensors.values() if s.role == "matrix"))
-        executor.close()
-    stage = max(0.0, (times[0][0] - times[1][0]) / (stages[0] - stages[1]))
-    more = times[0][1] - times[1][1] - stage * (stages[0] - stages[1])
-    return stage, max(0.0, more * clock.threads / (CHUNK * (outputs[0] - outputs[1])))
+def _odd_head(clock: Timer) -> float:
+    """Seconds that a head which is not whole vectors adds to its rotation or its append, on one thread."""
+    whole, odd = (synthetic.turning(256, head_dim, 8) for head_dim in (32, 8))
+    more = clock.program(odd, "int8_row", CHUNK) - clock.program(whole, "int8_row", CHUNK)
+    return max(0.0, more) / (odd_heads(odd) * -(-CHUNK // clock.threads))
 
 
-def _products(clock: Timer, fmt: str, stage: float, value: float, output: float, cache: int) -> FormatSpeed:
-    """Rates of one format, from weights in memory and in the last cache."""
-    one = synthetic.products(_WIDTH, 1)
-    each = weights_read(one, synthetic.plans_of(one, fmt))
-    rates = []
-    gops = 0.0
-    for size in (max(_LEAST_STREAM, 3 * cache), _CACHED):
-        program = synthetic.products(_WIDTH, max(2, round(size / each)))
-        matrices = [s for s in program.tensors.values() if s.role == "matrix"]
-        nbytes = weights_read(program, synthetic.plans_of(program, fmt))
-        executor, kv = clock.load(program, fmt)
-        fixed = stage * unbroken_stages(program)
-        inputs = value * values_per_token(program) if family(fmt)[0] != "float" else 0.0
-        written = output * sum(s.rows for s in matrices) / clock.threads
-        seconds = clock.seconds(executor, kv, 1, patient=size != _CACHED)  # memory is shared with others
-        rates.append(nbytes / 1e9 / max(seconds - fixed - inputs - written, 0.1 * seconds))
-        if size == _CACHED:
-            seconds = clock.seconds(executor, kv, CHUNK)
-            beside = fixed + inputs * -(-CHUNK // clock.threads) + written * CHUNK
-            gops = 2.0 * CHUNK * sum(s.size for s in matrices) / 1e9 / max(seconds - beside, 0.1 * seconds)
-        executor.close()
-    return FormatSpeed(gbps=rates[0], cached_gbps=rates[1], gops=gops)
+def _stage(clock: Timer, value: float) -> float:
+    """Seconds of a stage: what is left of a small product after its values and rows."""
+    row = _row(clock, "int8_row", _SHORT, _CHUNK_ROWS, 1)
+    few, many = (synthetic.products(_SHORT, count) for count in _CHAINED)
+    seconds = [_usual_step(program, clock, 1) for program in (few, many)]
+    values = value * (values_per_token(many) - values_per_token(few))
+    products = row * _SHORT * (_CHAINED[1] - _CHAINED[0])
+    more = seconds[1] - seconds[0] - values - products
+    return max(0.0, more / (unbroken_stages(many) - unbroken_stages(few)))
+
+
+def _products(clock: Timer, fmt: str, stage: float, value: float, stream: int, kept: int) -> FormatSpeed:
+    """Rates and costs of a row of one format; `stream` bytes of weights come from memory, `kept` from the
+    last cache."""
+    each = _row_bytes(fmt, _WIDTH)
+
+    def line(wide_rows: int, short_rows: int, tokens: int) -> tuple[float, float]:
+        """Seconds of a column of a row and, on one thread, of a row beside its columns; each token's."""
+        wide = _row(clock, fmt, _WIDTH, wide_rows, tokens)
+        short = _row(clock, fmt, _SHORT, short_rows, tokens)
+        column = max(wide - short, 0.1 * wide) / (_WIDTH - _SHORT)
+        return column, max(0.0, short - _SHORT * column) * clock.threads
+
+    column, output = line(kept // each, kept // _row_bytes(fmt, _SHORT), 1)
+    operations, chunk_output = line(_CHUNK_ROWS, _CHUNK_ROWS, CHUNK)
+    program = synthetic.products(_WIDTH, max(2, stream // (each * _WIDTH)))
+    seconds = clock.program(program, fmt, 1, patient=True)  # memory is shared with others
+    outputs = output / clock.threads * sum(s.rows for s in program.tensors.values() if s.role == "matrix")
+    inputs = value * values_per_token(program) if family(fmt)[0] != "float" else 0.0
+    beside = stage * unbroken_stages(program) + inputs + outputs
+    nbytes = weights_read(program, synthetic.plans_of(program, fmt))
+    return FormatSpeed(
+        gbps=nbytes / 1e9 / max(seconds - beside, 0.1 * seconds),
+        cached_gbps=each / _WIDTH / 1e9 / column,
+        gops=2.0 / 1e9 / operations,
+        output_ns=1e9 * output,
+        chunk_output_ns=1e9 * chunk_output,
+    )
+
+
+def _row(clock: Timer, fmt: str, cols: int, rows: int, tokens: int) -> float:
+    """Seconds of a row of one matrix, for each token: what `rows` take longer than a panel of them."""
+    few, many = (clock.program(synthetic.product(n, cols), fmt, tokens) for n in (PANEL, rows))
+    return max(many - few, 0.1 * many) / ((rows - PANEL) * tokens)
+
+
+def _row_bytes(fmt: str, cols: int) -> int:
+    """Bytes of a row as the cpu backend stores it."""
+    return packed_nbytes(fmt, cpu_packing(fmt), PANEL, cols) // PANEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,65 +299,114 @@ def _fill(executor: Executor, kv: KvPlan, at: int) -> None:
 
 
 def _whole(profile: Profile, measured: Measured, clock: Timer) -> Measured:
-    """The value's time again, from a chunk through a whole decoder: its rotations, appended keys and
-    activations are what the sums and norms alone are not."""
+    """The value's time again, and a unit's: what is left of a chunk through two whole decoders, one of few
+    values a stage and one of many."""
     if "int8_row" not in measured.formats:
         return measured
-    program = synthetic.decoder(512, **_DECODER)
-    executor, kv = clock.load(program, "int8_row")
-    seconds = clock.seconds(executor, kv, CHUNK)
-    executor.close()
-    known = timer(program, synthetic.plans_of(program, "int8_row"), kv, profile, profile.mode())
     turns = -(-CHUNK // clock.threads)
-    left = seconds - known([Step(CHUNK, 0, True)])
-    more = 1e9 * left / (turns * values_per_token(program))
-    return msgspec.structs.replace(measured, value_ns=max(0.0, measured.value_ns + more))
+    values: list[float] = []
+    units: list[float] = []
+    left: list[float] = []
+    for shape in (_SMALL_DECODER, _DECODER):
+        program = synthetic.decoder(512, **shape)
+        executor, kv = clock.load(program, "int8_row")
+        seconds = clock.seconds(executor, kv, CHUNK)
+        executor.close()
+        known = timer(program, synthetic.plans_of(program, "int8_row"), kv, profile, profile.mode())
+        values.append(1e-9 * turns * values_per_token(program))
+        units.append(1e-6 * (CHUNK - 1) * (unbroken_stages(program) // 2))
+        left.append(seconds - known([Step(CHUNK, 0, True)]) + values[-1] * measured.value_ns)
+    unit = (left[0] * values[1] - left[1] * values[0]) / (units[0] * values[1] - units[1] * values[0])
+    unit = min(max(0.0, unit), max(0.0, left[0]) / units[0])
+    value = max(0.0, left[1] - unit * units[1]) / values[1]
+    return msgspec.structs.replace(measured, value_ns=value, unit_us=unit)
 
 
-def _session(profile: Profile, measured: Measured, clock: Timer) -> Measured:
+def _session(measured: Measured, clock: Timer) -> Measured:
     """What steps, tokens and requests of a session take beyond the backend's work.
 
-    Logits from two vocabularies of a tiny model; the rest from one whose weights leave the caches to no one.
+    Logits from two vocabularies of a tiny model; the rest from one whose weights leave the caches to no one,
+    and steps also from one whose weights do not.
     """
     few, many = _VOCABULARIES
-    tiny = [_beyond(synthetic.decoder(vocab), profile, clock)[0] for vocab in _VOCABULARIES]
+    tiny = [_beyond_step(synthetic.decoder(vocab), clock) for vocab in _VOCABULARIES]
     logit = max(0.0, (tiny[1] - tiny[0]) / (many - few))
-    step, token, request = _beyond(synthetic.decoder(few, **_DECODER), profile, clock)
+    large = synthetic.decoder(few, **_DECODER)
+    small, step = (_beyond_step(p, clock) for p in (synthetic.decoder(few, **_SMALL_DECODER), large))
+    token, request = _beyond_request(large, clock, step)
     return msgspec.structs.replace(
         measured,
         step_us=1e6 * max(0.0, step - few * logit - token),
+        small_step_us=1e6 * max(0.0, small - few * logit - token),
         token_us=1e6 * token,
         logit_ns=1e9 * logit,
         request_us=1e6 * request,
     )
 
 
-def _beyond(program: Program, profile: Profile, clock: Timer) -> tuple[float, float, float]:
-    """Seconds of a decoding step, of a further token of a prompt, and of a request, less what the backend
-    takes for them."""
+def _beyond_step(program: Program, clock: Timer) -> float:
+    """Seconds of a decoding step, less what the backend takes for it."""
+    with _served(program, clock) as session:
+        _, *behind = _requests(session, _PROMPT, _PROMPT)
+        short, long = (statistics.median(times) for times in clock.each(behind, patient=True))
+    return max(0.0, (long - short) / DECODE - _usual_step(program, clock, 1, _PROMPT + DECODE // 2))
+
+
+def _beyond_request(program: Program, clock: Timer, step: float) -> tuple[float, float]:
+    """Seconds of a further token of a prompt, and of a request, less what the backend and the host, `step`,
+    take for steps."""
+    with _served(program, clock) as session:
+        first, longer = (clock.usual(_requests(session, n, _PROMPT)[0]) for n in (_PROMPT, CHUNK))
+    short, long = (_usual_step(program, clock, tokens) for tokens in (_PROMPT, CHUNK))
+    token = max(0.0, (longer - first - (long - short)) / (CHUNK - _PROMPT))
+    return token, max(0.0, first - short - step - (_PROMPT - 1) * token)
+
+
+@contextmanager
+def _served(program: Program, clock: Timer) -> Iterator[Session]:
+    """A session on an engine of that program."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "calibration.edge"
-        plan = synthetic.write_engine(path, program, "int8_row")
+        synthetic.write_engine(path, program, "int8_row")
         with open_engine(str(path), backend="cpu", threads=clock.threads, verify=False) as session:
-            first, step = session_seconds(session, clock, _PROMPT, _PROMPT)
-            longer, _ = session_seconds(session, clock, CHUNK, _PROMPT)
-    seconds = timer(program, plan.tensors, plan.kv, profile, profile.mode())
-    short, long = seconds([Step(_PROMPT, 0, True)]), seconds([Step(CHUNK, 0, True)])
-    beyond = max(0.0, step - seconds([Step(1, _PROMPT + DECODE // 2, True)]))
-    token = max(0.0, (longer - first - (long - short)) / (CHUNK - _PROMPT))
-    return beyond, token, max(0.0, first - short - beyond - (_PROMPT - 1) * token)
+            yield session
+
+
+def _usual_step(program: Program, clock: Timer, tokens: int, before: int = 0) -> float:
+    """Seconds that the backend takes for a step as it goes."""
+    executor, kv = clock.load(program, "int8_row")
+    seconds = clock.usual(step_of(executor, kv, tokens, before))
+    executor.close()
+    return seconds
 
 
 def session_seconds(session: Session, clock: Timer, prompt: int, depth: int) -> tuple[float, float]:
     """A request for one token after `prompt` tokens that no cache knows; a decoding step behind `depth`."""
+    first, shortest, longest = session_times(session, clock, prompt, depth)
+    return first, (longest - shortest) / DECODE
+
+
+def session_times(session: Session, clock: Timer, prompt: int, depth: int) -> tuple[float, float, float]:
+    """That request; then requests for one token and for DECODE more behind `depth`, whose difference decoding
+    is."""
+    first, *behind = _requests(session, prompt, depth)
+    shortest, longest = (times[0] for times in clock.each(behind))
+    return clock.fastest(first), shortest, longest
+
+
+def _requests(
+    session: Session, prompt: int, depth: int
+) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object]]:
+    """What session_times measures, to be done again and again."""
     draw = RandomTokens(session)
     run(session, draw(min(8, depth)), 2)  # warm
-    first = clock.fastest(lambda: run(session, draw(prompt), 1))
     known = draw(depth)  # after its first run it is cached, and what is left to time is decoding
     run(session, known, 1)
-    shortest = clock.fastest(lambda: run(session, known, 1))
-    longest = clock.fastest(lambda: run(session, known, 1 + DECODE))
-    return first, (longest - shortest) / DECODE
+    return (
+        lambda: run(session, draw(prompt), 1),
+        lambda: run(session, known, 1),
+        lambda: run(session, known, 1 + DECODE),
+    )
 
 
 def _with(base: Profile, bandwidth: float, measured: Measured) -> Profile:

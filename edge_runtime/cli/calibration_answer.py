@@ -9,9 +9,10 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.cli.calibrate import DECODE, Timer, calibrate, session_seconds, write_profile
+from edge_runtime.cli.calibrate import DECODE, calibrate, session_seconds, write_profile
 from edge_runtime.cli.options import open_with
 from edge_runtime.cli.output import Answer, progress, table
+from edge_runtime.cli.timer import Timer
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.profile import Profile, load_profile
@@ -84,7 +85,8 @@ def _figures(profile: Profile) -> str:
     return (
         f"reading memory: {profile.mode().bandwidth_gbps:.1f} GB/s with {measured.threads} threads\n\n"
         f"{table(rows, heads, right=(1, 2, 3))}\n\n"
-        f"a step {measured.step_us:.0f} us, a stage {measured.stage_us:.2f} us, a request "
+        f"a step {measured.step_us:.0f} us (of a small model {measured.small_step_us:.0f}), a stage "
+        f"{measured.stage_us:.2f} us, a token's turn in one {measured.unit_us:.2f} us, a request "
         f"{measured.request_us:.0f} us, a logit {measured.logit_ns:.2f} ns, "
         f"a value {measured.value_ns:.2f} ns"
     )

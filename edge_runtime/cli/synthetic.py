@@ -44,19 +44,30 @@ from edge_runtime.engine.writer import EngineWriter
 VOCAB = 32  # of programs that are not about logits
 _TILE = 64  # rows that are really random; the rest repeats them
 _ALIGN = 64  # bytes, as planes lie in an engine
+_TAMED = 16  # products in a row, after which a norm keeps hundreds of them from growing beyond f32
 _RESERVE = 1 << 20  # bytes for the manifest of a small engine
 
 
 def products(width: int, count: int) -> Program:
     """`count` square linears of that width, one after the other: weights w0, w1, ..."""
     ops: list[AnyOp] = [Embed(out="a", weight="table")]
-    tensors = _ends(width)
+    tensors = _ends(width) | {"norm": TensorSpec(1, width, "vector")}
     names = ("a", "b")
     for i in range(count):
         tensors[f"w{i}"] = TensorSpec(width, width, "matrix")
         ops.append(Linear(x=names[i % 2], out=names[(i + 1) % 2], weight=f"w{i}"))
+        if i % _TAMED == _TAMED - 1:
+            ops.append(Norm(x=names[(i + 1) % 2], out=names[(i + 1) % 2], weight="norm", eps=1e-5))
     ops.append(Logits(x=names[count % 2], weight="head"))
     return _program(ops, tensors, {"a": width, "b": width})
+
+
+def product(rows: int, cols: int) -> Program:
+    """One linear: weight w."""
+    ops: list[AnyOp] = [Embed(out="a", weight="table"), Linear(x="a", out="b", weight="w")]
+    ops.append(Logits(x="a", weight="head"))  # so that the head does not grow with the rows
+    tensors = _ends(cols) | {"w": TensorSpec(rows, cols, "matrix")}
+    return _program(ops, tensors, {"a": cols, "b": rows})
 
 
 def values(width: int, count: int) -> Program:
@@ -69,6 +80,18 @@ def values(width: int, count: int) -> Program:
         ops.append(Add(a="h", b="x", out="h", scale=0.1))
     ops.append(Logits(x="h", weight="head"))
     return _program(ops, tensors, {"h": width, "x": width})
+
+
+def turning(width: int, head_dim: int, layers: int) -> Program:
+    """`layers` rotations of heads, each appended to a cache of its own; no product but the head's."""
+    ops: list[AnyOp] = [Embed(out="h", weight="table")]
+    for layer in range(layers):
+        ops.append(Rope(x="h", inv_freq="freq", head_dim=head_dim))
+        ops.append(KvAppend(k="h", v="h", layer=layer))
+    ops.append(Logits(x="h", weight="head"))
+    tensors = _ends(width) | {"freq": TensorSpec(1, head_dim // 2, "vector")}
+    cache = tuple(CacheSlot(width // head_dim, head_dim) for _ in range(layers))
+    return _program(ops, tensors, {"h": width}, cache)
 
 
 def attending(heads: int, kv_heads: int, head_dim: int, layers: int, context: int) -> Program:

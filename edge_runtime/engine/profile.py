@@ -83,11 +83,17 @@ class CudaLimit(msgspec.Struct, frozen=True, kw_only=True):
 
 class FormatSpeed(msgspec.Struct, frozen=True, kw_only=True):
     """Products with one weight format: bytes (1e9/s) of stored weights read at one token, streamed from
-    memory and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt."""
+    memory and from the last cache, and operations (1e9/s, a multiply-add is two) of a chunk of a prompt.
+
+    output_ns: what a row of weights costs one token beyond its columns, on one thread; chunk_output_ns: each
+    token of a chunk.
+    """
 
     gbps: Positive
     cached_gbps: Positive
     gops: Positive
+    output_ns: Rest
+    chunk_output_ns: Rest
 
 
 class QueryTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,21 +107,26 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What `edge-bench --calibrate` measured on the device, in the terms of engine/roofline.py.
 
     threads: of the backend while it was measured. request_us: a request beyond its steps. step_us: a step
-    beyond the backend's work; token_us: each of its tokens beyond that. stage_us: beginning and end of a
-    stage of the thread pool, or a kernel launch. value_ns: a value of an op between products, output_ns: one
-    that a product gives, both on one thread. logit_ns: a logit in sampling. query: a token alone,
-    chunk_query: one of a prompt's. kv_ns: reading a value of a key and one of a value in that cache format,
-    row_ns: the row of both, once for a block of tokens; odd_kv_ns: in place of kv_ns where heads are not
-    whole vectors of 16 values. cache_bytes: weights of this size or less stay in the last cache.
+    beyond the backend's work, where weights push the host's code out of a core's own cache; small_step_us:
+    where they fit in core_cache_bytes at a byte each, and so do not. token_us: each of its tokens beyond
+    that. stage_us: beginning and end of a stage of the thread pool, or a kernel launch; unit_us: each further
+    token of a stage that goes token by token. value_ns: a value of an op between products, odd_head_ns: what
+    rotating or appending a head that is not whole vectors of 16 values adds, both on one thread. logit_ns: a
+    logit in sampling. query: a token alone, chunk_query: one of a prompt's. kv_ns: reading a value of a key
+    and one of a value in that cache format, row_ns: the row of both, once for a block of tokens; odd_kv_ns:
+    in place of kv_ns where heads are not whole vectors. cache_bytes: weights of this size or less stay in the
+    last cache.
     """
 
     threads: Count
     request_us: Rest
     step_us: Rest
+    small_step_us: Rest
     token_us: Rest
     stage_us: Rest
+    unit_us: Rest
     value_ns: Rest
-    output_ns: Rest
+    odd_head_ns: Rest
     logit_ns: Rest
     query: QueryTime
     chunk_query: QueryTime
@@ -123,11 +134,18 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     odd_kv_ns: Rest
     kv_ns: dict[str, Rest]
     cache_bytes: Bytes
+    core_cache_bytes: Bytes
     formats: dict[str, FormatSpeed]
 
     def speed(self, fmt: str) -> FormatSpeed | None:
         """The format's figures; None for one that was not measured, to which the peak's shares apply."""
         return self.formats.get(fmt)
+
+    def output_ns(self, fmt: str, tokens: int) -> float:
+        """A row of outputs, for each token of a step of so many; an unmeasured format is like the slowest."""
+        known = self.formats.get(fmt)
+        speeds = self.formats.values() if known is None else (known,)
+        return max((s.output_ns if tokens == 1 else s.chunk_output_ns for s in speeds), default=0.0)
 
     def key_ns(self, k: str, v: str) -> float:
         """Of a K and V in these cache formats; an unmeasured one counts as the slowest."""
@@ -342,12 +360,14 @@ def _struct(kind: type[_S], raw: object, where: str, file: str, given: Mapping[s
     dot = f"{where}." if where else ""
     items = _mapping(raw, where or "the file", file)
     fields = {f.name: f for f in msgspec.structs.fields(kind) if f.name not in _DERIVED}
+    # nobody writes these by hand: where they do not fit, another version measured them
+    again = "; measure again with edge-bench --calibrate" if kind in (Measured, FormatSpeed) else ""
     for key in items:
         if key not in fields:
-            raise BadConfig(f"{file}: {dot}{key}: unknown key; {nearest(key, fields)}")
+            raise BadConfig(f"{file}: {dot}{key}: unknown key; {nearest(key, fields)}{again}")
     for name, field in fields.items():
         if field.required and name not in items:
-            raise BadConfig(f"{file}: {dot}{name}: missing key")
+            raise BadConfig(f"{file}: {dot}{name}: missing key{again}")
     values = {key: _value(fields[key].type, value, dot + key, file) for key, value in items.items()}
     return kind(**values, **given)
 

@@ -109,19 +109,24 @@ class Roofline:
         """
         if self._measured is None or not self._native:
             return 0.0
-        extra = 0
+        products, quantized = 0, 0
         for before, after in pairwise(formats):
             if family(before) != family(after) or _own_columns(after):
-                extra += 2 if _quantizes(after) else 1
-        return extra * len(steps) * self._measured.stage_us * 1e-6
+                products += 1
+                quantized += _quantizes(after)
+        stages = (products + quantized) * len(steps) * self._measured.stage_us
+        units = quantized * sum(s.tokens - 1 for s in steps) * self._measured.unit_us
+        return 1e-6 * (stages + units)
 
     def _product(self, fmt: str, nbytes: int, spec: TensorSpec, tokens: int) -> float:
         """One linear over `tokens` rows. Compute binds only beyond one row where rates are measured: at one
-        row the measured read rate says what the kernel does."""
+        row the measured read rate says what the kernel does. What a row of outputs costs beyond its columns
+        is the format's own."""
         if self._measured is None:
             compute = 2.0 * spec.size * tokens / (_rate(fmt, self._mode) * self._efficiency.compute)
             return max(nbytes / self._read_rate(fmt), compute)
-        outputs = spec.rows * tokens * self._measured.output_ns * 1e-9 / self._measured.threads
+        each = self._measured.output_ns(fmt, tokens)
+        outputs = spec.rows * tokens * each * 1e-9 / self._measured.threads
         speed = self._measured.speed(fmt)
         if speed is None:
             read = self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
@@ -170,14 +175,20 @@ class Roofline:
         if self._measured is None:
             return 0.0
         turns = -(-s.tokens // self._measured.threads)  # tokens are shared out, the values of one are not
-        return turns * values_per_token(self.program) * self._measured.value_ns * 1e-9
+        values = values_per_token(self.program) * self._measured.value_ns
+        return turns * (values + odd_heads(self.program) * self._measured.odd_head_ns) * 1e-9
 
     def _overhead(self, s: Step) -> float:
         if self._measured is None:
             return self._launches * self._efficiency.launch_overhead_us * 1e-6
-        stages = unbroken_stages(self.program) if self._native else self._launches
-        host = self._measured.step_us + s.tokens * self._measured.token_us + stages * self._measured.stage_us
-        return host * 1e-6 + s.head * self.program.vocab_size * self._measured.logit_ns * 1e-9
+        measured = self._measured
+        step = measured.small_step_us if is_small(self.program, measured) else measured.step_us
+        host = step + s.tokens * measured.token_us
+        if self._native:
+            host += stages_us(self.program, s.tokens, measured)
+        else:
+            host += self._launches * measured.stage_us
+        return host * 1e-6 + s.head * self.program.vocab_size * measured.logit_ns * 1e-9
 
 
 def predict(
@@ -238,6 +249,15 @@ def is_cached(profile: Profile, nbytes: int) -> bool:
     return measured is not None and nbytes <= measured.cache_bytes
 
 
+def is_small(program: Program, measured: Measured) -> bool:
+    """Whether a step's weights leave the host's code and data in a core's own cache.
+
+    Told by the program alone, a byte a weight, so that a plan's formats do not change what a step costs.
+    """
+    weights = sum(program.tensors[n].size for n in weight_names(program))
+    return weights <= measured.core_cache_bytes
+
+
 def family(fmt: str) -> tuple[str, int | None]:
     """What formats must have in common for their linears to share a stage of the cpu backend: the codes that
     the input is quantized to (kernels/cpu/stages.cpp, shares_input)."""
@@ -273,6 +293,27 @@ def unbroken_stages(program: Program) -> int:
             stages += 2
         source = op.x if isinstance(op, Linear) else ""
     return stages
+
+
+def stages_us(program: Program, tokens: int, measured: Measured) -> float:
+    """Microseconds of the cpu backend's stages beside their work, with every run of linears unbroken. Half of
+    them go token by token, each a unit that a thread takes up."""
+    stages = unbroken_stages(program)
+    return stages * measured.stage_us + stages // 2 * (tokens - 1) * measured.unit_us
+
+
+def odd_heads(program: Program) -> int:
+    """Heads a token that are no whole vectors, each time one is rotated or its key or value appended."""
+    count = 0
+    for op in program.ops:
+        match op:
+            case Rope() if program.tensors[op.inv_freq].cols % TILE:
+                count += program.buffers[op.x] // op.head_dim
+            case KvAppend() if program.cache[op.layer].head_dim % TILE:
+                count += 2 * program.cache[op.layer].kv_heads
+            case _:
+                pass
+    return count
 
 
 def values_per_token(program: Program) -> int:

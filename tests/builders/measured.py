@@ -16,15 +16,19 @@ def measured(**changes: Any) -> Measured:
     speeds = {}
     for name in FORMATS:
         rate = 10.0 if get_format(name).kind == "int" else 5.0
-        speeds[name] = FormatSpeed(gbps=rate, cached_gbps=4 * rate, gops=10 * rate)
+        speeds[name] = FormatSpeed(
+            gbps=rate, cached_gbps=4 * rate, gops=10 * rate, output_ns=0.25, chunk_output_ns=0.125
+        )
     base = Measured(
         threads=2,
         request_us=100.0,
         step_us=50.0,
+        small_step_us=30.0,
         token_us=1.0,
         stage_us=3.0,
+        unit_us=0.25,
         value_ns=0.5,
-        output_ns=0.25,
+        odd_head_ns=20.0,
         logit_ns=2.0,
         query=QueryTime(value_ns=0.125, score_ns=1.0),
         chunk_query=QueryTime(value_ns=0.0625, score_ns=0.5),
@@ -32,6 +36,7 @@ def measured(**changes: Any) -> Measured:
         odd_kv_ns=2.0,
         kv_ns=dict.fromkeys(K_FORMATS, 0.25),
         cache_bytes=0,
+        core_cache_bytes=0,
         formats=speeds,
     )
     return msgspec.structs.replace(base, **changes)

@@ -78,7 +78,9 @@ def kept(program: Program, request: Request, plans: Plans) -> bool:
 
 
 @pytest.mark.parametrize(
-    "profile", [CPU, load_profile("orin-nano-8gb"), calibrated(stage_us=0.0)], ids=["cpu", "cuda", "own"]
+    "profile",
+    [CPU, load_profile("orin-nano-8gb"), calibrated(stage_us=0.0, unit_us=0.0)],
+    ids=["cpu", "cuda", "own"],
 )
 def test_the_constraint_s_sum_is_the_plan_s_need_to_the_byte(program: Program, profile: Profile) -> None:
     """For formats of every kind and a draft beside it, whatever the choice."""
@@ -107,7 +109,7 @@ def test_the_constraint_s_sum_is_the_plan_s_need_to_the_byte(program: Program, p
 
 @pytest.mark.parametrize(
     "profile",
-    [CPU, calibrated(stage_us=0.0), calibrated(stage_us=0.0, cache_bytes=200_000)],
+    [CPU, calibrated(stage_us=0.0, unit_us=0.0), calibrated(stage_us=0.0, unit_us=0.0, cache_bytes=200_000)],
     ids=["cpu", "own", "cache"],
 )
 @pytest.mark.parametrize("tightness", [0.2, 0.6])

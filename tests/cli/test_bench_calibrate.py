@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from edge_runtime.cli import bench, synthetic
-from edge_runtime.cli.calibrate import Timer, calibrate, last_cache, profile_yaml, runnable, session_seconds
+from edge_runtime.cli.calibrate import (
+    calibrate,
+    core_cache,
+    last_cache,
+    profile_yaml,
+    runnable,
+    session_seconds,
+)
 from edge_runtime.cli.calibration_answer import compare
+from edge_runtime.cli.timer import Timer
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import K_FORMATS
 from edge_runtime.engine.plan import StepShape
@@ -36,6 +44,8 @@ def test_every_figure_is_there_and_is_a_time_or_a_rate(measured: Profile) -> Non
     assert set(found.formats) == {"int8_row", "f16"} and set(found.kv_ns) == set(K_FORMATS)
     for speed in found.formats.values():
         assert min(speed.gbps, speed.cached_gbps, speed.gops) > 0
+        assert min(speed.output_ns, speed.chunk_output_ns) >= 0
+    assert min(found.unit_us, found.odd_head_ns, found.small_step_us) >= 0
     assert min(found.step_us, found.token_us, found.request_us, found.query.value_ns) >= 0
     assert 0 < measured.efficiency.bandwidth <= 1 and 0 < measured.efficiency.compute <= 1
 
@@ -71,6 +81,15 @@ def test_a_damaged_file_is_refused(measured: Profile, tmp_path: Path, change: st
         load_profile(path)
 
 
+def test_a_file_of_an_older_calibration_says_to_calibrate_again(measured: Profile, tmp_path: Path) -> None:
+    """Until rows had a cost for each format, `output_ns` was one figure of all."""
+    path = tmp_path / "old.yaml"
+    text = profile_yaml(measured, "a machine", "2026-11-25")
+    path.write_text(text.replace("    unit_us: ", "    output_ns: "))
+    with pytest.raises(BadConfig, match=r"efficiency\.measured\.output_ns: .*calibrate"):
+        load_profile(path)
+
+
 def test_shipped_profiles_have_nothing_measured_and_other_devices_are_refused() -> None:
     assert load_profile("cpu").efficiency.measured is None
     with pytest.raises(Unsupported, match="--profile cpu or auto"):
@@ -83,22 +102,25 @@ def test_every_format_with_kernels_is_timed_by_default() -> None:
 
 
 def test_the_cache_s_size_is_read_as_the_system_writes_it(tmp_path: Path) -> None:
-    for index, size in enumerate(("32K", "1024K", "32M")):
+    for index, (level, size) in enumerate(((1, "32K"), (1, "48K"), (2, "1024K"), (3, "32M"))):
         (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "level").write_text(f"{level}\n")
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    assert last_cache(tmp_path) == 32 << 20
-    assert last_cache(tmp_path / "nowhere") == 0
+    assert last_cache(tmp_path) == 32 << 20 and core_cache(tmp_path) == 1 << 20
+    assert last_cache(tmp_path / "nowhere") == core_cache(tmp_path / "nowhere") == 0
 
 
 @pytest.mark.parametrize(
     "program",
     [
-        synthetic.products(64, 3),
+        synthetic.products(64, 33),
+        synthetic.product(48, 64),
+        synthetic.turning(64, 8, 2),
         synthetic.values(64, 2),
         synthetic.attending(4, 2, 16, 2, 64),
         synthetic.decoder(100, layers=2),
     ],
-    ids=["products", "values", "attending", "decoder"],
+    ids=["products", "product", "turning", "values", "attending", "decoder"],
 )
 def test_programs_are_sound_and_their_weights_lie_apart(program: synthetic.Program) -> None:
     program.check()

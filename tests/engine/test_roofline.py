@@ -12,18 +12,20 @@ from edge_runtime.engine.formats import FORMATS, get_format
 from edge_runtime.engine.ops import Attention, Linear
 from edge_runtime.engine.packing import cpu_packing, packed_nbytes
 from edge_runtime.engine.plan import KvPlan, StepShape, TensorPlan
-from edge_runtime.engine.profile import load_profile
+from edge_runtime.engine.profile import FormatSpeed, load_profile
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.roofline import (
     Roofline,
     Step,
     family,
     linear_runs,
+    odd_heads,
     predict,
     prompt_steps,
     timer,
     unbroken_stages,
     values_per_token,
+    weight_names,
     weights_read,
 )
 
@@ -43,7 +45,7 @@ def tensors(fmt: str, program: Program = PROGRAM) -> dict[str, TensorPlan]:
 
 
 def test_a_decode_step_is_the_sum_done_by_hand() -> None:
-    """10 GB/s of int8 weights, outputs, values, stages, two attentions, a step and its logits."""
+    """10 GB/s of int8 weights, outputs, values, odd heads, stages, two attentions, a step and its logits."""
     profile = calibrated()
     step = Step(1, 40, True)
     found = timer(PROGRAM, tensors("int8_row"), KV, profile, profile.mode())([step])
@@ -52,6 +54,7 @@ def test_a_decode_step_is_the_sum_done_by_hand() -> None:
     expected += get_format("int8_row").nbytes(1, 64) / 10e9  # the embedding's row
     expected += sum(rows.values()) * 0.25e-9 / 2  # outputs, on two threads
     expected += values_per_token(PROGRAM) * 0.5e-9
+    expected += 2 * (4 + 2) * 20e-9  # two layers: heads of q and k rotate 8 pairs of values
     query = 4 * (16 * 0.125 + 1.0)  # heads
     row = 2 * (4.0 + 16 * 0.25)  # KV heads
     expected += 2 * 41 * (query + row) * 1e-9  # two layers; it sees itself too
@@ -65,14 +68,64 @@ def test_a_chunk_is_bound_by_its_operations() -> None:
     roofline = Roofline(PROGRAM, profile, mode)
     chosen = TensorPlan("int8_row", "n16k4")
     name = "layers.0.gate"  # 128 x 64
-    outputs = 128 * 0.25e-9 / 2
+    outputs, chunk_outputs = 128 * 0.25e-9 / 2, 128 * 0.125e-9 / 2
     one = packed_nbytes("int8_row", "n16k4", 128, 64) / 10e9
     assert roofline.tensor(name, chosen, [Step(1, 0, False)]) == pytest.approx(one + outputs)
     many = 2 * 128 * 64 * 100 / 100e9
     assert many > one
-    assert roofline.tensor(name, chosen, [Step(100, 0, False)]) == pytest.approx(many + 100 * outputs)
+    assert roofline.tensor(name, chosen, [Step(100, 0, False)]) == pytest.approx(many + 100 * chunk_outputs)
     two = roofline.tensor(name, chosen, [Step(100, 0, False), Step(1, 100, True)])
-    assert two == pytest.approx(many + one + 101 * outputs)
+    assert two == pytest.approx(many + one + 100 * chunk_outputs + outputs)
+
+
+def test_a_row_of_outputs_costs_what_its_format_costs() -> None:
+    """At the same rates, 128 rows on two threads; a format without figures costs as much as the slowest."""
+    speeds = {
+        "nf4_g64": FormatSpeed(gbps=5.0, cached_gbps=5.0, gops=50.0, output_ns=8.0, chunk_output_ns=2.0),
+        "nf4_g64_f32": FormatSpeed(gbps=5.0, cached_gbps=5.0, gops=50.0, output_ns=1.0, chunk_output_ns=3.0),
+    }
+    profile = calibrated(formats=speeds)
+    measured = profile.efficiency.measured
+    assert measured is not None
+    roofline = Roofline(PROGRAM, profile, profile.mode())
+    chosen = TensorPlan("nf4_g64", "n16")
+    nbytes = packed_nbytes("nf4_g64", "n16", 128, 64)
+    one = roofline.tensor("layers.0.gate", chosen, [Step(1, 0, False)])
+    assert one == pytest.approx(nbytes / 5e9 + 128 * 8e-9 / 2)
+    chunk = roofline.tensor("layers.0.gate", chosen, [Step(100, 0, False)])
+    assert chunk == pytest.approx(2 * 128 * 64 * 100 / 50e9 + 100 * 128 * 2e-9 / 2)
+    assert [measured.output_ns("f16", tokens) for tokens in (1, 2)] == [8.0, 3.0]
+
+
+def test_each_token_of_a_chunk_is_a_unit_of_the_stages_before_products() -> None:
+    """Half of the 22 stages go token by token; the first token is in the stage's own time."""
+    with_units, without = calibrated(), calibrated(unit_us=0.0)
+    found = [
+        Roofline(PROGRAM, p, p.mode()).rest(KV, [Step(tokens, 0, False)])
+        for tokens in (1, 33)
+        for p in (with_units, without)
+    ]
+    assert found[0] == found[1]
+    assert found[2] - found[3] == pytest.approx(11 * 32 * 0.25e-6)
+
+
+def test_a_step_of_a_model_that_leaves_the_host_its_cache_is_cheaper() -> None:
+    """Told by the number of weights alone, so that formats do not matter."""
+    weights = sum(PROGRAM.tensors[n].size for n in weight_names(PROGRAM))
+    step = [Step(1, 0, False)]
+    less, enough = (
+        Roofline(PROGRAM, p, p.mode()).rest(KV, step)
+        for size in (weights - 1, weights)
+        for p in [calibrated(core_cache_bytes=size)]
+    )
+    assert less - enough == pytest.approx(20e-6)
+
+
+def test_heads_are_odd_where_a_half_or_a_row_is_no_whole_vector() -> None:
+    """Heads of 16 rotate 8 pairs and are appended whole; of 8 they are odd in both; of 32 in neither."""
+    assert odd_heads(toy_program(layers=1, width=64, vocab=128, context=128)) == 4 + 2
+    assert odd_heads(toy_program(layers=1, width=32, vocab=128, context=128)) == 4 + 2 + 2 * 2
+    assert odd_heads(toy_program(layers=1, width=128, vocab=128, context=128)) == 0
 
 
 def test_heads_that_are_not_whole_vectors_are_slower() -> None:
@@ -111,6 +164,9 @@ def test_breaks_cost_stages_where_codes_differ() -> None:
     assert roofline.breaks(("int8_row", "f16"), once) == pytest.approx(3e-6)
     assert roofline.breaks(("f16", "int8_row"), once) == pytest.approx(6e-6)  # and another quantization
     assert roofline.breaks(("int8_row", "int4_g32", "int8_row"), once * 4) == pytest.approx(4 * 12e-6)
+    chunk = [Step(33, 0, True)]  # another quantization takes up each of its tokens again
+    assert roofline.breaks(("int8_row", "f16"), chunk) == pytest.approx(3e-6)
+    assert roofline.breaks(("f16", "int8_row"), chunk) == pytest.approx(6e-6 + 32 * 0.25e-6)
     assert (
         Roofline(PROGRAM, load_profile("cpu"), load_profile("cpu").mode()).breaks(("f16", "int8_row"), once)
         == 0
@@ -156,10 +212,9 @@ def test_the_first_token_counts_chunks_and_the_request() -> None:
 
 
 def test_a_format_that_was_not_measured_has_the_peak_s_share() -> None:
-    profile = calibrated(formats={})
+    profile = calibrated(formats={})  # and none to take a row's cost from
     roofline = Roofline(PROGRAM, profile, profile.mode())
     rate = profile.mode().bandwidth_gbps * 1e9 * profile.efficiency.bandwidth
-    outputs = 64 * 0.25e-9 / 2
     nbytes = packed_nbytes("f16", "n16", 64, 64)
     found = roofline.tensor("layers.0.q", TensorPlan("f16", "n16"), [Step(1, 0, True)])
-    assert found == pytest.approx(nbytes / rate + outputs)
+    assert found == pytest.approx(nbytes / rate)
