@@ -13,7 +13,8 @@ import numpy as np
 from builders.grids import affine, grid_for, grouped, has_grid, levels_of, nearest
 from builders.observers import minmax
 from builders.statistics import InputStatistics, output_error
-from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats import Array, Format, get_format
+from edge_runtime.engine.formats.trellis import GROUP, trellis_of
 
 SAMPLED_ROWS = 256  # of each matrix: outputs whose error is measured
 
@@ -24,7 +25,14 @@ def sampled(weights: Array, rows: int = SAMPLED_ROWS) -> Array:
 
 
 def rounded(weights: Array, fmt: Format) -> Array:
-    """Weights (rows, cols) on the format's grid of their extremes, f32."""
+    """Weights (rows, cols) on the format's grid of their extremes, f32.
+
+    For a trellis format on that of the integers of as many bits: which columns gain by a scale is the same,
+    and it is asked dozens of times.
+    """
+    code = trellis_of(fmt)
+    if code is not None:
+        fmt = get_format(f"int{code.bits}_g{GROUP}")
     if not has_grid(fmt):
         return fmt.decode(fmt.encode(weights), *weights.shape)
     span = fmt.span(weights.shape[1])

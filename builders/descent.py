@@ -10,6 +10,7 @@ rounds the scales, so a row keeps its old ones where the new ones are no better.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def sweep(
     After the `last` one the gradient is of no use: it is brought up to date for columns yet to come alone.
     """
     diagonal = h.diagonal()
-    rounded, columns = BlockRounding(grid), order.tolist()
+    rounded, columns = BlockRounding(grid, keep=True), order.tolist()
     done = torch.empty_like(q) if last else None  # changes, in order
     for start in range(0, len(columns), BLOCK):
         at, stop = order[start : start + BLOCK], min(start + BLOCK, len(columns))
@@ -103,12 +104,10 @@ def _with_better_scales(
     better = error.mul_(pull).sum(0) < before
     torch.where(better, moved, q, out=q)
     torch.where(better, pull, gradient, out=gradient)
-    return ColumnGrid(
-        torch.where(better, new.scale, grid.scale),
-        torch.where(better, new.shift, grid.shift),
-        grid.levels,
-        grid.middle,
-        grid.span,
+    return replace(
+        grid,
+        scale=torch.where(better, new.scale, grid.scale),
+        shift=torch.where(better, new.shift, grid.shift),
     )
 
 

@@ -11,12 +11,15 @@ from edge_runtime.engine.profile import Profile
 
 
 def precision(format_name: str) -> str:
-    """The precision class that a profile lists: f32, f16, bf16, int2 to int6, int8, nf4, fp8, mxfp4, nvfp4.
+    """The precision class that a profile lists: f32, f16, bf16, int2 to int6, int8, nf4, tcq, fp8, mxfp4 and
+    nvfp4.
 
-    A k-quant's is that of its codes: q4_k is int4.
+    A k-quant's is that of its codes: q4_k is int4. Trellis codes of all widths are decoded alike: tcq.
     """
     get_format(format_name)
     first, _, rest = format_name.partition("_")
+    if first.startswith("tcq"):
+        return "tcq"
     return f"int{first[1:]}" if rest == "k" else first
 
 

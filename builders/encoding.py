@@ -82,7 +82,7 @@ def measured(part: Part, name: str, stored: Stored) -> Encoded:
     """Planes of a tensor that are there already, and how far they are from its values."""
     fmt, spec = get_format(stored.format), part.program.tensors[name]
     signal = noise = 0.0
-    for start, stop in row_blocks(spec.rows, spec.cols):
+    for start, stop in row_blocks(spec.rows, spec.cols, run=fmt.run):
         values = part.weights.block(name, start, stop)
         one = _energies(fmt, stored.rows(start, stop).planes, values)
         signal, noise = signal + one[0], noise + one[1]
@@ -92,7 +92,7 @@ def measured(part: Part, name: str, stored: Stored) -> Encoded:
 def _energies(fmt: Format, planes: dict[str, Array], values: Array) -> tuple[float, float]:
     """Sums of squares of the values (rows, cols) and of what their planes miss of them."""
     made, signal, noise = Stored(fmt.name, planes), 0.0, 0.0
-    for a, b in row_blocks(*values.shape, _PIECE):
+    for a, b in row_blocks(*values.shape, _PIECE, fmt.run):
         error = fmt.decode(made.rows(a, b).planes, b - a, values.shape[1]) - values[a:b]
         signal += float(np.square(values[a:b], dtype=np.float64).sum())
         noise += float(np.square(error, dtype=np.float64).sum())

@@ -128,7 +128,7 @@ def equalize(
     for group in groups:
         chosen = [formats[name] for name in group.linears]
         inputs = statistics(group.linears[0])
-        if inputs is None or all(fmt.levels is None for fmt in chosen):
+        if inputs is None or all(fmt.affine is None for fmt in chosen):
             continue
         s = scaler.scale_inputs([scaled(n) for n in group.linears], chosen, inputs, options, group.ties)
         if not np.all(s == 1):

@@ -6,14 +6,16 @@ Everything is transposed, (cols, rows), because columns are worked on one by one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from builders.grids import is_uniform
-from edge_runtime.engine.formats import Array
+from builders.grids import is_uniform, levels_of
+from builders.trellis import ColumnSearch
+from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats.trellis import TrellisCode, trellis_of
 
 _NEAR = 16  # columns whose changes reach one another one by one; further ones are reached by a product
 
@@ -22,7 +24,7 @@ _NEAR = 16  # columns whose changes reach one another one by one; further ones a
 class ColumnGrid:
     """Grids of some rows: value = level * scale + shift; scale and shift (groups, rows), levels ascending.
 
-    A group whose scale is 0 holds its shift alone.
+    A group whose scale is 0 holds its shift alone. Of a trellis format's code, no level stands for itself.
     """
 
     scale: Tensor
@@ -30,14 +32,17 @@ class ColumnGrid:
     levels: Tensor
     middle: Tensor | None  # between neighbouring levels; None where levels are consecutive whole numbers
     span: int
+    code: TrellisCode | None = None
 
     def scaled(self, factor: Tensor) -> ColumnGrid:
         """The grid with all its values multiplied by factor (groups, rows)."""
-        return ColumnGrid(self.scale * factor, self.shift * factor, self.levels, self.middle, self.span)
+        return replace(self, scale=self.scale * factor, shift=self.shift * factor)
 
 
-def column_grid(scale: Array, shift: Array, levels: Array, span: int, rows: int, like: Tensor) -> ColumnGrid:
+def column_grid(fmt: Format, scale: Array, shift: Array, cols: int, rows: int, like: Tensor) -> ColumnGrid:
     """Of f32 scale and shift (rows or 1, groups), in the dtype and on the device of `like`."""
+    code = trellis_of(fmt)
+    levels = levels_of(fmt) if code is None else code.levels()
 
     def moved(a: Array) -> Tensor:
         return torch.from_numpy(np.array(a)).to(like)
@@ -46,7 +51,7 @@ def column_grid(scale: Array, shift: Array, levels: Array, span: int, rows: int,
         return moved(np.broadcast_to(a, (rows, a.shape[1])).T)
 
     middle = None if is_uniform(levels) else moved((levels[1:].astype(np.float64) + levels[:-1]) / 2)
-    return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, span)
+    return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, fmt.span(cols), code)
 
 
 class BlockRounding:
@@ -55,7 +60,9 @@ class BlockRounding:
     A column costs few operations of torch: their own cost, not their work, is what most rows wait for.
     """
 
-    def __init__(self, grid: ColumnGrid) -> None:
+    def __init__(self, grid: ColumnGrid, *, keep: bool = False) -> None:
+        """keep: whether `origin` lies on the grid, and values no nearer than it are not to replace it."""
+        self._search = None if grid.code is None else ColumnSearch(grid.code, keep=keep)
         self._span, self._middle, self._levels = grid.span, grid.middle, grid.levels
         self._low, self._high = (float(end) for end in (grid.levels[0], grid.levels[-1]))
         self._scale = grid.scale.unbind(0)
@@ -78,7 +85,12 @@ class BlockRounding:
             each = (columns[near], base[near], weights, origin[near], values[near], changes[near])
             for column, wanted, weight, old, value, change in zip(*each, strict=True):
                 wanted.addmv_(known, weight)
-                self._nearest(column // self._span, wanted, value)
+                if self._search is None:
+                    self._nearest(column // self._span, wanted, value)
+                else:
+                    scale = self._scale[column // self._span]
+                    found = self._search(*(x.cpu().numpy() for x in (wanted, scale, old)))
+                    value.copy_(torch.from_numpy(found))
                 torch.sub(old, value, out=change)
         return values, changes
 

@@ -44,9 +44,9 @@ class Weights(Protocol):
         ...
 
 
-def row_blocks(rows: int, cols: int, items: int = _BLOCK_ITEMS) -> list[tuple[int, int]]:
-    """(start, stop) of blocks of whole rows of about `items` values."""
-    step = max(1, items // cols)
+def row_blocks(rows: int, cols: int, items: int = _BLOCK_ITEMS, run: int = 1) -> list[tuple[int, int]]:
+    """(start, stop) of blocks of whole rows, and whole runs of them, of about `items` values."""
+    step = max(1, items // (cols * run)) * run
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -175,18 +175,16 @@ class EngineWeights:
         return self.block(name, 0, self.program.tensors[name].rows)
 
     def block(self, name: str, start: int, stop: int) -> Array:
-        return self._decode(name, slice(start, stop), stop - start)
+        fmt, spec = get_format(self._tensors[name].format), self.program.tensors[name]
+        first, end = start // fmt.run * fmt.run, min(-(-stop // fmt.run) * fmt.run, spec.rows)
+        cut = Stored(fmt.name, self._unpacked(name)).rows(first, end).planes
+        return fmt.decode(cut, end - first, spec.cols)[start - first : stop - first]
 
     def rows(self, name: str, ids: Array) -> Array:
-        return self._decode(name, ids, len(ids))
-
-    def _decode(self, name: str, which: slice | Array, count: int) -> Array:
-        fmt = get_format(self._tensors[name].format)
-        planes = {
-            key: plane if fmt.plane(key).whole else plane[which]  # type: ignore[union-attr]
-            for key, plane in self._unpacked(name).items()
-        }
-        return fmt.decode(planes, count, self.program.tensors[name].cols)
+        spec = self.program.tensors[name]
+        return get_format(self._tensors[name].format).decode_ids(
+            self._unpacked(name), spec.rows, spec.cols, ids
+        )
 
     def _unpacked(self, name: str) -> dict[str, Array]:
         """Codec planes of a tensor; the last one is kept, for it is asked for block by block."""

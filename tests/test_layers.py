@@ -28,6 +28,7 @@ RUNS = {
         "edge_runtime.backends.reference",
     },
     "task.py": {"edge_runtime.serving.chat", "edge_runtime.serving.tokenizer"},
+    "trellis.py": {"edge_runtime.backends.cpu"},  # whose library searches codes
     # What a model is calibrated on must be, id for id, what it will be asked
     "texts.py": {"edge_runtime.serving.chat", "edge_runtime.serving.tokenizer"},
     "prefix.py": {"edge_runtime", "edge_runtime.open_engine", "edge_runtime.serving.prefix_file"},

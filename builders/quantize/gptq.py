@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from builders import trellis
 from builders.descent import improve
 from builders.grids import affine, grid_for, has_grid, levels_of, range_of
 from builders.observers import get_observer
@@ -29,6 +30,7 @@ from builders.rounding import BlockRounding, ColumnGrid, column_grid
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable
 from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats.trellis import RUN, trellis_of
 from edge_runtime.errors import NumericError
 
 ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunks here
@@ -36,6 +38,7 @@ CALIBRATED = True
 DAMPING = 0.01  # of the mean diagonal, the paper's
 BLOCK = 128  # columns whose feedback to later ones is applied together, the paper's
 _CHUNK = 3 << 20  # values of the rows that one worker works on together
+_RUNS = 2  # of a trellis format, in one piece
 _EXACT = 1024  # columns up to which all is done in f64, which then costs little
 
 
@@ -46,17 +49,23 @@ def quantize(
 
     Without inputs, or in a format without scales: the observer's grid and the nearest level.
     """
-    if not has_grid(fmt):
+    code = trellis_of(fmt)
+    if code is None and not has_grid(fmt):
         return int8_outlier.quantize(weights, fmt, inputs, options)
+    if code is not None and inputs is None:
+        return trellis.quantize(weights, fmt)
     observe = get_observer(options.observer or "mse")
     if inputs is None:
         return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
     with repeatable(options.device) as workers:
         hessian = Hessian.of(inputs, options.device)
         weights = hessian.target(weights, inputs)
-        grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
+        if code is not None:
+            grid = trellis.grid_for(weights, fmt, inputs.importance)
+        else:
+            grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
         values, grid = round_rows(weights, fmt, grid, hessian, workers)
-    return fmt.encode_on_grid(values, grid)
+    return fmt.encode_on_grid(values, grid) if code is None else trellis.encode_on_grid(values, fmt, grid)
 
 
 def round_rows(
@@ -71,17 +80,20 @@ def round_rows(
     """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's."""
     rows, cols = weights.shape
     values = np.empty_like(weights)
-    scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in affine(fmt, grid))
+    assert fmt.affine is not None  # formats with scales have it
+    scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in fmt.affine(grid))
     # Rows that share a scale cannot each have a better one
     whole = any(p.whole and not p.derived for p in fmt.planes)
     step = -(-rows // -(-rows * cols // _CHUNK))  # pieces of one size, so that no worker waits for long
+    if trellis_of(fmt) is not None:
+        step = min(-(-step // RUN), _RUNS) * RUN  # whole runs, and few: searching them takes long
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def work(part: slice) -> dict[str, Array]:
         w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
-        chosen = column_grid(scale[part], shift[part], levels_of(fmt), fmt.span(cols), w.shape[1], w)
+        chosen = column_grid(fmt, scale[part], shift[part], cols, w.shape[1], w)
         q, surprise = feedback(w, hessian.mixing, chosen, hessian.order)
-        refit = None if whole or not refine else _Refit(fmt)
+        refit = None if whole or not refine else _Refit(fmt, cols)
         if refine:
             gradient = hessian.gradient(surprise)
             del surprise
@@ -198,8 +210,8 @@ def _mixing(h: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 class _Refit:
     """Scales as the format holds them, rows by rows; remembers the planes of the grid that it made last."""
 
-    def __init__(self, fmt: Format) -> None:
-        self._fmt = fmt
+    def __init__(self, fmt: Format, cols: int) -> None:
+        self._fmt, self._cols = fmt, cols
 
     def __call__(self, grid: ColumnGrid, factor: Tensor) -> ColumnGrid:
         wanted = grid.scaled(factor)
@@ -211,4 +223,4 @@ class _Refit:
 
     def _on(self, planes: dict[str, Array], like: ColumnGrid) -> ColumnGrid:
         scale, shift = affine(self._fmt, planes)
-        return column_grid(scale, shift, levels_of(self._fmt), like.span, scale.shape[0], like.scale)
+        return column_grid(self._fmt, scale, shift, self._cols, scale.shape[0], like.scale)

@@ -26,7 +26,7 @@ from builders.grids import (
     spread_importance,
 )
 from builders.observers import Range, get_observer
-from builders.quantize import AlgorithmOptions
+from builders.quantize import AlgorithmOptions, rtn
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 
@@ -41,7 +41,7 @@ def quantize(
 ) -> dict[str, Array]:
     """Planes of f32 weights (rows, cols); inputs are not used. Raises ValueOutOfRange."""
     if not has_grid(fmt):
-        return fmt.encode(weights)
+        return rtn.quantize(weights, fmt, None, options)
     starts = [get_observer(name)(weights, fmt, None) for name in (options.observer or "mse", "minmax")]
     return fmt.encode_on_grid(weights, grid_for(fmt, *refined(weights, fmt, starts)))
 

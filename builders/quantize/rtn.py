@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from builders import trellis
 from builders.grids import grid_for, has_grid
 from builders.observers import get_observer
 from builders.quantize import AlgorithmOptions
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats.trellis import trellis_of
 
 ROW_WISE = True  # per-tensor scales are the one exception, which the caller knows from the format
 CALIBRATED = False
@@ -25,6 +27,8 @@ def quantize(
 
     With an observer, the nearest levels on the grid of its ranges, columns weighted by the inputs if known.
     """
+    if trellis_of(fmt) is not None:
+        return trellis.quantize(weights, fmt, None if inputs is None else inputs.importance)
     if options.observer is not None and has_grid(fmt):
         importance = None if inputs is None else inputs.importance
         return fmt.encode_on_grid(

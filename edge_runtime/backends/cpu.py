@@ -60,6 +60,11 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
+def native_library() -> ctypes.CDLL:
+    """The library of this package. Raises BackendUnavailable."""
+    return open_library(library_path())
+
+
 class CpuBackend:
     """C++ kernels on the cores of this process."""
 
@@ -69,7 +74,7 @@ class CpuBackend:
 
     def available(self) -> Support:
         try:
-            open_library(library_path())
+            native_library()
         except BackendUnavailable as error:
             return Support(False, str(error))
         return Support(True)
@@ -99,7 +104,7 @@ class CpuBackend:
         answer = self.supports(part.program, {name: t.format for name, t in part.weights.items()})
         if not answer.ok:
             raise Unsupported(f"the cpu backend cannot run this engine: {answer.why}")
-        library = open_library(library_path())
+        library = native_library()
         if simd != "auto" and not library.edge_cpu_features() >> rec.SIMD[simd] & 1:
             raise BackendUnavailable(f"this CPU or this build has no {simd} path")
         return CpuExecutor(library, part, threads or _cores(), rec.SIMD[simd])

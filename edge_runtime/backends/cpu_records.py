@@ -201,6 +201,10 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "edge_cpu_move": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "edge_cpu_set_adapter": (c_int32, [c_void_p, c_int32, POINTER(Adapter)]),
         "edge_cpu_destroy": (None, [c_void_p]),
+        "edge_cpu_trellis_search": (
+            c_int32,
+            [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int32],
+        ),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

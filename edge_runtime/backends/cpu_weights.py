@@ -51,6 +51,9 @@ _SHAPES: tuple[tuple[tuple[str, ...], tuple[Per | None, ...], dict[str, str]], .
     (("u4", "u1"), (32,), _K_WITH_MIN),
     (("e2m1",), (16,), {"scale": "e4m3", "super": "f32"}),
     (("e2m1",), (32,), {"scale": "e8m0"}),
+    (("tcq2",), (DEFAULT_GROUP,), {"scale": "e4m3", "super": "f32"}),
+    (("tcq3", "u1"), (DEFAULT_GROUP,), {"scale": "e4m3", "super": "f32"}),
+    (("tcq4",), (DEFAULT_GROUP,), {"scale": "e4m3", "super": "f32"}),
 )
 
 

@@ -48,7 +48,10 @@ def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
     fmt = get_format(tensor.format)
     height = 1 if tensor.packing == "rows" else PANEL
     panels = -(-tensor.rows // height)
-    wanted, place = np.unique(ids // height, return_inverse=True)
+    each = max(1, fmt.run // height)  # panels that are decoded together
+    runs, place = np.unique(ids // (height * each), return_inverse=True)
+    wanted = (runs[:, None] * each + np.arange(each)).reshape(-1)
+    wanted = wanted[wanted < panels]  # only the last run can be shorter
     part = {
         p.name: tensor.planes[p.name]
         if p.whole
@@ -59,5 +62,5 @@ def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
     values: Array = fmt.decode(
         unpack(tensor.format, tensor.packing, part, count, tensor.cols), count, tensor.cols
     )
-    out: Array = values[place.reshape(-1) * height + ids % height]
+    out: Array = values[place.reshape(-1) * height * each + ids % (height * each)]
     return out

@@ -21,7 +21,20 @@ from edge_runtime.engine.strict_yaml import read_yaml
 from edge_runtime.errors import BadConfig, nearest
 
 Precision = Literal[
-    "f32", "f16", "bf16", "int8", "int6", "int5", "int4", "int3", "int2", "nf4", "fp8", "nvfp4", "mxfp4"
+    "f32",
+    "f16",
+    "bf16",
+    "int8",
+    "int6",
+    "int5",
+    "int4",
+    "int3",
+    "int2",
+    "nf4",
+    "tcq",
+    "fp8",
+    "nvfp4",
+    "mxfp4",
 ]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Rest = Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # of a time, after all that is explained otherwise

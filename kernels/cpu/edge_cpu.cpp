@@ -108,4 +108,12 @@ int32_t edge_cpu_set_adapter(edge_executor* executor, int32_t number, const edge
 }
 
 void edge_cpu_destroy(edge_executor* executor) { delete executor; }
+
+int32_t edge_cpu_trellis_search(int32_t bits, int64_t rows, int64_t chains, const float* targets,
+                                const float* weights, uint8_t* codes, float* levels, int32_t simd) {
+    const edge::Kernels* kernels = edge::table(simd);
+    if (kernels == nullptr || bits < 2 || bits > 4) return 0;
+    kernels->trellis_search({bits, rows, chains, targets, weights, codes, levels});
+    return 1;
+}
 }

@@ -90,6 +90,17 @@ struct LowRankArgs {
     float scale;
 };
 
+// The trellis codes of `bits`, and their levels, that miss the targets least, see
+// trellis_search.cpp: the sum over each
+// chain of weights * (target - level)^2. All (chains, rows).
+struct TrellisArgs {
+    int bits;
+    int64_t rows, chains;
+    const float *targets, *weights;
+    uint8_t* codes;
+    float* levels;
+};
+
 struct Kernels {
     int simd;  // edge_simd
     // The kernel for a weight's format, or nullptr.
@@ -117,6 +128,7 @@ struct Kernels {
     bool (*write_i8_row)(const float* x, int n, int8_t* codes, float* scale);
     // The first of the greatest of n finite values.
     int32_t (*argmax)(const float* y, int64_t n);
+    void (*trellis_search)(const TrellisArgs& args);
 };
 
 // nullptr where the library was built for another processor.
@@ -134,12 +146,15 @@ inline int code_bits(int encoding) {
         case EDGE_ENC_U2:
         case EDGE_ENC_U2O2:
         case EDGE_ENC_U2O4:
+        case EDGE_ENC_TCQ2:
+        case EDGE_ENC_TCQ3:
             return 2;
         case EDGE_ENC_U4:
         case EDGE_ENC_U4O8:
         case EDGE_ENC_U4O16:
         case EDGE_ENC_U4O32:
         case EDGE_ENC_E2M1:
+        case EDGE_ENC_TCQ4:
         case EDGE_ENC_NF4:
             return 4;
         case EDGE_ENC_I8:

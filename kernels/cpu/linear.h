@@ -55,6 +55,7 @@ EDGE_INLINE void finish(const LinearArgs& p, int64_t row, int64_t rows, int64_t 
 int32_t code_offset(int encoding);
 LinearKernel int_kernel(const edge_matrix& weight);
 LinearKernel bits_kernel(const edge_matrix& weight);
+LinearKernel trellis_kernel(const edge_matrix& weight);
 LinearKernel float_kernel(const edge_matrix& weight);
 LinearKernel outlier_kernel(const edge_matrix& weight);  // an integer matrix with outlier columns
 

@@ -1,14 +1,13 @@
 // y = W x for codes of 2 to 6 bits in packing n16k4 and int8 activations: exact int32 dots inside a group,
 // groups summed in f32 in ascending order by fma. Nothing here depends on how many tokens or panels share a
 // call.
+#include "code_quads.h"
 #include "linear.h"
 #include "shared_planes.h"
 
 namespace edge {
 namespace EDGE_ISA {
 namespace {
-
-constexpr int64_t kChunk = 32;  // inputs whose codes are decoded together: eight quads of four
 
 // How the codes of a group become values: (code - offset) * scale with the offset in the sums of the
 // activations, (code - zero) * scale, or code * scale - least.
@@ -21,19 +20,11 @@ struct Codes {
     static constexpr int64_t kLowBytes = kLow * kChunk * kPanel / 8;  // of a chunk
     static constexpr int64_t kHighBytes = kHigh * kChunk * kPanel / 8;
 
-    // Bits of quad kQuad from a plane of kBits a code, as bits from kTo up. A chunk's bytes are kBits blocks
-    // of 64; the first quads have the lowest bits.
-    template <int kBits, int kQuad, int kTo>
-    EDGE_INLINE u8x64 bits(const uint8_t* p) {
-        constexpr int kShift = kTo - kBits * (kQuad / kBits);
-        return bit_and(shift_bytes<kShift>(load_codes(p + 64 * (kQuad % kBits))), ((1 << kBits) - 1) << kTo);
-    }
-
     template <int kQuad>
     EDGE_INLINE u8x64 quad(const uint8_t* low, const uint8_t* high) {
-        const u8x64 w = bits<kLow, kQuad, 0>(low);
+        const u8x64 w = quad_bits<kLow, kQuad, 0>(low);
         if constexpr (kE2M1) return look_up(w, kE2M1Codes);
-        if constexpr (kHigh > 0) return bit_or(w, bits<kHigh, kQuad, kLow>(high));
+        if constexpr (kHigh > 0) return bit_or(w, quad_bits<kHigh, kQuad, kLow>(high));
         return w;
     }
 

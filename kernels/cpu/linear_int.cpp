@@ -152,6 +152,10 @@ int32_t code_offset(int encoding) {
             return 32;
         case EDGE_ENC_E2M1:
             return 12;  // linear_bits.cpp looks codes up as 12 more than their doubled values
+        case EDGE_ENC_TCQ2:
+        case EDGE_ENC_TCQ3:
+        case EDGE_ENC_TCQ4:
+            return EDGE_TCQ_ZERO;
         case EDGE_ENC_I8:
             return kByteOffset;
         default:

@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "linear.h"
 #include "math16.h"
+#include "trellis.h"
 
 namespace edge {
 namespace EDGE_ISA {
@@ -247,6 +248,7 @@ int32_t argmax(const float* y, int64_t n) {
 LinearKernel linear(const edge_matrix& weight) {
     if (weight.outlier != nullptr) return outlier_kernel(weight);
     if (!quantizes(weight.encoding)) return float_kernel(weight);
+    if (trellis_bits(weight.encoding) > 0) return trellis_kernel(weight);
     const LinearKernel kernel = int_kernel(weight);
     return kernel != nullptr ? kernel : bits_kernel(weight);
 }
@@ -256,11 +258,13 @@ LinearKernel linear(const edge_matrix& weight) {
 void attention(const AttentionArgs& args);
 void low_rank_in(const LowRankArgs& args, int64_t begin, int64_t end);
 void low_rank_out(const LowRankArgs& args, int64_t begin, int64_t end);
+void trellis_search(const TrellisArgs& args);
 
 const Kernels* table() {
     static constexpr Kernels kernels = {
         EDGE_SIMD, linear, kTokenBlock, code_offset, quantize,     norm,          activation,   add_rows,
-        round_row, rope,   attention,   low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax};
+        round_row, rope,   attention,   low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax,
+        trellis_search};
     return &kernels;
 }
 

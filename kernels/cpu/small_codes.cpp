@@ -2,6 +2,7 @@
 #include "codec.h"
 #include "half.h"
 #include "kernels.h"
+#include "trellis.h"
 
 namespace edge {
 namespace {
@@ -21,6 +22,23 @@ int bits_at(const void* plane, int bits, const Place& p, int64_t width, int64_t 
     const uint8_t* q =
         static_cast<const uint8_t*>(plane) + (p.panel * width / run + p.column / run) * part * kPanel;
     return q[j / 4 * 64 + p.lane * 4 + j % 4] >> (i / part * bits) & ((1 << bits) - 1);
+}
+
+// Code of the weight, of both planes.
+int code_at(const edge_matrix& w, const Place& p, int64_t width, int64_t run) {
+    const int low = code_bits(w.encoding), code = bits_at(w.codes, low, p, width, run);
+    return w.high_bits > 0 ? code | bits_at(w.high, w.high_bits, p, width, run) << low : code;
+}
+
+// Level of a trellis code.
+float trellis_level(const edge_matrix& w, Place p, int64_t width, int64_t run) {
+    const int bits = trellis_bits(w.encoding);
+    int window = 0;
+    for (int shift = 0; shift < 12; shift += bits) {
+        window |= code_at(w, p, width, run) << shift;
+        if (p.lane-- == 0) p = {panel_before(p.panel, (w.rows + kPanel - 1) / kPanel), kPanel - 1, p.column};
+    }
+    return static_cast<float>(trellis_sum(bits, window) - EDGE_TCQ_ZERO) * 0.5f;
 }
 
 // What a group shares, as the numpy codecs compute it: value = (code - zero) * scale - least.
@@ -85,15 +103,16 @@ void read_small_codes(const edge_matrix& w, int64_t row, float scale, float* out
     const int64_t groups = width / w.group, supers = (width + EDGE_SUPER - 1) / EDGE_SUPER;
     const bool whole_units = w.encoding == EDGE_ENC_U4 || w.encoding == EDGE_ENC_U4O8;
     const int64_t run = whole_units ? unit : EDGE_SMALLEST_UNIT;
-    const int low = code_bits(w.encoding), offset = offset_of(w.encoding);
+    const int offset = offset_of(w.encoding);
+    const bool trellis = trellis_bits(w.encoding) > 0;
     Grid grid{};
     for (int64_t k = 0; k < w.cols; ++k) {
         const Place p{row / kPanel, row % kPanel, k};
         if (k % w.group == 0) grid = grid_of(w, p, groups, supers, k / w.group);
-        int code = bits_at(w.codes, low, p, width, run);
-        if (w.high_bits > 0) code |= bits_at(w.high, w.high_bits, p, width, run) << low;
-        const float v =
-            w.encoding == EDGE_ENC_E2M1 ? kE2M1[code] : static_cast<float>(code - offset - grid.zero);
+        const int code = trellis ? 0 : code_at(w, p, width, run);
+        const float v = trellis                       ? trellis_level(w, p, width, run)
+                        : w.encoding == EDGE_ENC_E2M1 ? kE2M1[code]
+                                                      : static_cast<float>(code - offset - grid.zero);
         // a value without a minimum keeps the sign of its 0
         const float value = grid.least == 0.0f ? v * grid.scale : v * grid.scale - grid.least;
         out[k] = value * scale;

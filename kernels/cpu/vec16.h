@@ -11,7 +11,7 @@
 // Of the larger steps of a kernel: plain C++ has no registers to keep their values in, and would take minutes
 // to compile them inlined everywhere.
 #if defined(EDGE_VEC_SCALAR)
-#define EDGE_STEP static __attribute__((noinline))
+#define EDGE_STEP static __attribute__((noinline, unused))
 #else
 #define EDGE_STEP EDGE_INLINE
 #endif

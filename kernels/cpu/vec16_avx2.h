@@ -138,6 +138,21 @@ EDGE_INLINE u8x64 bit_and(u8x64 x, int mask) {
     return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
 EDGE_INLINE u8x64 bit_or(u8x64 x, u8x64 y) { return EDGE_PAIRS(_mm256_or_si256); }
+EDGE_INLINE u8x64 bit_xor(u8x64 x, u8x64 y) { return EDGE_PAIRS(_mm256_xor_si256); }
+EDGE_INLINE u8x64 add_bytes(u8x64 x, u8x64 y) { return EDGE_PAIRS(_mm256_add_epi8); }
+// eight rows that end kRows < 8 before the end of x, the last ones of `before` first
+template <int kRows>
+EDGE_INLINE __m256i half_down(__m256i x, __m256i before) {
+    const __m256i middle = _mm256_permute2x128_si256(before, x, 0x21);
+    if constexpr (kRows < 4) return _mm256_alignr_epi8(x, middle, 16 - 4 * kRows);
+    if constexpr (kRows == 4) return middle;
+    return _mm256_alignr_epi8(middle, before, kRows > 4 ? 32 - 4 * kRows : 0);
+}
+// x moved down by kRows < 8 rows; the last ones of `before` move in
+template <int kRows>
+EDGE_INLINE u8x64 rows_down(u8x64 x, u8x64 before) {
+    return {half_down<kRows>(x.a, before.b), half_down<kRows>(x.b, x.a)};
+}
 // to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
 template <int kBits>
 EDGE_INLINE u8x64 shift_bytes(u8x64 x) {
@@ -216,6 +231,22 @@ EDGE_INLINE f32x16 sum_each(const f32x16* x) {
     return {_mm256_set_m128(out[1], out[0]), _mm256_set_m128(out[3], out[2])};
 }
 
+// 16 / kTimes values, each kTimes; reads 16
+template <int kTimes>
+EDGE_INLINE f32x16 load_repeated(const float* p) {
+    constexpr int k = kTimes;
+    const __m256 all = _mm256_loadu_ps(p);
+    const __m256i first = _mm256_setr_epi32(0, 1 / k, 2 / k, 3 / k, 4 / k, 5 / k, 6 / k, 7 / k);
+    const __m256i second =
+        _mm256_setr_epi32(8 / k, 9 / k, 10 / k, 11 / k, 12 / k, 13 / k, 14 / k, 15 / k);
+    return {_mm256_permutevar8x32_ps(all, first), _mm256_permutevar8x32_ps(all, second)};
+}
+// sixteen whole numbers in 0..255 as bytes
+EDGE_INLINE void store_u8(uint8_t* p, i32x16 x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 // p = x0 y0 x1 y1 ...: 32 values
 EDGE_INLINE void store_pairs(float* p, f32x16 x, f32x16 y) {
     for (int k = 0; k < 2; ++k) {

@@ -104,6 +104,13 @@ EDGE_INLINE u8x64 bit_and(u8x64 w, int mask) {
     return {_mm512_and_si512(w.v, _mm512_set1_epi8(static_cast<char>(mask)))};
 }
 EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) { return {_mm512_or_si512(w.v, y.v)}; }
+EDGE_INLINE u8x64 bit_xor(u8x64 w, u8x64 y) { return {_mm512_xor_si512(w.v, y.v)}; }
+EDGE_INLINE u8x64 add_bytes(u8x64 w, u8x64 y) { return {_mm512_add_epi8(w.v, y.v)}; }
+// w moved down by kRows < 8 rows; the last ones of `before` move in
+template <int kRows>
+EDGE_INLINE u8x64 rows_down(u8x64 w, u8x64 before) {
+    return {_mm512_alignr_epi32(w.v, before.v, 16 - kRows)};
+}
 // to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
 template <int kBits>
 EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
@@ -154,6 +161,19 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
     return {_mm512_permutexvar_ps(order, w)};
 }
 
+// 16 / kTimes values, each kTimes; reads 16
+template <int kTimes>
+EDGE_INLINE f32x16 load_repeated(const float* p) {
+    constexpr int k = kTimes;
+    const __m512i order =
+        _mm512_setr_epi32(0, 1 / k, 2 / k, 3 / k, 4 / k, 5 / k, 6 / k, 7 / k, 8 / k, 9 / k, 10 / k, 11 / k,
+                          12 / k, 13 / k, 14 / k, 15 / k);
+    return {_mm512_permutexvar_ps(order, _mm512_loadu_ps(p))};
+}
+// sixteen whole numbers in 0..255 as bytes
+EDGE_INLINE void store_u8(uint8_t* p, i32x16 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 // p = a0 b0 a1 b1 ...: 32 values
 EDGE_INLINE void store_pairs(float* p, f32x16 a, f32x16 b) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

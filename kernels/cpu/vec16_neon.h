@@ -150,6 +150,21 @@ EDGE_INLINE u8x64 bit_and(u8x64 w, int mask) {
     EDGE_QUARTERS(u8x64, vandq_u8(w.v[i], vdupq_n_u8(static_cast<uint8_t>(mask))));
 }
 EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) { EDGE_QUARTERS(u8x64, vorrq_u8(w.v[i], y.v[i])); }
+EDGE_INLINE u8x64 bit_xor(u8x64 w, u8x64 y) { EDGE_QUARTERS(u8x64, veorq_u8(w.v[i], y.v[i])); }
+EDGE_INLINE u8x64 add_bytes(u8x64 w, u8x64 y) { EDGE_QUARTERS(u8x64, vaddq_u8(w.v[i], y.v[i])); }
+// w moved down by kRows < 8 rows; the last ones of `before` move in
+template <int kRows>
+EDGE_INLINE u8x64 rows_down(u8x64 w, u8x64 before) {
+    uint8x16_t at[8];
+    for (int i = 0; i < 4; ++i) at[i] = before.v[i];
+    for (int i = 0; i < 4; ++i) at[i + 4] = w.v[i];
+    constexpr int kWhole = (kRows + 3) / 4, kPart = 16 * kWhole - 4 * kRows;
+    if constexpr (kPart == 0) {
+        EDGE_QUARTERS(u8x64, at[4 + i - kWhole]);
+    } else {
+        EDGE_QUARTERS(u8x64, vextq_u8(at[4 + i - kWhole], at[5 + i - kWhole], kPart));
+    }
+}
 // to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
 template <int kBits>
 EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
@@ -210,6 +225,21 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
     return r;
 }
 
+// 16 / kTimes values, each kTimes
+template <int kTimes>
+EDGE_INLINE f32x16 load_repeated(const float* p) {
+    if constexpr (kTimes == 16) return set1(p[0]);
+    if constexpr (kTimes == 8) return {{vdupq_n_f32(p[0]), vdupq_n_f32(p[0]), vdupq_n_f32(p[1]), vdupq_n_f32(p[1])}};
+    EDGE_QUARTERS(f32x16, vdupq_n_f32(p[i]));
+}
+// sixteen whole numbers in 0..255 as bytes
+EDGE_INLINE void store_u8(uint8_t* p, i32x16 a) {
+    const uint16x8_t first = vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[0])),
+                                          vmovn_u32(vreinterpretq_u32_s32(a.v[1])));
+    const uint16x8_t second = vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[2])),
+                                           vmovn_u32(vreinterpretq_u32_s32(a.v[3])));
+    vst1q_u8(p, vcombine_u8(vmovn_u16(first), vmovn_u16(second)));
+}
 // p = a0 b0 a1 b1 ...: 32 values
 EDGE_INLINE void store_pairs(float* p, f32x16 a, f32x16 b) {
     for (int i = 0; i < 4; ++i) {

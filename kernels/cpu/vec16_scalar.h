@@ -114,6 +114,22 @@ EDGE_INLINE u8x64 bit_or(u8x64 w, u8x64 y) {
     for (int i = 0; i < 64; ++i) w.v[i] |= y.v[i];
     return w;
 }
+EDGE_INLINE u8x64 bit_xor(u8x64 w, u8x64 y) {
+    for (int i = 0; i < 64; ++i) w.v[i] ^= y.v[i];
+    return w;
+}
+EDGE_INLINE u8x64 add_bytes(u8x64 w, u8x64 y) {
+    for (int i = 0; i < 64; ++i) w.v[i] = static_cast<uint8_t>(w.v[i] + y.v[i]);
+    return w;
+}
+// w moved down by kRows < 8 rows; the last ones of `before` move in
+template <int kRows>
+EDGE_INLINE u8x64 rows_down(u8x64 w, u8x64 before) {
+    u8x64 r;
+    std::memcpy(r.v, before.v + 64 - 4 * kRows, 4 * kRows);
+    std::memcpy(r.v + 4 * kRows, w.v, 64 - 4 * kRows);
+    return r;
+}
 // to the left by kBits, to the right where it is negative; what comes from a neighbour must be masked
 template <int kBits>
 EDGE_INLINE u8x64 shift_bytes(u8x64 w) {
@@ -157,6 +173,15 @@ EDGE_INLINE int32_t sum_lanes(i32x16 a) {
 // lane i = sum_lanes(a[i])
 EDGE_INLINE f32x16 sum_each(const f32x16* a) { EDGE_LANES(f32x16, sum_lanes(a[i])); }
 
+// 16 / kTimes values, each kTimes
+template <int kTimes>
+EDGE_INLINE f32x16 load_repeated(const float* p) {
+    EDGE_LANES(f32x16, p[i / kTimes]);
+}
+// sixteen whole numbers in 0..255 as bytes
+EDGE_INLINE void store_u8(uint8_t* p, i32x16 a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
+}
 // p = a0 b0 a1 b1 ...: 32 values
 EDGE_INLINE void store_pairs(float* p, f32x16 a, f32x16 b) {
     for (int i = 0; i < 16; ++i) {

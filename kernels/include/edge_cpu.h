@@ -195,6 +195,11 @@ void edge_cpu_move(edge_executor* executor, const int32_t* pages, const int32_t*
  * Returns 0 when memory ran out. A batch may name only numbers in use. */
 int32_t edge_cpu_set_adapter(edge_executor* executor, int32_t number, const edge_adapter* adapter);
 void edge_cpu_destroy(edge_executor* executor);
+/* Trellis codes of `bits` (2, 3 or 4) and their levels that miss the targets least: weights * (target -
+ * level)^2 summed over each chain; all (chains, rows). With the kernels of `simd`. For the builder; keeps
+ * nothing. Returns 0 where there are no such kernels. */
+int32_t edge_cpu_trellis_search(int32_t bits, int64_t rows, int64_t chains, const float* targets,
+                                const float* weights, uint8_t* codes, float* levels, int32_t simd);
 
 #pragma GCC visibility pop
 

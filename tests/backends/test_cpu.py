@@ -26,6 +26,7 @@ from edge_runtime.backends.reference import BACKEND as REFERENCE
 from edge_runtime.engine import packing
 from edge_runtime.engine.formats import FORMATS, Format, codes, get_format
 from edge_runtime.engine.formats.microscaling import E2M1_VALUES
+from edge_runtime.engine.formats.trellis import trellis_of, windows
 from edge_runtime.engine.kv import KV_FORMATS
 from edge_runtime.engine.ops import Activation, AnyOp, Embed, Logits, Norm
 from edge_runtime.engine.program import Program, TensorSpec
@@ -96,6 +97,8 @@ def fma(a: float, b: float, c: float) -> np.float32:
 
 def whole_numbers(fmt: Format, planes: dict[str, Array], cols: int) -> Array:
     """Codes as the whole numbers that the contract multiplies with those of the activations: (rows, cols)."""
+    if (code := trellis_of(fmt)) is not None:
+        return 2.0 * code.levels()[windows(codes.split(fmt.codes, planes, cols), code.bits)]
     u = codes.split(fmt.codes, planes, cols).astype(np.float64)
     if fmt.codes[0].encoding == "e2m1":
         return 2.0 * E2M1_VALUES[u.astype(int)]
@@ -127,7 +130,7 @@ def test_integer_linear_is_the_contract_to_the_bit(name: str, simd: str) -> None
     full[:, :cols] = whole_numbers(fmt, planes, cols)
     dots = np.einsum("tgi,rgi->trg", a.astype(np.float64), full.reshape(rows, -1, group))
     w_scale, shift = fmt.affine(planes)
-    if fmt.codes[0].encoding == "e2m1":
+    if fmt.codes[0].encoding.startswith(("e2m1", "tcq")):
         w_scale = w_scale / np.float32(2)  # of doubled codes
     minima = fmt.plane("min") or fmt.plane("scale_min")
     for t in range(2):

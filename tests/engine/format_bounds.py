@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from edge_runtime.engine.formats import FORMATS
+from edge_runtime.engine.formats.trellis import trellis_of
 
-NAMES = sorted(FORMATS)
+NAMES = sorted(n for n, fmt in FORMATS.items() if trellis_of(fmt) is None)  # those: test_trellis.py
 SCALED = [n for n in NAMES if FORMATS[n].on_grid is not None]
 TENSOR = [n for n in NAMES if any(p.whole for p in FORMATS[n].planes)]
 GROUPED = [n for n in NAMES if FORMATS[n].group and n not in TENSOR]

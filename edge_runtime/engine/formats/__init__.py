@@ -10,6 +10,7 @@ from edge_runtime.engine.formats import (  # noqa: F401  (fills the table)
     nf4,
     nf4_double,
     plain,
+    trellis,
 )
 from edge_runtime.engine.formats.record import (
     ENCODINGS,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edge_runtime.engine.formats import ENCODINGS, FORMATS, Format, abi_hash
+from edge_runtime.engine.formats import ENCODINGS, FORMATS, Array, Format, abi_hash
 from edge_runtime.engine.formats.kquant import SUPER
 from edge_runtime.engine.formats.nf4 import NF4
 from edge_runtime.engine.formats.nf4_double import DYNAMIC, SECOND
+from edge_runtime.engine.formats.trellis import CODES, RUN, ZERO
 from edge_runtime.engine.kv import K_FORMATS, OPEN_PAGES, PAGE_TOKENS, per_channel
 from edge_runtime.engine.packing import DEFAULT_GROUP, LANE, PANEL, SMALLEST_UNIT, cpu_packing, unit_of
 
@@ -97,6 +98,12 @@ def c_header() -> str:
         *("  " + ", ".join(_c_float(v) for v in DYNAMIC[i : i + 4]) + "," for i in range(0, 256, 4)),
         "};",
         "",
+        f"#define EDGE_TCQ_RUN {RUN}",
+        f"#define EDGE_TCQ_ZERO {ZERO}",
+        "/* Trellis codes of 2, 3 and 4 bits, see trellis.py. */",
+        *_tables("EDGE_TCQ_MIX", [CODES[bits].mix for bits in (2, 3, 4)]),
+        *_tables("EDGE_TCQ_SUMS", [CODES[bits].sums for bits in (2, 3, 4)]),
+        "",
         "#ifndef __CUDACC_RTC__ /* names formats to the host; a kernel is compiled for its own */",
         _STRUCT,
         "EDGE_TABLE struct EdgeFormat EDGE_FORMATS[EDGE_FORMAT_COUNT] = {",
@@ -116,6 +123,14 @@ def c_header() -> str:
         "#endif",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tables(name: str, tables: list[Array]) -> list[str]:
+    """Lines of an array of tables of bytes, each (n, 16)."""
+    lines = [f"EDGE_TABLE unsigned char {name}[{len(tables)}][{len(tables[0])}][16] = {{"]
+    for table in tables:
+        lines += ["  {", *("    {" + ", ".join(map(str, row)) + "}," for row in table.tolist()), "  },"]
+    return [*lines, "};"]
 
 
 def _c_float(value: float) -> str:

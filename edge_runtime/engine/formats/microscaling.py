@@ -84,11 +84,22 @@ def _mx_grid(low: Array, high: Array) -> dict[str, Array]:
     return {"scale": u.astype(np.uint8)}
 
 
-def _nv_scales(grid: Planes) -> Array:
+def tensor_scales(grid: Planes) -> Array:
+    """f32 (rows, groups) of E4M3 scales `scale` times one f32 `super` for the tensor."""
     scale: Array = _E4M3_TABLE[grid["scale"]]
     with np.errstate(over="ignore", under="ignore"):
         scale *= grid["super"]
     return scale
+
+
+def tensor_grid(wanted: Array, unit: Array | None = None) -> dict[str, Array]:
+    """Planes `scale` and `super` whose scales are nearest to those wanted, f32 (rows, groups), not negative.
+
+    unit: a given `super`, f32 (1, 1); else the one with which the largest E4M3 number is the largest scale.
+    """
+    if unit is None:
+        unit = scaled.f32_scale(wanted.max(keepdims=True), E4M3.largest)
+    return {"scale": E4M3.codes(wanted / (unit if unit[0, 0] else np.float32(np.inf))), "super": unit}
 
 
 def _nv_grid(low: Array, high: Array) -> dict[str, Array]:
@@ -102,6 +113,10 @@ def _nv_grid(low: Array, high: Array) -> dict[str, Array]:
 register(_e2m1("mxfp4_g32", 32, (Plane("scale", "e8m0", 32),), lambda g: _E8M0_TABLE[g["scale"]], _mx_grid))
 register(
     _e2m1(
-        "nvfp4_g16", 16, (Plane("scale", "e4m3", 16), Plane("super", "f32", "tensor")), _nv_scales, _nv_grid
+        "nvfp4_g16",
+        16,
+        (Plane("scale", "e4m3", 16), Plane("super", "f32", "tensor")),
+        tensor_scales,
+        _nv_grid,
     )
 )

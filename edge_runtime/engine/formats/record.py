@@ -59,6 +59,9 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("e8m0", 8, "u1"),  # OCP MX E8M0: 2^(u - 127)
         Encoding("dynamic8", 8, "u1"),  # index into bitsandbytes' signed dynamic map (nf4_double.py)
         Encoding("i32", 32, "<i4"),
+        Encoding("tcq2", 2, "u1"),  # trellis codes, see trellis.py
+        Encoding("tcq3", 2, "u1"),  # lower bits of trellis codes of 3 bits
+        Encoding("tcq4", 4, "u1"),
     )
 }
 
@@ -105,6 +108,9 @@ class Format:
     `bound(values, planes)` is the closed-form bound of |value - decoded| for every element. `kind`: int codes
     are whole numbers (E2M1's when doubled), which kernels multiply with int8 activations.
 
+    `run`: rows whose codes depend on each other, counted from the first row: a part of a matrix' rows that
+    begins at a multiple of it, and ends at one or at the last row, can be decoded by itself.
+
     For algorithms that choose values: `grid_for(low, high)` gives the grid whose range covers [low, high] of
     every group, f32 (rows, groups) (microscaling formats: the published rule's grid, which may clip the value
     of greatest magnitude); `levels` are the values of the codes before scaling, ascending f32; and
@@ -123,6 +129,7 @@ class Format:
     affine: Callable[[Planes], tuple[Array, Array]] | None = None
     levels: Array | None = field(default=None, compare=False)
     check_values: Callable[[Planes, int], None] | None = None  # (planes, cols); raises ValueOutOfRange
+    run: int = 1
 
     @property
     def codes(self) -> tuple[Plane, ...]:
@@ -202,6 +209,15 @@ class Format:
         """Decode to f32 (rows, cols). A plane of wrong shape or dtype is a ValueOutOfRange."""
         self.check_planes(planes, rows, cols)
         return self.decode_rows(planes, rows, cols)
+
+    def decode_ids(self, planes: Planes, rows: int, cols: int, ids: Array) -> Array:
+        """Rows by number of a matrix (rows, cols), f32 (len(ids), cols), decoding no more than their runs."""
+        runs, place = np.unique(ids // self.run, return_inverse=True)
+        taken = (runs[:, None] * self.run + np.arange(self.run)).reshape(-1)
+        taken = taken[taken < rows]  # only the last run can be shorter
+        part = {p.name: planes[p.name] if p.whole else planes[p.name][taken] for p in self.planes}
+        found: Array = self.decode(part, len(taken), cols)[place.reshape(-1) * self.run + ids % self.run]
+        return found
 
     def signature(self) -> str:
         per = (f"{p.name}/{p.encoding}/{p.per}{'/shared' * p.shared}" for p in self.planes)

@@ -1,0 +1,155 @@
+"""Trellis formats in the builder: codes found by the runtime's native search, and the scales they go with.
+
+A trellis format (tcq4_g64, …) has no levels to round to: the best codes of a column are a shortest path, see
+edge_runtime/engine/formats/trellis.py. Scales are chosen before: each group's from a few around the deviation
+of its values, by the error that the best path then has there.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from edge_runtime.backends.cpu import native_library
+from edge_runtime.engine.formats import Array, Format, codes, scaled
+from edge_runtime.engine.formats.microscaling import tensor_grid, tensor_scales
+from edge_runtime.engine.formats.trellis import (
+    GROUP,
+    RUN,
+    TrellisCode,
+    runs,
+    trellis_of,
+    wanted_scales,
+)
+
+FACTORS = (0.87, 1.0, 1.15, 1.3, 1.5)  # of the scale that suits a normal distribution
+REFITS = 3
+_WIDEST = 3.0  # factors that the tensor's scale leaves room for
+_COLUMNS = 64  # searched by one thread at a time
+
+
+def search(targets: Array, weights: Array, code: TrellisCode) -> tuple[Array, Array]:
+    """Codes u8 and levels f32 that miss f32 targets least, all (chains, rows); a chain is a column."""
+    found, level = np.empty(targets.shape, np.uint8), np.empty(targets.shape, np.float32)
+    target, weight = (np.ascontiguousarray(x, np.float32) for x in (targets, weights))
+    count, rows = target.shape
+    pointers = (x.ctypes.data for x in (target, weight, found, level))
+    native_library().edge_cpu_trellis_search(code.bits, rows, count, *pointers, 0)
+    return found, level
+
+
+def quantize(x: Array, fmt: Format, importance: Array | None = None) -> dict[str, Array]:
+    """Planes of f32 values (rows, cols) in a trellis format; importance (cols,) of the squared errors of each
+    column, None meaning 1. Raises ValueOutOfRange."""
+    return encode_on_grid(x, fmt, grid_for(x, fmt, importance))
+
+
+def grid_for(x: Array, fmt: Format, importance: Array | None = None) -> dict[str, Array]:
+    """The planes `scale` and `super` that suit f32 values (rows, cols).
+
+    A row's best scale depends on the other rows of its run, which share the path. So one factor is chosen for
+    all scales of a run and group, by the error it leaves; then each scale is refitted to its values by least
+    squares, as long as the run's error falls.
+    """
+    code = _code(fmt)
+    weight = np.ones(x.shape[1], np.float32) if importance is None else importance.astype(np.float32)
+    wanted = wanted_scales(x, code)
+    unit = tensor_grid(wanted * np.float32(_WIDEST))["super"]
+
+    def tried(grid: dict[str, Array]) -> tuple[Array, Array]:
+        """Values on a grid, and the errors of blocks."""
+        scale = _spread(grid, x)
+        value = _search(x, scale, code)[1] * scale
+        return value, _by_block(np.square(value - x) * weight)
+
+    errors = [tried(tensor_grid(wanted * np.float32(f), unit))[1] for f in FACTORS]
+    grid = tensor_grid(
+        wanted * _by_row(np.array(FACTORS, np.float32)[np.argmin(errors, axis=0)], len(x)), unit
+    )
+    best, least = grid, np.full_like(errors[0], np.inf)
+    for _ in range(1 + REFITS):
+        value, error = tried(grid)
+        better = _by_row(error < least, len(x))
+        best = {"scale": np.where(better, grid["scale"], best["scale"]), "super": unit}
+        least = np.minimum(least, error)
+        own = scaled.grouped(np.square(value) * weight, GROUP).sum(2)
+        shared = scaled.grouped(x * value * weight, GROUP).sum(2)
+        fitted = np.clip(np.divide(shared, own, out=np.ones_like(own), where=own > 0), 0.7, 1.4)
+        # twice as far as the fit says, for codes follow their scale
+        grid = tensor_grid(tensor_scales(grid) * np.square(fitted), unit)
+    return best
+
+
+def _by_block(x: Array) -> Array:
+    """Sums over the runs of rows and the groups of columns, (runs, groups)."""
+    groups: Array = scaled.grouped(x, GROUP).sum(2, dtype=np.float64)
+    return np.add.reduceat(groups, [first for first, _ in runs(len(x))], axis=0)
+
+
+def _by_row(blocks: Array, rows: int) -> Array:
+    """What each run has, (runs, groups), for each of its rows."""
+    return np.repeat(blocks, RUN, axis=0)[:rows]
+
+
+def encode_on_grid(x: Array, fmt: Format, grid: dict[str, Array]) -> dict[str, Array]:
+    """Planes of f32 values (rows, cols) on given scales: `Format.encode_on_grid`, natively."""
+    found, _ = _search(x, _spread(grid, x), _code(fmt))
+    return {**codes.join(fmt.codes, found), **grid}
+
+
+def _code(fmt: Format) -> TrellisCode:
+    code = trellis_of(fmt)
+    assert code is not None  # callers have asked
+    return code
+
+
+def _spread(grid: dict[str, Array], x: Array) -> Array:
+    """The scale of every value of x, f32 (rows, cols)."""
+    return np.broadcast_to(scaled.spread(tensor_scales(grid), GROUP, x.shape), x.shape)
+
+
+def _search(x: Array, scale: Array, code: TrellisCode) -> tuple[Array, Array]:
+    """Codes u8 and levels f32; all (rows, cols). Columns are shared out, and none depends on another."""
+
+    def work(at: int) -> tuple[Array, Array]:
+        part = slice(at, at + _COLUMNS)
+        return search(*on_scales(x[:, part].T, scale[:, part].T), code)
+
+    starts = range(0, x.shape[1], _COLUMNS)
+    with ThreadPoolExecutor(min(len(starts), len(os.sched_getaffinity(0)))) as pool:
+        parts = list(pool.map(work, starts))
+    found, level = (np.concatenate(each).T for each in zip(*parts, strict=True))
+    return found, level
+
+
+def on_scales(x: Array, scale: Array) -> tuple[Array, Array]:
+    """Targets in levels and the weights of their squared errors, f32; one chain's weights may be multiplied
+    by any number, so the largest is 1."""
+    with np.errstate(over="ignore", under="ignore"):
+        targets = x / np.where(scale == 0, np.float32(np.inf), scale)
+        share = scale / np.maximum(scale.max(axis=1, keepdims=True), scaled.TINY)
+        return targets.astype(np.float32), np.square(share, dtype=np.float32)
+
+
+class ColumnSearch:
+    """The values of a trellis format nearest to one column of a matrix, given the scales of its rows.
+
+    With `keep`, a run whose values until now are nearer than those found (the search is not exhaustive where
+    a run's circle closes) keeps them.
+    """
+
+    def __init__(self, code: TrellisCode, *, keep: bool) -> None:
+        self._code, self._keep = code, keep
+
+    def __call__(self, wanted: Array, scale: Array, before: Array) -> Array:
+        """All f64 or f32 (rows,); returns f32."""
+        scale = scale.astype(np.float32)
+        _, level = search(*on_scales(wanted[None], scale[None]), self._code)
+        value: Array = level[0] * scale
+        if self._keep:
+            starts = np.arange(0, len(wanted), RUN)
+            new, old = (np.add.reduceat(np.square(v - wanted), starts) for v in (value, before))
+            value = np.where(np.repeat(old < new, RUN)[: len(wanted)], before, value).astype(np.float32)
+        return value
