@@ -43,6 +43,7 @@ def search(targets: Array, weights: Array, code: TrellisCode) -> tuple[Array, Ar
 def quantize(x: Array, fmt: Format, importance: Array | None = None) -> dict[str, Array]:
     """Planes of f32 values (rows, cols) in a trellis format; importance (cols,) of the squared errors of each
     column, None meaning 1. Raises ValueOutOfRange."""
+    x = fmt.checked(x)
     return encode_on_grid(x, fmt, grid_for(x, fmt, importance))
 
 

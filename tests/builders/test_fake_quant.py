@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 
 from builders.fake_quant import SHRINKS, FakeQuantizer, learnable  # noqa: E402
 from edge_runtime.engine.formats import FORMATS, get_format, scaled  # noqa: E402
+from edge_runtime.engine.formats.trellis import trellis_of  # noqa: E402
 from edge_runtime.errors import BadConfig, Unsupported  # noqa: E402
 
-TRAINED = sorted(name for name, fmt in FORMATS.items() if name != "f32")
+TRAINED = sorted(name for name, fmt in FORMATS.items() if name != "f32" and trellis_of(fmt) is None)
 WITH_GRID = sorted(name for name, fmt in FORMATS.items() if fmt.grid_for is not None)
 
 

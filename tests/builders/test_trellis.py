@@ -10,12 +10,14 @@ pytest.importorskip("torch")
 from made_weights import made_statistics
 
 from builders import trellis
+from builders.fake_quant import FakeQuantizer
 from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.statistics import InputStatistics, output_error
 from edge_runtime.backends.cpu import native_library
 from edge_runtime.backends.cpu_records import SIMD
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.formats.trellis import CODES, RUN, search, trellis_of, windows
+from edge_runtime.errors import Unsupported
 
 NAMES = ("tcq2_g64", "tcq3_g64", "tcq4_g64")
 PLAIN = AlgorithmOptions()
@@ -157,3 +159,8 @@ def test_awq_scales_the_columns_of_large_inputs() -> None:
 
 def test_the_code_is_known_by_the_format() -> None:
     assert trellis_of(get_format("tcq2_g64")) is CODES[2] and trellis_of(get_format("int2_g64")) is None
+
+
+def test_training_through_the_rounding_is_refused() -> None:
+    with pytest.raises(Unsupported, match="tcq3_g64 has no grid to train on"):
+        FakeQuantizer(get_format("tcq3_g64"))

@@ -165,7 +165,7 @@ class Format:
 
     def encode(self, values: Array) -> dict[str, Array]:
         """Encode an f32 matrix (rows, cols). Raises ValueOutOfRange on NaN/Inf or an overflowing scale."""
-        return self.encode_rows(self._checked(values))
+        return self.encode_rows(self.checked(values))
 
     def encode_on_grid(self, values: Array, grid: Planes) -> dict[str, Array]:
         """Round an f32 matrix (rows, cols) to given scales (and zero points), clipping to their range.
@@ -176,7 +176,7 @@ class Format:
         """
         if self.on_grid is None:
             raise Unsupported(f"{self.name} has no scales to round to; use encode()")
-        x = self._checked(values)
+        x = self.checked(values)
         for plane in self.grid_planes:
             if not plane.derived or plane.name in grid:
                 self._check_plane(plane, grid, *x.shape)
@@ -189,7 +189,8 @@ class Format:
         if self.check_values is not None:
             self.check_values(planes, cols)
 
-    def _checked(self, values: Array) -> Array:
+    def checked(self, values: Array) -> Array:
+        """The values as an f32 matrix. Raises ValueOutOfRange where they are none, or hold NaN or Inf."""
         x = np.ascontiguousarray(values, dtype=np.float32)
         if x.ndim != 2 or x.size == 0:
             raise ValueOutOfRange(f"{self.name}: a matrix (rows, cols) is needed, got shape {x.shape}")
