@@ -22,8 +22,8 @@ from machine import machine
 from methods import build
 from quality_texts import ROOT, STORY, chats, present
 
-# The last three have far more bytes: how far the mixed plan's reach is
-UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32", "nvfp4_g16", "int4_g32_zp", "q4_k")
+# The last two have far more bytes: how far the mixed plan's reach is
+UNIFORM = ("int4_g128", "int4_g64", "nf4_g64_dq", "int4_g32", "nvfp4_g16", "tcq4_g64", "int4_g32_zp", "q4_k")
 SAME_BITS = ("int4_g64", "int4_g32")
 TUNED = ("kl_mean", "kl_p99", "perplexity", "top1_agreement", "seconds")
 

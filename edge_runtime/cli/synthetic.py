@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_runtime.engine.formats import Array, abi_hash, get_format
+from edge_runtime.engine.formats.microscaling import tensor_grid
+from edge_runtime.engine.formats.trellis import trellis_of, wanted_scales
 from edge_runtime.engine.kv import cache_nbytes
 from edge_runtime.engine.manifest import (
     LANGUAGE,
@@ -264,8 +266,15 @@ def _packed(chosen: TensorPlan, rows: int, cols: int) -> dict[str, Array]:
     fmt = get_format(chosen.format)
     rng = np.random.default_rng(0)
     tile = rng.standard_normal((min(_TILE, rows), cols), dtype=np.float32) / np.float32(np.sqrt(cols))
-    values = np.tile(tile, (-(-rows // len(tile)), 1))[:rows]
-    return pack(chosen.format, chosen.packing, fmt.encode(values), rows, cols)
+    repeats = -(-rows // len(tile))
+    code = trellis_of(fmt)
+    if code is None:
+        planes = fmt.encode(np.tile(tile, (repeats, 1))[:rows])
+    else:  # any codes are good ones, and the best take long to find
+        planes = {p.name: rng.integers(0, 256, p.shape(rows, cols), np.uint8) for p in fmt.codes}
+        scale = np.tile(wanted_scales(tile, code), (repeats, 1))[:rows]
+        planes |= tensor_grid(scale)
+    return pack(chosen.format, chosen.packing, planes, rows, cols)
 
 
 def _own(array: Array) -> Array:
