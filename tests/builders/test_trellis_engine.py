@@ -1,0 +1,81 @@
+"""Engines whose matrices, tied embedding included, are in trellis formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_folders import write_model
+
+pytest.importorskip("torch")
+
+from builders.cli import main as edge_build
+from builders.device_formats import precision
+from edge_runtime import open_engine
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("trellis") / "toy")
+
+
+def built(model: Path, engine: Path, capsys: Captured, *words: str) -> dict[str, object]:
+    argv = ["--profile", "cpu", "--samples", "4", "--sample-tokens", "32", "--eval-tokens", "256"]
+    code = edge_build([*argv, *words, "--json", "-o", str(engine), str(model)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    found: dict[str, object] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_an_engine_answers_alike_on_both_backends(
+    model: Path, tmp_path: Path, capsys: Captured, bits: int
+) -> None:
+    name, engine = f"tcq{bits}_g64", tmp_path / "m.edge"
+    made = built(model, engine, capsys, "--algorithm", "gptq", "--weights", name, "--head-weights", name)
+    quality = made["quality"]
+    assert isinstance(quality, dict) and quality["kl_mean"] > 0
+    prompt, said = [1, 5, 9, 2], []
+    for backend in ("cpu", "reference"):
+        with open_engine(str(engine), backend=backend) as session:
+            matrices = {
+                n for n, t in session.manifest.parts["language"].program.tensors.items() if t.rows > 1
+            }
+            assert {session.plan.tensors[n].format for n in matrices} == {name}
+            said.append([event.token for event in session.generate(prompt, max_tokens=6)])
+    assert said[0] == said[1] and len(said[0]) >= 6
+
+
+def test_fewer_bits_lose_more_and_less_than_integers_do(
+    model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    lost = {}
+    for name in ("tcq4_g64", "tcq2_g64", "int4_g64", "int2_g64"):
+        made = built(model, tmp_path / "m.edge", capsys, "--weights", name, "--head-weights", name)
+        quality = made["quality"]
+        assert isinstance(quality, dict)
+        lost[name] = quality["kl_mean"]
+    assert lost["tcq4_g64"] < lost["tcq2_g64"]
+    assert lost["tcq4_g64"] < lost["int4_g64"] and lost["tcq2_g64"] < lost["int2_g64"]
+
+
+def test_devices_without_kernels_for_them_say_so(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    argv = ["--profile", "orin", "--weights", "tcq4_g64", "-o", str(tmp_path / "m.edge"), str(model)]
+    assert edge_build(argv) == 1
+    assert "profile 'orin-agx-64gb' has no tcq; it runs: int8_row" in capsys.readouterr().err
+
+
+def test_all_widths_are_one_precision() -> None:
+    assert {precision(f"tcq{bits}_g64") for bits in (2, 3, 4)} == {"tcq"}
+
+
+def test_the_same_bytes_twice(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    engines = [tmp_path / "a.edge", tmp_path / "b.edge"]
+    for engine in engines:
+        built(model, engine, capsys, "--algorithm", "gptq", "--weights", "tcq3_g64")
+    assert np.array_equal(*(np.frombuffer(e.read_bytes(), np.uint8) for e in engines))
