@@ -40,6 +40,11 @@ SPECIAL = (
     (4, "gptq mxfp4_g32", "mxfp4_g32", "gptq", ()),
     (4, "gptq nvfp4_g16", "nvfp4_g16", "gptq", ()),
     (3, "gptq q3_k", "q3_k", "gptq", ()),
+    *((bits, f"{a} tcq{bits}_g64", f"tcq{bits}_g64", a, ()) for bits in (4, 3, 2) for a in ("rtn", "gptq")),
+    *(
+        (bits, f"gptq, feedback tcq{bits}_g64", f"tcq{bits}_g64", "gptq", ("--feedback",))
+        for bits in (4, 3, 2)
+    ),
     *(
         (bits, f"gptq, feedback {UNIFORM[bits]}", UNIFORM[bits], "gptq", ("--feedback",))
         for bits in (4, 3, 2)
@@ -144,7 +149,8 @@ def draw(results: dict[str, list[dict[str, Any]]], target: Path) -> None:
         methods: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             if "refused" not in row:
-                method = row["method"] if "mixed" in row["method"] else row["method"].rsplit(" ", 1)[0]
+                method, _, last = row["method"].rpartition(" ")
+                method += " plan" * (last == "plan") + ", trellis" * last.startswith("tcq")
                 methods.setdefault(method, []).append((row["bits_per_weight"], max(row["kl_mean"], 1e-7)))
         for method, points in methods.items():
             panel.plot(*zip(*sorted(points), strict=True), marker="o", ms=4, lw=1, label=method)
