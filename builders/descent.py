@@ -33,7 +33,7 @@ def sweep(
     After the `last` one the gradient is of no use: it is brought up to date for columns yet to come alone.
     """
     diagonal = h.diagonal()
-    rounded, columns = BlockRounding(grid, keep=True), order.tolist()
+    rounded, columns = BlockRounding(grid), order.tolist()
     done = torch.empty_like(q) if last else None  # changes, in order
     for start in range(0, len(columns), BLOCK):
         at, stop = order[start : start + BLOCK], min(start + BLOCK, len(columns))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from builders.grids import is_uniform, levels_of
-from builders.trellis import ColumnSearch
+from builders.trellis import nearest_column
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.engine.formats.trellis import TrellisCode, trellis_of
 
@@ -60,9 +60,8 @@ class BlockRounding:
     A column costs few operations of torch: their own cost, not their work, is what most rows wait for.
     """
 
-    def __init__(self, grid: ColumnGrid, *, keep: bool = False) -> None:
-        """keep: whether `origin` lies on the grid, and values no nearer than it are not to replace it."""
-        self._search = None if grid.code is None else ColumnSearch(grid.code, keep=keep)
+    def __init__(self, grid: ColumnGrid) -> None:
+        self._code = grid.code
         self._span, self._middle, self._levels = grid.span, grid.middle, grid.levels
         self._low, self._high = (float(end) for end in (grid.levels[0], grid.levels[-1]))
         self._scale = grid.scale.unbind(0)
@@ -85,11 +84,11 @@ class BlockRounding:
             each = (columns[near], base[near], weights, origin[near], values[near], changes[near])
             for column, wanted, weight, old, value, change in zip(*each, strict=True):
                 wanted.addmv_(known, weight)
-                if self._search is None:
+                if self._code is None:
                     self._nearest(column // self._span, wanted, value)
                 else:
                     scale = self._scale[column // self._span]
-                    found = self._search(*(x.cpu().numpy() for x in (wanted, scale, old)))
+                    found = nearest_column(wanted.cpu().numpy(), scale.cpu().numpy(), self._code)
                     value.copy_(torch.from_numpy(found))
                 torch.sub(old, value, out=change)
         return values, changes

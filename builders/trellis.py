@@ -25,7 +25,8 @@ from edge_runtime.engine.formats.trellis import (
 )
 
 FACTORS = (0.87, 1.0, 1.15, 1.3, 1.5)  # of the scale that suits a normal distribution
-REFITS = 3
+REFITS = 2
+_SAMPLED = 2  # one column of so many tells the factor
 _WIDEST = 3.0  # factors that the tensor's scale leaves room for
 _COLUMNS = 64  # searched by one thread at a time
 
@@ -59,16 +60,15 @@ def grid_for(x: Array, fmt: Format, importance: Array | None = None) -> dict[str
     wanted = wanted_scales(x, code)
     unit = tensor_grid(wanted * np.float32(_WIDEST))["super"]
 
-    def tried(grid: dict[str, Array]) -> tuple[Array, Array]:
-        """Values on a grid, and the errors of blocks."""
-        scale = _spread(grid, x)
-        value = _search(x, scale, code)[1] * scale
-        return value, _by_block(np.square(value - x) * weight)
+    def tried(grid: dict[str, Array], every: int = 1) -> tuple[Array, Array]:
+        """Values on a grid, and the errors of blocks; of one in `every` columns."""
+        scale, some = _spread(grid, x)[:, ::every], x[:, ::every]
+        value = _search(some, scale, code)[1] * scale
+        return value, _by_block(np.square(value - some) * weight[::every], GROUP // every)
 
-    errors = [tried(tensor_grid(wanted * np.float32(f), unit))[1] for f in FACTORS]
-    grid = tensor_grid(
-        wanted * _by_row(np.array(FACTORS, np.float32)[np.argmin(errors, axis=0)], len(x)), unit
-    )
+    errors = [tried(tensor_grid(wanted * np.float32(f), unit), _SAMPLED)[1] for f in FACTORS]
+    factor = np.array(FACTORS, np.float32)[np.argmin(errors, axis=0)]
+    grid = tensor_grid(wanted * _by_row(factor, len(x)), unit)
     best, least = grid, np.full_like(errors[0], np.inf)
     for _ in range(1 + REFITS):
         value, error = tried(grid)
@@ -83,9 +83,9 @@ def grid_for(x: Array, fmt: Format, importance: Array | None = None) -> dict[str
     return best
 
 
-def _by_block(x: Array) -> Array:
+def _by_block(x: Array, group: int) -> Array:
     """Sums over the runs of rows and the groups of columns, (runs, groups)."""
-    groups: Array = scaled.grouped(x, GROUP).sum(2, dtype=np.float64)
+    groups: Array = scaled.grouped(x, group).sum(2, dtype=np.float64)
     return np.add.reduceat(groups, [first for first, _ in runs(len(x))], axis=0)
 
 
@@ -134,23 +134,8 @@ def on_scales(x: Array, scale: Array) -> tuple[Array, Array]:
         return targets.astype(np.float32), np.square(share, dtype=np.float32)
 
 
-class ColumnSearch:
-    """The values of a trellis format nearest to one column of a matrix, given the scales of its rows.
-
-    With `keep`, a run whose values until now are nearer than those found (the search is not exhaustive where
-    a run's circle closes) keeps them.
-    """
-
-    def __init__(self, code: TrellisCode, *, keep: bool) -> None:
-        self._code, self._keep = code, keep
-
-    def __call__(self, wanted: Array, scale: Array, before: Array) -> Array:
-        """All f64 or f32 (rows,); returns f32."""
-        scale = scale.astype(np.float32)
-        _, level = search(*on_scales(wanted[None], scale[None]), self._code)
-        value: Array = level[0] * scale
-        if self._keep:
-            starts = np.arange(0, len(wanted), RUN)
-            new, old = (np.add.reduceat(np.square(v - wanted), starts) for v in (value, before))
-            value = np.where(np.repeat(old < new, RUN)[: len(wanted)], before, value).astype(np.float32)
-        return value
+def nearest_column(wanted: Array, scale: Array, code: TrellisCode) -> Array:
+    """f32 values (rows,) nearest to a column, f64 or f32 (rows,), on the scales (rows,) of its rows."""
+    _, level = search(*on_scales(wanted[None], scale[None].astype(np.float32)), code)
+    value: Array = level[0] * scale.astype(np.float32)
+    return value

@@ -64,7 +64,8 @@ def quantize(
             grid = trellis.grid_for(weights, fmt, inputs.importance)
         else:
             grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
-        values, grid = round_rows(weights, fmt, grid, hessian, workers)
+        # descent gains less than 1% where a path is best already
+        values, grid = round_rows(weights, fmt, grid, hessian, workers, refine=code is None)
     return fmt.encode_on_grid(values, grid) if code is None else trellis.encode_on_grid(values, fmt, grid)
 
 

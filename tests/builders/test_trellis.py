@@ -92,16 +92,12 @@ def test_values_on_given_scales_are_the_formats_own(name: str) -> None:
     assert np.array_equal(fmt.decode(trellis.encode_on_grid(values, fmt, grid), *x.shape), values)
 
 
-def test_a_run_that_would_lose_keeps_its_values() -> None:
+def test_a_column_gets_its_nearest_values() -> None:
     code, rng = CODES[4], np.random.default_rng(0)
-    wanted, scale = rng.standard_normal(RUN + 20), np.full(RUN + 20, 0.1)
-    found = trellis.ColumnSearch(code, keep=False)(wanted, scale, np.zeros_like(wanted))
-    better = found.astype(np.float64)
-    better[RUN:] = wanted[RUN:]  # nearer than any code
-    kept = trellis.ColumnSearch(code, keep=True)(wanted, scale, better)
-    assert np.array_equal(kept[RUN:], better[RUN:].astype(np.float32)) and np.array_equal(
-        kept[:RUN], found[:RUN]
-    )
+    wanted, scale = rng.standard_normal(RUN + 20), rng.uniform(0.09, 0.13, RUN + 20)
+    found = trellis.nearest_column(wanted, scale, code)
+    assert found.dtype == np.float32 and np.square(found - wanted).mean() < 0.008
+    assert not trellis.nearest_column(wanted, np.zeros(RUN + 20), code).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
