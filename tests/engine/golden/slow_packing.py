@@ -19,7 +19,7 @@ SIZES = {"scale2": 4, "offset": 4, "outlier": 2, "index": 4}
 def one_row(name: str, plane: str) -> bool:
     """Whether the plane belongs to the matrix as a whole."""
     whole = {"nvfp4_g16": ("super",), "fp8_e4m3_tensor": ("scale",)}.get(name, ())
-    return plane in ("offset", "index", *whole)
+    return plane in ("offset", "index", *whole) or (plane == "super" and name.startswith("tcq"))
 
 
 def group_of(name: str) -> int:
@@ -31,10 +31,10 @@ def group_of(name: str) -> int:
 
 def item_bytes(name: str, plane: str) -> int:
     if plane == "super":
-        return 4 if name == "nvfp4_g16" else 2
+        return 2 if name.endswith("_k") else 4
     if plane == "super_min" or (plane == "min" and name.endswith("_min")):
         return 2
-    if plane == "scale" and not (name.endswith(("_k", "_dq")) or "fp4" in name):
+    if plane == "scale" and not (name.endswith(("_k", "_dq")) or "fp4" in name or name.startswith("tcq")):
         wide = name.startswith(("int8_row", "fp8_e4m3")) or name.endswith("_f32")
         return 4 if wide else 2
     if plane in SIZES:
@@ -92,7 +92,13 @@ def _codes(name: str, plane: str, planes: dict[str, list[list[int]]], rows: int,
                 if small
                 else (planes[plane][row][col])
             )
-        if not small or "fp4" in name or name.endswith("_min") or name in ("q2_k", "q4_k", "q5_k"):
+        if (
+            not small
+            or "fp4" in name
+            or name.startswith("tcq")
+            or name.endswith("_min")
+            or name in ("q2_k", "q4_k", "q5_k")
+        ):
             return 0
         if name.endswith("_zp"):
             whole = planes["zero"][row][col // group] if row < rows else 0
