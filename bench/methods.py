@@ -95,6 +95,8 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
         kept = work / f"{method.replace(' ', '-').replace(',', '')}-{bits}.json"
         if not kept.is_file() and args.bits and bits not in args.bits:
             continue
+        if args.only and args.only not in method:
+            continue
         if not kept.is_file():
             folder = work / ("rotated" if "--rotate" in more else "calibration")
             words = [*common, "--weights", weights, "--algorithm", algorithm, *more]
@@ -166,6 +168,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--bits", nargs="*", type=int, help="widths to measure now; others as they are kept")
+    parser.add_argument(
+        "--only", metavar="WORD", help="methods with this word in their name, in a file of it"
+    )
     parser.add_argument("--commands", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=128, help="windows of 256 tokens to calibrate on")
@@ -176,7 +181,8 @@ def main() -> int:
     results = {name: measure(name, folder, args) for name, folder in models.items()}
     text = table(results)
     print(text)
-    target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-methods.json"
+    name = "-".join(["methods", *([args.only] if args.only else [])])
+    target = ROOT / "bench" / "results" / f"cpu-{datetime.date.today().isoformat()}-{name}.json"
     record = {
         "machine": machine(),
         "commands": args.commands,

@@ -1,6 +1,6 @@
 """Whether a mixed plan beats uniform 4-bit formats: all tensors alike, embedding and head included.
 
-    python bench/mixed_plan.py [--models planner] [--samples 32] [--tune 600] [--work build/bench/mixed]
+    python bench/mixed_plan.py [--models planner] [--samples 128] [--tune 600] [--work build/bench/mixed]
 
 Values by GPTQ with feedback on both sides, one calibration a model; with `--tune` also tuned end to end, on
 both sides. The mixed plan has 4.0 bits a weight on average, scales included, and no more bytes as stored,
@@ -74,7 +74,7 @@ def measure(name: str, model: Path, args: argparse.Namespace) -> list[dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS")
     parser.add_argument("--uniform", nargs="*", default=UNIFORM, metavar="FORMAT")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench" / "mixed")
