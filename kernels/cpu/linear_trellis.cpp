@@ -144,7 +144,8 @@ template <class C>
 void linear(const LinearArgs& p, int64_t begin, int64_t end) {
     for_token_blocks(p.tokens, [&](auto tokens, int64_t token) {
         constexpr int T = decltype(tokens)::value, P = kTogether<T>;
-        static_assert(EDGE_TCQ_RUN / kPanel % P == 0, "panels together are of one run where they begin at a P-th");
+        static_assert(EDGE_TCQ_RUN / kPanel % P == 0,
+                      "panels together are of one run where they begin at a P-th");
         int64_t panel = begin;
         if constexpr (P > 1) {
             for (; panel < end && panel % P != 0; ++panel) block<C, 1, T>(p, panel, token);

@@ -261,10 +261,10 @@ void low_rank_out(const LowRankArgs& args, int64_t begin, int64_t end);
 void trellis_search(const TrellisArgs& args);
 
 const Kernels* table() {
-    static constexpr Kernels kernels = {
-        EDGE_SIMD, linear, kTokenBlock, code_offset, quantize,     norm,          activation,   add_rows,
-        round_row, rope,   attention,   low_rank_in, low_rank_out, finish_logits, write_i8_row, argmax,
-        trellis_search};
+    static constexpr Kernels kernels = {EDGE_SIMD, linear,        kTokenBlock,  code_offset,   quantize,
+                                        norm,      activation,    add_rows,     round_row,     rope,
+                                        attention, low_rank_in,   low_rank_out, finish_logits, write_i8_row,
+                                        argmax,    trellis_search};
     return &kernels;
 }
 

@@ -1,5 +1,5 @@
-// Trellis codes, see edge_runtime/engine/formats/trellis.py: the value of a weight depends on the newest codes
-// down its column, twelve bits of them.
+// Trellis codes, see edge_runtime/engine/formats/trellis.py: the value of a weight depends on the newest
+// codes down its column, twelve bits of them.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ inline int trellis_bits(int encoding) {
 
 // Twice the level of a window, and EDGE_TCQ_ZERO more: 0..127.
 inline int trellis_sum(int bits, int window) {
-    const uint8_t(*mix)[16] = EDGE_TCQ_MIX[bits - 2];
-    const uint8_t(*sums)[16] = EDGE_TCQ_SUMS[bits - 2];
+    const uint8_t (*mix)[16] = EDGE_TCQ_MIX[bits - 2];
+    const uint8_t (*sums)[16] = EDGE_TCQ_SUMS[bits - 2];
     const int a = window & 15, b = window >> 4 & 15, c = window >> 8;
     const int s = b ^ mix[1][c];
     return (sums[0][a ^ mix[0][s]] + sums[1][mix[2][a ^ mix[3][c]] ^ b] + sums[2][s]) & 255;

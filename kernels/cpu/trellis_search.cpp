@@ -58,8 +58,9 @@ class Circle {
     static constexpr int kTails = kStates / kCodes;  // states but for the code that is forgotten next
     static constexpr int kTogether = 16 / kCodes;    // tails whose new states fill a vector
 
-    // The least errors of all states after a row. Of a state's predecessors only the oldest code differs; it is
-    // kept in the lowest bits of the error, which are too small to matter, so that the least has it with it.
+    // The least errors of all states after a row. Of a state's predecessors only the oldest code differs; it
+    // is kept in the lowest bits of the error, which are too small to matter, so that the least has it with
+    // it.
     void step(const float* target, const float* weight, int rows, int row, int t) {
         const bool beyond = row >= rows;
         const f32x16 y = set1(beyond ? 0.0f : target[row]), w = set1(beyond ? 0.0f : weight[row]);
@@ -80,16 +81,13 @@ class Circle {
             least = min(best, least);
         }
         const f32x16 lowest = set1(-max_lanes(sub(zero16(), least)));
-        for (int s = 0; s < kStates; s += 16)
-            store(metric_ + s, sub(load(next_ + s), lowest));
+        for (int s = 0; s < kStates; s += 16) store(metric_ + s, sub(load(next_ + s), lowest));
         if (beyond)
             for (int s = 0; s < kStates; ++s)
                 if (s % kCodes != 0) metric_[s] = kBias;
     }
 
-    int before(int state, int t) const {
-        return back_[t * kStates + state] * kTails + (state >> kBits);
-    }
+    int before(int state, int t) const { return back_[t * kStates + state] * kTails + (state >> kBits); }
 
     int steps_;
     const float* level_;

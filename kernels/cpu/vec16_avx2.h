@@ -237,8 +237,7 @@ EDGE_INLINE f32x16 load_repeated(const float* p) {
     constexpr int k = kTimes;
     const __m256 all = _mm256_loadu_ps(p);
     const __m256i first = _mm256_setr_epi32(0, 1 / k, 2 / k, 3 / k, 4 / k, 5 / k, 6 / k, 7 / k);
-    const __m256i second =
-        _mm256_setr_epi32(8 / k, 9 / k, 10 / k, 11 / k, 12 / k, 13 / k, 14 / k, 15 / k);
+    const __m256i second = _mm256_setr_epi32(8 / k, 9 / k, 10 / k, 11 / k, 12 / k, 13 / k, 14 / k, 15 / k);
     return {_mm256_permutevar8x32_ps(all, first), _mm256_permutevar8x32_ps(all, second)};
 }
 // sixteen whole numbers in 0..255 as bytes

@@ -165,9 +165,8 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
 template <int kTimes>
 EDGE_INLINE f32x16 load_repeated(const float* p) {
     constexpr int k = kTimes;
-    const __m512i order =
-        _mm512_setr_epi32(0, 1 / k, 2 / k, 3 / k, 4 / k, 5 / k, 6 / k, 7 / k, 8 / k, 9 / k, 10 / k, 11 / k,
-                          12 / k, 13 / k, 14 / k, 15 / k);
+    const __m512i order = _mm512_setr_epi32(0, 1 / k, 2 / k, 3 / k, 4 / k, 5 / k, 6 / k, 7 / k, 8 / k, 9 / k,
+                                            10 / k, 11 / k, 12 / k, 13 / k, 14 / k, 15 / k);
     return {_mm512_permutexvar_ps(order, _mm512_loadu_ps(p))};
 }
 // sixteen whole numbers in 0..255 as bytes

@@ -229,15 +229,16 @@ EDGE_INLINE f32x16 sum_each(const f32x16* a) {
 template <int kTimes>
 EDGE_INLINE f32x16 load_repeated(const float* p) {
     if constexpr (kTimes == 16) return set1(p[0]);
-    if constexpr (kTimes == 8) return {{vdupq_n_f32(p[0]), vdupq_n_f32(p[0]), vdupq_n_f32(p[1]), vdupq_n_f32(p[1])}};
+    if constexpr (kTimes == 8)
+        return {{vdupq_n_f32(p[0]), vdupq_n_f32(p[0]), vdupq_n_f32(p[1]), vdupq_n_f32(p[1])}};
     EDGE_QUARTERS(f32x16, vdupq_n_f32(p[i]));
 }
 // sixteen whole numbers in 0..255 as bytes
 EDGE_INLINE void store_u8(uint8_t* p, i32x16 a) {
-    const uint16x8_t first = vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[0])),
-                                          vmovn_u32(vreinterpretq_u32_s32(a.v[1])));
-    const uint16x8_t second = vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[2])),
-                                           vmovn_u32(vreinterpretq_u32_s32(a.v[3])));
+    const uint16x8_t first =
+        vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[0])), vmovn_u32(vreinterpretq_u32_s32(a.v[1])));
+    const uint16x8_t second =
+        vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a.v[2])), vmovn_u32(vreinterpretq_u32_s32(a.v[3])));
     vst1q_u8(p, vcombine_u8(vmovn_u16(first), vmovn_u16(second)));
 }
 // p = a0 b0 a1 b1 ...: 32 values
