@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+from builders.cli import main as edge_build
+from edge_runtime import Sampling, open_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANNER = ROOT / "examples" / "planner"
@@ -37,4 +42,22 @@ def task(work: Path, commands: int) -> Path:
     target = work / f"plans-{commands}.jsonl"
     command = [sys.executable, "task.py", "-o", str(target.resolve()), "--limit", str(commands)]
     subprocess.run(command, cwd=PLANNER, check=True)
+    return target
+
+
+def own_text(work: Path, name: str) -> Path:
+    """About 15,000 tokens that a story model writes itself at temperature 1, kept between runs."""
+    target = work / f"{name}-own.txt"
+    if not target.is_file():
+        engine = work / f"{name}-f16.edge"
+        words = ["--profile", "cpu", "--weights", "f16", "--head-weights", "f16", "--no-eval"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert edge_build([*words, "-o", str(engine), str(present()[name])]) == 0
+        told = []
+        with open_engine(str(engine), backend="cpu") as session:
+            for seed in range(70):
+                start = ("Once upon a time", "One day")[seed % 2]
+                events = session.generate(start, Sampling(temperature=1.0, seed=5000 + seed), max_tokens=240)
+                told.append(" ".join((start + "".join(e.text for e in events)).split()))
+        target.write_text("\n\n".join(told) + "\n", encoding="utf-8")
     return target
