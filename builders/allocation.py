@@ -106,7 +106,7 @@ def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocat
     base = {name: formats[0] for name, formats in choices.items()}
     plans = {pair: given.plan_of(base, pair)[LANGUAGE] for pair in given.pairs}
     shape = next(iter(plans.values())).step
-    roofline = Roofline(program, profile, profile.mode(given.power_mode), cached=cached)
+    roofline = Roofline(program, profile, profile.mode(given.power_mode), cached=float(cached))
     steps = {DECODE: decode_steps(shape), FIRST: prompt_steps(shape, prompt_tokens(shape))}
     measured = profile.efficiency.measured
     request_s = 0.0 if measured is None else measured.request_us * 1e-6
@@ -160,7 +160,8 @@ def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocat
 
 def allocate(given: Inputs) -> tuple[Allocation, Solution, str | None]:
     """The best plan of all: weights streamed from memory, or, where a measured profile and a speed budget
-    make it matter, small enough to stay in the last cache.
+    make it matter, small enough to stay in the last cache. Weights of which a part stays there count as
+    streamed: the plan is then faster than it was asked to be.
 
     When no plan keeps the budgets, the one that comes closest (see `mixed.closest`), with the name of the
     budget that it breaks.

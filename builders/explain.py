@@ -31,7 +31,7 @@ from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.packing import packed_nbytes
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
-from edge_runtime.engine.roofline import is_cached, linear_runs, weights_read
+from edge_runtime.engine.roofline import cached_share, linear_runs, weights_read
 
 MORE = 0.01  # of a budget, for which the program is solved again
 # Budget -> (unit of its use, small amount that a price is quoted for, that amount in words)
@@ -114,7 +114,7 @@ def explain(
     """Of the plans that `choose` gave for the request that it resolved."""
     given = inputs_of(program, profile, request, beside, sensitivity)
     plan = plans[LANGUAGE]
-    timed = given.limits.timed and is_cached(profile, weights_read(program, plan.tensors))
+    timed = given.limits.timed and cached_share(profile, weights_read(program, plan.tensors)) == 1.0
     runs = [{plan.tensors[n].format for n in run} for run in linear_runs(program)]
     made = state(given, cached=timed, tied=all(len(formats) == 1 for formats in runs))
     formats = {name: plan.tensors[name].format for name in given.choices}

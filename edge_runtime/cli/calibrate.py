@@ -98,6 +98,8 @@ def calibrate(
     for i, name in enumerate(names, 1):
         watch(f"products {i}/{len(names)}: {name}")
         speeds[name] = _products(timing, name, stage, value, max(_LEAST_STREAM, 3 * last), kept)
+    watch("caches")
+    resident, streamed = _caches(timing, names[0], stage, kept, max(_LEAST_STREAM, 3 * last))
     watch("attention")
     attending = _attention(timing, stage)
     measured = Measured(
@@ -116,7 +118,8 @@ def calibrate(
         row_ns=attending.row,
         odd_kv_ns=attending.odd,
         kv_ns=attending.keys,
-        cache_bytes=last // 2,
+        cache_bytes=resident,
+        stream_bytes=streamed,
         core_cache_bytes=own,
         formats=speeds,
     )
@@ -225,6 +228,39 @@ def _products(clock: Timer, fmt: str, stage: float, value: float, stream: int, k
         output_ns=1e9 * output,
         chunk_output_ns=1e9 * chunk_output,
     )
+
+
+def _caches(clock: Timer, fmt: str, stage: float, kept: int, stream: int) -> tuple[int, int]:
+    """Bytes of weights up to which the last cache keeps all of them, and from which on none.
+
+    What a system calls its last cache may be shared with others: the time of a byte says what stays.
+    """
+    sizes = [kept]
+    while sizes[-1] < stream:
+        sizes.append(min(2 * sizes[-1], stream))
+    times = []
+    for size in sizes:
+        program = synthetic.products(_WIDTH, max(2, size // (_row_bytes(fmt, _WIDTH) * _WIDTH)))
+        nbytes = weights_read(program, synthetic.plans_of(program, fmt))
+        seconds = clock.program(program, fmt, 1, patient=True)
+        times.append(max(seconds - stage * unbroken_stages(program), 0.1 * seconds) / nbytes)
+    return cache_ends(sizes, times)
+
+
+def cache_ends(sizes: Sequence[int], times: Sequence[float]) -> tuple[int, int]:
+    """Of ascending sizes and seconds of a byte: the sizes where a tenth and nine tenths of the time between
+    the first and the last are reached."""
+    first, last = times[0], max(times)
+
+    def reaches(share: float) -> int:
+        wanted = first + share * (last - first)
+        at = next(i for i, t in enumerate(times) if t >= wanted)
+        if at == 0:
+            return sizes[0]
+        part = (wanted - times[at - 1]) / (times[at] - times[at - 1])
+        return int(sizes[at - 1] * float(sizes[at] / sizes[at - 1]) ** part)
+
+    return reaches(0.1), reaches(0.9)
 
 
 def _row(clock: Timer, fmt: str, cols: int, rows: int, tokens: int) -> float:

@@ -128,7 +128,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     logit in sampling. query: a token alone, chunk_query: one of a prompt's. kv_ns: reading a value of a key
     and one of a value in that cache format, row_ns: the row of both, once for a block of tokens; odd_kv_ns:
     in place of kv_ns where heads are not whole vectors. cache_bytes: weights of this size or less stay in the
-    last cache.
+    last cache; stream_bytes: of this size or more, none do.
     """
 
     threads: Count
@@ -147,6 +147,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     odd_kv_ns: Rest
     kv_ns: dict[str, Rest]
     cache_bytes: Bytes
+    stream_bytes: Bytes
     core_cache_bytes: Bytes
     formats: dict[str, FormatSpeed]
 

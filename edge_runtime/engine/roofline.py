@@ -65,11 +65,11 @@ def prompt_tokens(step: StepShape) -> int:
 class Roofline:
     """Seconds of each piece of a program's steps on one device.
 
-    `cached` says whether all weights of a step stay in the last cache; it has meaning where the profile is
+    `cached` says which share of a step's weights stays in the last cache; it has meaning where the profile is
     measured.
     """
 
-    def __init__(self, program: Program, profile: Profile, mode: PowerMode, *, cached: bool = False) -> None:
+    def __init__(self, program: Program, profile: Profile, mode: PowerMode, *, cached: float = 0.0) -> None:
         self.program = program
         self._mode, self._efficiency = mode, profile.efficiency
         self._measured: Measured | None = profile.efficiency.measured
@@ -140,7 +140,7 @@ class Roofline:
         speed = None if self._measured is None else self._measured.speed(fmt)
         if speed is None:
             return self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
-        return 1e9 * (speed.cached_gbps if self._cached else speed.gbps)
+        return 1e9 / (self._cached / speed.cached_gbps + (1.0 - self._cached) / speed.gbps)
 
     def _attention(self, kv: KvPlan, s: Step) -> float:
         seconds = 0.0
@@ -220,7 +220,7 @@ def timer(
     mode: PowerMode,
 ) -> Callable[[Sequence[Step]], float]:
     """Seconds of steps as a function of them, for weights and cache in these formats."""
-    cached = is_cached(profile, weights_read(program, tensors))
+    cached = cached_share(profile, weights_read(program, tensors))
     roofline = Roofline(program, profile, mode, cached=cached)
     names = {op.weight for op in program.ops if isinstance(op, Linear | Logits | Embed)}
     runs = [[tensors[n].format for n in run] for run in linear_runs(program)]
@@ -243,10 +243,14 @@ def weight_names(program: Program) -> list[str]:
     return list(dict.fromkeys(op.weight for op in program.ops if isinstance(op, Linear | Logits)))
 
 
-def is_cached(profile: Profile, nbytes: int) -> bool:
-    """Whether weights of so many bytes stay in the last cache from one step to the next."""
+def cached_share(profile: Profile, nbytes: int) -> float:
+    """Share of the weights, so many bytes, that stays in the last cache from one step to the next."""
     measured = profile.efficiency.measured
-    return measured is not None and nbytes <= measured.cache_bytes
+    if measured is None or nbytes > max(measured.cache_bytes, measured.stream_bytes):
+        return 0.0
+    if nbytes <= measured.cache_bytes:
+        return 1.0
+    return (measured.stream_bytes - nbytes) / (measured.stream_bytes - measured.cache_bytes)
 
 
 def is_small(program: Program, measured: Measured) -> bool:

@@ -36,6 +36,7 @@ def measured(**changes: Any) -> Measured:
         odd_kv_ns=2.0,
         kv_ns=dict.fromkeys(K_FORMATS, 0.25),
         cache_bytes=0,
+        stream_bytes=0,
         core_cache_bytes=0,
         formats=speeds,
     )

@@ -11,6 +11,7 @@ import pytest
 
 from edge_runtime.cli import bench, synthetic
 from edge_runtime.cli.calibrate import (
+    cache_ends,
     calibrate,
     core_cache,
     last_cache,
@@ -99,6 +100,15 @@ def test_shipped_profiles_have_nothing_measured_and_other_devices_are_refused() 
 def test_every_format_with_kernels_is_timed_by_default() -> None:
     names = runnable()
     assert {"int4_g64", "int8_row", "f16", "f32"} <= set(names) <= set(FORMATS)
+
+
+def test_where_a_cache_ends_is_told_by_the_time_of_a_byte() -> None:
+    sizes = [1 << k for k in range(20, 27)]
+    assert cache_ends(sizes, [1, 1, 1, 1, 2, 2, 2]) == (round(2**23.1), round(2**23.9))
+    least, most = cache_ends(sizes, [1, 1.01, 1.05, 1.5, 1.8, 1.96, 2])
+    assert sizes[2] < least < sizes[3] and sizes[4] < most < sizes[5]
+    assert cache_ends(sizes, [1] * 7) == (sizes[0], sizes[0])  # no end was met: nothing is known beyond
+    assert cache_ends(sizes, [1, 0.9, 0.9, 1.5, 2, 2, 1.9])[0] < sizes[4]  # noise
 
 
 def test_the_cache_s_size_is_read_as_the_system_writes_it(tmp_path: Path) -> None:

@@ -154,6 +154,21 @@ def test_small_models_are_read_from_the_cache() -> None:
     assert times[nbytes - 1] - times[nbytes] == pytest.approx(saved, rel=1e-9)
 
 
+def test_weights_that_stay_in_part_are_read_in_part_from_memory() -> None:
+    plans = tensors("int8_row")
+    nbytes = weights_read(PROGRAM, plans)
+    step = [Step(1, 0, False)]
+
+    def seconds(least: int, most: int) -> float:
+        profile = calibrated(cache_bytes=least, stream_bytes=most)
+        return timer(PROGRAM, plans, KV, profile, profile.mode())(step)
+
+    all_kept, none = seconds(nbytes, nbytes), seconds(0, nbytes - 1)
+    assert seconds(nbytes - 300, nbytes + 100) == pytest.approx(0.25 * all_kept + 0.75 * none)
+    assert seconds(nbytes - 300, nbytes) == pytest.approx(none)
+    assert seconds(nbytes, 0) == all_kept < none  # a profile that says no more than the one size
+
+
 def test_breaks_cost_stages_where_codes_differ() -> None:
     profile = calibrated()
     roofline = Roofline(PROGRAM, profile, profile.mode())
