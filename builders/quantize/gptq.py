@@ -30,7 +30,7 @@ from builders.rounding import BlockRounding, ColumnGrid, column_grid
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable
 from edge_runtime.engine.formats import Array, Format
-from edge_runtime.engine.formats.trellis import RUN, trellis_of
+from edge_runtime.engine.formats.trellis import trellis_of
 from edge_runtime.errors import NumericError
 
 ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunks here
@@ -86,8 +86,8 @@ def round_rows(
     # Rows that share a scale cannot each have a better one
     whole = any(p.whole and not p.derived for p in fmt.planes)
     step = -(-rows // -(-rows * cols // _CHUNK))  # pieces of one size, so that no worker waits for long
-    if trellis_of(fmt) is not None:
-        step = min(-(-step // RUN), _RUNS) * RUN  # whole runs, and few: searching them takes long
+    if fmt.run > 1:
+        step = min(-(-step // fmt.run), _RUNS) * fmt.run  # whole runs, and few: searching them takes long
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def work(part: slice) -> dict[str, Array]:

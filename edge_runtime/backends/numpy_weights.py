@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_runtime.backends.protocol import PackedTensor
 from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.formats.record import whole_runs
 from edge_runtime.engine.packing import unpack
 
 PANEL = 16  # rows that the n16 and n16k4 packings keep together
@@ -48,19 +49,17 @@ def decode_rows(tensor: PackedTensor, ids: Array) -> Array:
     fmt = get_format(tensor.format)
     height = 1 if tensor.packing == "rows" else PANEL
     panels = -(-tensor.rows // height)
-    each = max(1, fmt.run // height)  # panels that are decoded together
-    runs, place = np.unique(ids // (height * each), return_inverse=True)
-    wanted = (runs[:, None] * each + np.arange(each)).reshape(-1)
-    wanted = wanted[wanted < panels]  # only the last run can be shorter
+    taken, place = whole_runs(ids, max(height, fmt.run), panels * height)
+    wanted = taken[::height] // height
     part = {
         p.name: tensor.planes[p.name]
         if p.whole
         else np.asarray(tensor.planes[p.name]).reshape(panels, -1)[wanted].reshape(-1)
         for p in fmt.planes
     }
-    count = len(wanted) * height
+    count = len(taken)
     values: Array = fmt.decode(
         unpack(tensor.format, tensor.packing, part, count, tensor.cols), count, tensor.cols
     )
-    out: Array = values[place.reshape(-1) * height * each + ids % (height * each)]
+    out: Array = values[place]
     return out

@@ -11,7 +11,7 @@ from made_weights import made_statistics
 
 from builders import trellis
 from builders.fake_quant import FakeQuantizer
-from builders.quantize import AlgorithmOptions, get_algorithm
+from builders.quantize import AlgorithmOptions, ChannelScaler, get_algorithm
 from builders.statistics import InputStatistics, output_error
 from edge_runtime.backends.cpu import native_library
 from edge_runtime.backends.cpu_records import SIMD
@@ -149,7 +149,9 @@ def test_awq_scales_the_columns_of_large_inputs() -> None:
         inputs.count, inputs.hessian * np.outer(large, large), inputs.absmax * large, inputs.mean_abs * large,
         inputs.rows * large,
     )  # fmt: skip
-    scale = get_algorithm("awq").scale_inputs([matrix(64, 64)], [get_format("tcq3_g64")], loud, PLAIN)  # type: ignore[attr-defined]
+    awq = get_algorithm("awq")
+    assert isinstance(awq, ChannelScaler)
+    scale = awq.scale_inputs([matrix(64, 64)], [get_format("tcq3_g64")], loud, PLAIN)
     assert np.median(scale[:4]) > 1.3 * np.median(scale[4:])
 
 

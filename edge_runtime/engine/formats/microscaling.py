@@ -104,10 +104,8 @@ def tensor_grid(wanted: Array, unit: Array | None = None) -> dict[str, Array]:
 
 def _nv_grid(low: Array, high: Array) -> dict[str, Array]:
     absolute = np.maximum(np.abs(low), np.abs(high))
-    largest = E4M3.largest * E2M1.largest
-    unit = scaled.f32_scale(absolute.max(keepdims=True), largest)
-    wanted = absolute / np.float32(E2M1.largest) / (unit if unit[0, 0] else np.float32(np.inf))
-    return {"scale": E4M3.codes(wanted), "super": unit}
+    unit = scaled.f32_scale(absolute.max(keepdims=True), E4M3.largest * E2M1.largest)
+    return tensor_grid(absolute / np.float32(E2M1.largest), unit)
 
 
 register(_e2m1("mxfp4_g32", 32, (Plane("scale", "e8m0", 32),), lambda g: _E8M0_TABLE[g["scale"]], _mx_grid))

@@ -213,16 +213,21 @@ class Format:
 
     def decode_ids(self, planes: Planes, rows: int, cols: int, ids: Array) -> Array:
         """Rows by number of a matrix (rows, cols), f32 (len(ids), cols), decoding no more than their runs."""
-        runs, place = np.unique(ids // self.run, return_inverse=True)
-        taken = (runs[:, None] * self.run + np.arange(self.run)).reshape(-1)
-        taken = taken[taken < rows]  # only the last run can be shorter
+        taken, place = whole_runs(ids, self.run, rows)
         part = {p.name: planes[p.name] if p.whole else planes[p.name][taken] for p in self.planes}
-        found: Array = self.decode(part, len(taken), cols)[place.reshape(-1) * self.run + ids % self.run]
+        found: Array = self.decode(part, len(taken), cols)[place]
         return found
 
     def signature(self) -> str:
         per = (f"{p.name}/{p.encoding}/{p.per}{'/shared' * p.shared}" for p in self.planes)
         return self.name + ":" + ",".join(per)
+
+
+def whole_runs(ids: Array, run: int, rows: int) -> tuple[Array, Array]:
+    """Numbers, ascending, of all rows of the runs that rows `ids` are of, and where each of them is there."""
+    runs, place = np.unique(ids // run, return_inverse=True)
+    taken = (runs[:, None] * run + np.arange(run)).reshape(-1)
+    return taken[taken < rows], place.reshape(-1) * run + ids % run  # only the last run can be shorter
 
 
 FORMATS: dict[str, Format] = {}
