@@ -2,6 +2,7 @@
 // are those of the lanes before it, so that a level takes a few moves of lanes and seven tables of sixteen
 // bytes. Exact int32 dots inside a group, groups summed in f32 in ascending order by fma.
 #include "code_quads.h"
+#include "group_sums.h"
 #include "linear.h"
 #include "shared_planes.h"
 #include "trellis.h"
@@ -117,8 +118,7 @@ EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
         for (int t = 0; t < T; ++t) acc[i][t] = zero16();
     for (int64_t g = 0; g < s.groups; ++g, a_scale += T, a_sum += T) {
         i32x16 sum[P][T];
-        for (int i = 0; i < P; ++i)
-            for (int t = 0; t < T; ++t) sum[i][t] = set1(a_sum[t]);
+        begin<kOffset>(s, panel, g, a_sum, sum);
         for (int64_t c = 0; c < m.group; c += kChunk, a += kChunk * T) {
             dot<C, 0>(w, a, sum);
             w.low += C::kLowBytes;
@@ -126,11 +126,7 @@ EDGE_INLINE void block(const LinearArgs& p, int64_t panel, int64_t token) {
             w.low_before += C::kLowBytes;
             w.high_before += C::kHighBytes;
         }
-        for (int i = 0; i < P; ++i) {
-            const f32x16 scale = load_scale(s, panel + i, g);
-            for (int t = 0; t < T; ++t)
-                acc[i][t] = fma(to_f32(sum[i][t]), mul(set1(a_scale[t]), scale), acc[i][t]);
-        }
+        end<kOffset>(s, panel, g, a_scale, a_sum, sum, acc);
     }
     for (int i = 0; i < P; ++i)
         for (int t = 0; t < T; ++t) finish(p, (panel + i) * kPanel, m.rows, token + t, acc[i][t]);
