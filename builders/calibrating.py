@@ -6,7 +6,7 @@ goes on where it stopped; with a folder of the user's it stays, for other builds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from builders.corpus import Corpus, CorpusOptions, make_corpus
+from builders.equalize import ScaledWeights
 from builders.journal import Journal
 from builders.kept_corpus import OWN_TEXT
 from builders.parts import Contents, Part
+from builders.quantize import get_algorithm
 from builders.sensitivity import Sensitivity
 from builders.statistics import InputStatistics
 from builders.watcher import Watcher
-from edge_runtime.engine.formats import Array
+from edge_runtime.engine.formats import Array, get_format
+from edge_runtime.engine.formats.trellis import trellis_of
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE, CalibrationRecord
 from edge_runtime.errors import BadConfig, Unsupported
 
@@ -61,6 +64,8 @@ class Calibrations:
         self._stack = ExitStack()
         self._corpus: Corpus | None = None
         self._own: Path | None = None
+        self._weights: dict[str, Weights] = {}
+        self._importance: dict[str, Mapping[str, Array]] = {}
         self._request = CalibrationRequest()
         self.device = "cpu"
 
@@ -88,6 +93,22 @@ class Calibrations:
         """Token ids (windows, length) of the text, as long as the part can read them."""
         assert self._corpus is not None  # run() made it
         return np.asarray(self._corpus.windows[:, : part.program.max_context])
+
+    def row_importance(self, part: Part, formats: Iterable[str]) -> Mapping[str, Array]:
+        """Tensor -> f32 (rows,), how much each row of a calibrated part matters, by the first windows of the
+        text; empty where none of the formats asks. Found once, and kept in the calibration's folder."""
+        if not any(trellis_of(get_format(name)) for name in formats):
+            return {}
+        if part.name not in self._importance:
+            from builders.row_importance import kept_row_importance
+
+            self._importance[part.name] = kept_row_importance(
+                self._weights[part.name], self.windows(part), self.folder(part.name), self.device, self.seed
+            )
+        found = self._importance[part.name]
+        if not isinstance(part.weights, ScaledWeights):
+            return found
+        return {name: part.weights.row_importance(name, rows) for name, rows in found.items()}
 
     def in_order(
         self,
@@ -134,6 +155,7 @@ class Calibrations:
                 digests = contents.folders[DRAFT].sha256()  # type: ignore[union-attr]
                 windows = corpus.windows[:, : part.program.max_context]
                 corpus = replace(corpus, windows=windows)
+            self._weights[part.name] = part.weights  # type: ignore[assignment]
             self._parts[part.name] = self._calibrate(
                 part.weights,  # type: ignore[arg-type]
                 corpus,
@@ -176,7 +198,7 @@ class Calibrations:
 
     def sensitivity(
         self,
-        weights: Weights,
+        part: Part,
         formats: Sequence[str],
         unit: Literal["kl", "hessian"] | None,
         algorithm: str,
@@ -190,11 +212,17 @@ class Calibrations:
         found, corpus = self._parts[LANGUAGE], self._corpus
         assert corpus is not None
         journal = found.folder / JOURNAL
-        specs = (s for s in weights.program.tensors.values() if s.role != "vector")
+        specs = (s for s in part.weights.program.tensors.values() if s.role != "vector")
         work = len(formats) * sum(spec.size * spec.cols for spec in specs)
-        options = SensitivityOptions(unit=unit, algorithm=algorithm if work <= OWN_WORK else "rtn")
+        own = algorithm if work <= OWN_WORK else "rtn"
+        calibrated = get_algorithm(own).CALIBRATED
+        options = SensitivityOptions(
+            unit=unit,
+            algorithm=own,
+            row_importance=self.row_importance(part, formats) if calibrated else {},
+        )
         return measure_sensitivity(
-            weights, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
+            part.weights, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
         )
 
     def notes(self, subject: object) -> Journal:

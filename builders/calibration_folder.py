@@ -206,6 +206,7 @@ def forget(path: Path) -> None:
         "rows-*.f32",
         "sensitivity-*",
         "tuning.*",
+        "row-importance.*",
         "*.part",
         MANIFEST,
         LOCK,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +43,7 @@ def encode(
     options: AlgorithmOptions = AlgorithmOptions(),  # noqa: B008  (frozen)
 ) -> Encoded:
     """Quantize a tensor, in blocks of rows where algorithm and format allow. Raises ValueOutOfRange."""
+    options = replace(options, rows=options.row_importance.get(name))
     try:
         return _encode(part, name, fmt, algorithm, inputs, options)
     except ValueOutOfRange as error:

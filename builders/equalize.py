@@ -90,6 +90,11 @@ class ScaledWeights:
         s = self.scales.get(name)
         return found if s is None or found is None else found.scaled(s)
 
+    def row_importance(self, name: str, found: Array) -> Array:
+        """How much its rows matter, from how much they did in the model as it was."""
+        scale = self._rows.get(name)
+        return found if scale is None else found / np.square(scale)
+
     def __call__(self, name: str) -> Array:
         return self.block(name, 0, self.program.tensors[name].rows)
 

@@ -10,8 +10,8 @@ that figure times the ratio of the traces.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -43,12 +43,13 @@ LEAST_TOKENS = 256  # that a KL is measured on
 class SensitivityOptions:
     """unit None: kl where LEAST_TOKENS tokens of it cost no more than KL_FLOPS, else hessian.
 
-    tokens: most tokens that a KL is the mean of. memory: bytes of lanes that are under way at once; a run
-    that was killed measures those anew.
+    row_importance: see AlgorithmOptions. tokens: most tokens that a KL is the mean of. memory: bytes of lanes
+    that are under way at once; a run that was killed measures those anew.
     """
 
     unit: Literal["kl", "hessian"] | None = None
     algorithm: str = "rtn"
+    row_importance: Mapping[str, Array] = field(default_factory=dict)
     tokens: int = 2048
     device: str = "auto"
     memory: int = 128 << 20
@@ -84,6 +85,7 @@ def measure_sensitivity(
         "algorithm": options.algorithm,
         "tokens": options.tokens,
         "device": device.partition(":")[0],
+        "rows": bool(options.row_importance),
     }
     notes = Journal(journal, subject)
     with repeatable(device, options.cores) as workers:
@@ -162,7 +164,9 @@ class _Search:
 
     def _rounder(self) -> Rounder:
         return Rounder(
-            self.weights, get_algorithm(self.options.algorithm), AlgorithmOptions(device=self.device)
+            self.weights,
+            get_algorithm(self.options.algorithm),
+            AlgorithmOptions(device=self.device, row_importance=self.options.row_importance),
         )
 
     def _errors(self, names: Sequence[str], watcher: Watcher) -> dict[str, dict[str, float]]:

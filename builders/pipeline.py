@@ -255,7 +255,7 @@ def measured_sensitivity(
     program = contents.language.program
     resolved = planner.resolve(program, profile, request, contents.companions())
     found = calibrations.sensitivity(
-        contents.language.weights,
+        contents.language,
         planner.candidates(profile, resolved),
         options.calibration.sensitivity,
         options.algorithm,

@@ -148,12 +148,19 @@ def quantize(
 
     Returns part -> tensor -> SQNR in dB, of those that are not exact.
     """
+
+    def own(part: Part) -> AlgorithmOptions:
+        if not algorithm.CALIBRATED or not calibrations.covers(part.name):
+            return options
+        formats = {chosen.format for chosen in plans[part.name].tensors.values()}
+        return replace(options, row_importance=calibrations.row_importance(part, formats))
+
     parts = [
         _Writing(
             part,
             plans[part.name],
             algorithm,
-            options,
+            own(part),
             writer,
             waits=tuner is not None and part.name == LANGUAGE,
         )

@@ -40,7 +40,9 @@ def refined(
     most, few = affordable(question.program, windows, algorithm, feedback=rounding.feedback)
     options = AlgorithmOptions(rounding.observer, calibrations.device)
     trials = Trials(part, algorithm, options, calibrations, windows[:few], rounding.feedback)
-    notes = calibrations.notes({"rounding": asdict(rounding), "device": calibrations.device, "windows": few})
+    # figures of before rows of trellis formats were weighted are none of this build's
+    subject = {"rounding": asdict(rounding), "device": calibrations.device, "windows": few, "rows": True}
+    notes = calibrations.notes(subject)
     try:
         return refine(question, found, trials.kl, most, notes=notes, watcher=watcher)
     finally:

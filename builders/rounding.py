@@ -24,7 +24,8 @@ _NEAR = 16  # columns whose changes reach one another one by one; further ones a
 class ColumnGrid:
     """Grids of some rows: value = level * scale + shift; scale and shift (groups, rows), levels ascending.
 
-    A group whose scale is 0 holds its shift alone. Of a trellis format's code, no level stands for itself.
+    A group whose scale is 0 holds its shift alone. Of a trellis format's code, no level stands for itself;
+    roots f32 (rows,) say how its rows matter (trellis.row_roots), None: all alike.
     """
 
     scale: Tensor
@@ -33,13 +34,22 @@ class ColumnGrid:
     middle: Tensor | None  # between neighbouring levels; None where levels are consecutive whole numbers
     span: int
     code: TrellisCode | None = None
+    roots: Array | None = None
 
     def scaled(self, factor: Tensor) -> ColumnGrid:
         """The grid with all its values multiplied by factor (groups, rows)."""
         return replace(self, scale=self.scale * factor, shift=self.shift * factor)
 
 
-def column_grid(fmt: Format, scale: Array, shift: Array, cols: int, rows: int, like: Tensor) -> ColumnGrid:
+def column_grid(
+    fmt: Format,
+    scale: Array,
+    shift: Array,
+    cols: int,
+    rows: int,
+    like: Tensor,
+    roots: Array | None = None,
+) -> ColumnGrid:
     """Of f32 scale and shift (rows or 1, groups), in the dtype and on the device of `like`."""
     code = trellis_of(fmt)
     levels = levels_of(fmt) if code is None else code.levels()
@@ -51,7 +61,7 @@ def column_grid(fmt: Format, scale: Array, shift: Array, cols: int, rows: int, l
         return moved(np.broadcast_to(a, (rows, a.shape[1])).T)
 
     middle = None if is_uniform(levels) else moved((levels[1:].astype(np.float64) + levels[:-1]) / 2)
-    return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, fmt.span(cols), code)
+    return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, fmt.span(cols), code, roots)
 
 
 class BlockRounding:
@@ -61,7 +71,7 @@ class BlockRounding:
     """
 
     def __init__(self, grid: ColumnGrid) -> None:
-        self._code = grid.code
+        self._code, self._roots = grid.code, grid.roots
         self._span, self._middle, self._levels = grid.span, grid.middle, grid.levels
         self._low, self._high = (float(end) for end in (grid.levels[0], grid.levels[-1]))
         self._scale = grid.scale.unbind(0)
@@ -88,7 +98,8 @@ class BlockRounding:
                     self._nearest(column // self._span, wanted, value)
                 else:
                     scale = self._scale[column // self._span]
-                    found = nearest_column(wanted.cpu().numpy(), scale.cpu().numpy(), self._code)
+                    column_of = (wanted.cpu().numpy(), scale.cpu().numpy(), self._code)
+                    found = nearest_column(*column_of, self._roots)
                     value.copy_(torch.from_numpy(found))
                 torch.sub(old, value, out=change)
         return values, changes

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from builders.segments import Segment
-from builders.torch_program import Buffers, Hook, TorchProgram
+from builders.torch_program import Buffers, Hook, TorchProgram, Weight
 from builders.weights import Weights, row_blocks
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Embed, Logits
+from edge_runtime.engine.ops import Embed, Linear, Logits
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 
@@ -75,6 +75,37 @@ class SegmentRunner:
 
         `replaced` weights take the place of its own; `tables` give f32 rows by id in place of an embedding.
         """
+        held, ids, buffers = self._ready(tokens, rows, replaced, tables)
+        with torch.no_grad():
+            TorchProgram(self.program, held.__getitem__, checked=True).run(self._ops, buffers, ids, hook)
+            return self._left(buffers)
+
+    def slopes(
+        self, tokens: Array, rows: Array | None, gradient: Tensor
+    ) -> tuple[list[tuple[str, Tensor, Tensor]], list[tuple[str, Tensor]], Tensor | None]:
+        """From the gradient by the rows that the segment leaves, by calculus backwards: of every linear
+        (weight, its input, the gradient by its output), of every embedding (weight, the gradient by the rows
+        looked up), and the gradient by the rows that the one before left."""
+        held, ids, buffers = self._ready(tokens, rows)
+        before = [b.requires_grad_() for b in buffers.values()]
+        program = _Recorded(self.program, held.__getitem__)
+        with torch.enable_grad():  # each thread has its own switch
+            program.run(self._ops, buffers, ids)
+            wanted = [*(y for _, _, y in program.products), *(e for _, e in program.rows), *before]
+            found = torch.autograd.grad(self._left(buffers), wanted, gradient, materialize_grads=True)
+        slopes = iter(found)
+        products = [(name, x.detach(), next(slopes)) for name, x, _ in program.products]
+        looked_up = [(name, next(slopes)) for name, _ in program.rows]
+        return products, looked_up, torch.cat(list(slopes), dim=-1) if before else None
+
+    def _ready(
+        self,
+        tokens: Array,
+        rows: Array | None,
+        replaced: Mapping[str, Tensor] | None = None,
+        tables: Mapping[str, Callable[[Array], Array]] | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor, Buffers]:
+        """Weights, places of the tokens in the tables' rows, and buffers to begin with."""
         held = {**self.held, **(replaced or {})}
         ids = torch.empty(0)
         if self.tables:
@@ -88,7 +119,27 @@ class SegmentRunner:
             widths = [self.program.buffers[name] for name in self._reads]
             whole = torch.from_numpy(rows).to(self._device, copy=True)  # aligned as torch has it
             buffers = dict(zip(self._reads, torch.split(whole, widths, dim=-1), strict=True))
-        with torch.no_grad():
-            TorchProgram(self.program, held.__getitem__, checked=True).run(self._ops, buffers, ids, hook)
+        return held, ids, buffers
+
+    def _left(self, buffers: Buffers) -> Tensor:
         kept = [buffers[name] for name in self._keeps]
         return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1)
+
+
+class _Recorded(TorchProgram):
+    """Remembers what linears read and gave, and rows that were looked up."""
+
+    def __init__(self, program: Program, weight: Weight) -> None:
+        super().__init__(program, weight, checked=True)
+        self.products: list[tuple[str, Tensor, Tensor]] = []
+        self.rows: list[tuple[str, Tensor]] = []
+
+    def product(self, op: Linear | Logits, x: Tensor) -> Tensor:
+        y = super().product(op, x)
+        self.products.append((op.weight, x, y))
+        return y
+
+    def embedded(self, op: Embed, tokens: Tensor) -> Tensor:
+        found = super().embedded(op, tokens).requires_grad_()
+        self.rows.append((op.weight, found))
+        return found

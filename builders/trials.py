@@ -8,7 +8,7 @@ rounded tensors lie in memory: it is for small models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -58,7 +58,11 @@ class Trials:
     def kl(self, plan: Plan) -> float:
         """KL(f32 || rounded as `plan` says), the mean over all tokens in nats. Raises ValueOutOfRange."""
         part = scaled_part(self.part, plan, self.algorithm, self.options, self.calibrations)
-        values = self._values(part, plan)
+        options = self.options
+        if self.algorithm.CALIBRATED:
+            formats = {chosen.format for chosen in plan.tensors.values()}
+            options = replace(options, row_importance=self.calibrations.row_importance(part, formats))
+        values = self._values(part, plan, options)
         device = self.options.device
         with repeatable(device) as workers:
             exact: Weights = self.part.weights  # type: ignore[assignment]
@@ -68,14 +72,14 @@ class Trials:
             found = _hidden(rounded, self.windows, device, workers)
             return _divergence(exact, self._exact[0], rounded, found, device, workers)
 
-    def _values(self, part: Part, plan: Plan) -> dict[str, Array]:
+    def _values(self, part: Part, plan: Plan, options: AlgorithmOptions) -> dict[str, Array]:
         """f32 (rows, cols) of every tensor that is no vector, as it would be read from the engine."""
         known = partial(inputs_of, part, calibrations=self.calibrations)
         found: dict[str, Array] = {}
 
         def choose(name: str, inputs: InputStatistics | None) -> Array:
             spec, fmt = part.program.tensors[name], get_format(plan.tensors[name].format)
-            made = encode(part, name, fmt, self.algorithm, inputs, self.options)
+            made = encode(part, name, fmt, self.algorithm, inputs, options)
             found[name] = fmt.decode(made.planes, spec.rows, spec.cols)
             return found[name]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, cast, runtime_checkable
 
 from builders.statistics import InputStatistics
@@ -20,10 +20,16 @@ from edge_runtime.errors import BadConfig, Unsupported, nearest
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmOptions:
-    """What the user may set: observer None means the algorithm's own choice; device is torch's."""
+    """What the user may set: observer None means the algorithm's own choice; device is torch's.
+
+    row_importance: tensor -> f32 (rows,), how much each row matters, where that is known (row_importance.py);
+    rows: that of the tensor at hand.
+    """
 
     observer: str | None = None
     device: str = "cpu"
+    row_importance: Mapping[str, Array] = field(default_factory=dict)
+    rows: Array | None = None
 
 
 class Algorithm(Protocol):

@@ -53,7 +53,7 @@ def quantize(
     if code is None and not has_grid(fmt):
         return int8_outlier.quantize(weights, fmt, inputs, options)
     if code is not None and inputs is None:
-        return trellis.quantize(weights, fmt)
+        return trellis.quantize(weights, fmt, roots=trellis.row_roots(options.rows))
     observe = get_observer(options.observer or "mse")
     if inputs is None:
         return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
@@ -61,11 +61,13 @@ def quantize(
         hessian = Hessian.of(inputs, options.device)
         weights = hessian.target(weights, inputs)
         if code is not None:
-            grid = trellis.grid_for(weights, fmt, inputs.importance)
+            roots = trellis.row_roots(options.rows)
+            grid = trellis.grid_for(weights, fmt, inputs.importance, roots)
         else:
+            roots = None
             grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
         # descent gains less than 1% where a path is best already
-        values, grid = round_rows(weights, fmt, grid, hessian, workers, refine=code is None)
+        values, grid = round_rows(weights, fmt, grid, hessian, workers, refine=code is None, roots=roots)
     return fmt.encode_on_grid(values, grid) if code is None else trellis.encode_on_grid(values, fmt, grid)
 
 
@@ -77,8 +79,10 @@ def round_rows(
     workers: Workers,
     *,
     refine: bool = True,
+    roots: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's."""
+    """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's. roots (rows,):
+    how rows of a trellis format matter."""
     rows, cols = weights.shape
     values = np.empty_like(weights)
     assert fmt.affine is not None  # formats with scales have it
@@ -92,7 +96,8 @@ def round_rows(
 
     def work(part: slice) -> dict[str, Array]:
         w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
-        chosen = column_grid(fmt, scale[part], shift[part], cols, w.shape[1], w)
+        own = None if roots is None else roots[part]
+        chosen = column_grid(fmt, scale[part], shift[part], cols, w.shape[1], w, own)
         q, surprise = feedback(w, hessian.mixing, chosen, hessian.order)
         refit = None if whole or not refine else _Refit(fmt, cols)
         if refine:

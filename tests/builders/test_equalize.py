@@ -99,6 +99,21 @@ def test_blocks_and_rows_are_those_of_the_whole() -> None:
             np.testing.assert_array_equal(scaled.block(name, 3, 9), whole[3:9])
 
 
+def test_rows_that_absorb_a_scale_matter_by_it() -> None:
+    """Gradients by an output that is r times as large are r times smaller."""
+    weights = ScaledWeights(made_weights({"model_type": "llama", **SMALL}))
+    groups, _ = scale_groups(weights.program)
+    group = next(g for g in groups if weights.program.tensors[g.sources[0]].role != "vector")
+    source = group.sources[0]
+    matter = np.ones(weights.program.tensors[source].rows, np.float32)
+    assert np.array_equal(weights.row_importance(source, matter), matter)
+    s = np.full(weights.program.tensors[group.linears[0]].cols, 4, np.float32)
+    before = weights(source).copy()
+    weights.scale(group, s)
+    assert np.array_equal(weights(source), before / 4)
+    assert np.array_equal(weights.row_importance(source, matter), 16 * matter)
+
+
 @pytest.mark.parametrize("name", ["awq", "smoothquant", "awq+gptq"])
 def test_an_algorithms_scales_are_merged_and_tied_where_heads_are(name: str) -> None:
     weights = made_weights({"model_type": "llama", **SMALL})

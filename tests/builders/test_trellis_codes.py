@@ -100,6 +100,67 @@ def test_a_column_gets_its_nearest_values() -> None:
     assert not trellis.nearest_column(wanted, np.zeros(RUN + 20), code).any()
 
 
+def importance(rows: int, spread: float = 0.8) -> Array:
+    """Of each row: as uneven as those of trained models, 0 in some."""
+    rng = np.random.default_rng(9)
+    found = np.exp(spread * rng.standard_normal(rows)).astype(np.float32)
+    found[::17] = 0
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_matter_less_take_the_error(name: str) -> None:
+    """The codes are the slow search's with the weights of rows in it, and their error so weighted is less."""
+    fmt, x, matter = get_format(name), matrix(150, 66), importance(150)
+    code, roots = CODES[int(name[3])], trellis.row_roots(matter)
+    assert roots is not None
+    grid = trellis.grid_for(x, fmt, None, roots)
+    planes = trellis.encode_on_grid(x, fmt, grid, roots)
+    fmt.check_planes(planes, *x.shape)
+    scale = np.repeat(fmt.affine(grid)[0], 64, 1)[:, :66]  # type: ignore[misc]
+    wanted = np.square(scale * roots[:, None])
+    slow = code.levels()[windows(search(x / scale, wanted / wanted.max(0), code), code.bits)]
+
+    def weighted(values: Array) -> float:
+        return float((np.square(values - x) * matter[:, None]).sum(dtype=np.float64))
+
+    found = weighted(fmt.decode(planes, *x.shape))
+    assert found == pytest.approx(weighted(slow * scale), rel=0.01)
+    assert found < 0.85 * weighted(fmt.decode(trellis.quantize(x, fmt), *x.shape))
+
+
+def test_roots_are_of_weights_around_1() -> None:
+    roots = trellis.row_roots(np.array([0, 1, 4, 3], np.float32))
+    assert roots is not None and roots.dtype == np.float32
+    assert np.square(roots) == pytest.approx([0, 0.5, 2, 1.5], rel=1e-4)
+    assert trellis.row_roots(None) is None and trellis.row_roots(np.zeros(5, np.float32)) is None
+
+
+def test_a_column_knows_how_its_rows_matter() -> None:
+    code, rng = CODES[4], np.random.default_rng(0)
+    wanted, matter = rng.standard_normal(RUN), importance(RUN)
+    scale = np.full(RUN, 0.11)
+    errors = [
+        float((np.square(trellis.nearest_column(wanted, scale, code, roots) - wanted) * matter).sum())
+        for roots in (trellis.row_roots(matter), None)
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("rows", [40, 600], ids=["one piece", "several"])
+def test_gptq_loses_less_where_rows_matter(rows: int) -> None:
+    """sum over rows of their importance * e H e; also without inputs, as an embedding's."""
+    w, inputs, fmt, matter = matrix(rows, 96), made_statistics(96), get_format("tcq3_g64"), importance(rows)
+    knowing = AlgorithmOptions(rows=matter)
+    for known, moment in ((inputs, inputs.hessian), (None, np.eye(96))):
+        lost = []
+        for options in (knowing, PLAIN):
+            planes = get_algorithm("gptq").quantize(w, fmt, known, options)
+            e = (fmt.decode(planes, *w.shape) - w).astype(np.float64)
+            lost.append(float((((e @ moment) * e).sum(1) * matter).sum()))
+        assert lost[0] < 0.87 * lost[1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gptq_loses_less_than_rounding_and_than_integers_of_more_bytes(name: str) -> None:
     """By the output error, on correlated inputs: at least a third less than int{bits}_g64 by GPTQ."""

@@ -11,6 +11,7 @@ from hf_folders import write_model
 
 pytest.importorskip("torch")
 
+from builders import trellis
 from builders.cli import main as edge_build
 from builders.device_formats import precision
 from edge_runtime import open_engine
@@ -63,6 +64,33 @@ def test_fewer_bits_lose_more_and_less_than_integers_do(
         lost[name] = quality["kl_mean"]
     assert lost["tcq4_g64"] < lost["tcq2_g64"]
     assert lost["tcq4_g64"] < lost["int4_g64"] and lost["tcq2_g64"] < lost["int2_g64"]
+
+
+def test_how_rows_matter_is_found_and_used(
+    model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for a calibration, for trellis formats and algorithms that are calibrated."""
+    folder, engine = tmp_path / "calibration", tmp_path / "m.edge"
+    kept = folder / "language" / "row-importance.safetensors"
+    words = ("--algorithm", "gptq", "--calibration-folder", str(folder), "--head-weights", "int8_row")
+    built(model, engine, capsys, *words, "--weights", "int4_g64")
+    built(model, engine, capsys, "--weights", "tcq3_g64", "--calibration-folder", str(folder))
+    assert not kept.exists()
+    built(model, engine, capsys, *words, "--weights", "tcq3_g64")
+    assert kept.is_file()
+    weighted = engine.read_bytes()
+    monkeypatch.setattr(trellis, "row_roots", lambda importance: None)
+    built(model, engine, capsys, *words, "--weights", "tcq3_g64")
+    assert engine.read_bytes() != weighted
+    # a build's own folder goes with all that was in it
+    built(model, engine, capsys, "--algorithm", "gptq", "--weights", "tcq3_g64")
+    assert {p.name for p in tmp_path.iterdir()} == {"calibration", "m.edge"}
+
+
+def test_channel_scales_are_known_to_the_rows(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ("--algorithm", "awq+gptq", "--weights", "tcq3_g64")
+    for feedback in ((), ("--feedback",)):
+        built(model, tmp_path / "m.edge", capsys, *words, *feedback)
 
 
 def test_devices_without_kernels_for_them_say_so(model: Path, tmp_path: Path, capsys: Captured) -> None:
