@@ -1,12 +1,12 @@
 """Speed as the planner predicts it, after `edge-bench --calibrate`, against speed as it is.
 
-    OMP_NUM_THREADS=1 python bench/prediction.py [--threads 1] [--clock cpu] [--rounds 3] [--work build/bench]
+    OMP_NUM_THREADS=1 python bench/prediction.py [--threads 1] [--clock cpu] [--rounds 5] [--work build/bench]
 
 Engines of the planner, of stories260K (where the shared data is) and of a random Llama of 0.13 B parameters,
 in one integer format of 4 bits, one of 8 and mixed by the integer program. Calibration and measurements take
-turns, `--rounds` times, so that both meet the same machine; of the measurements the fastest counts. On a
+turns, `--rounds` times, so that both meet the same machine; of each thing timed the fastest counts. On a
 machine that others use, `--clock cpu` with one thread counts the processor's time alone: a thread that waits
-for a core is not slower for it. Writes bench/results/<machine>-<date>-prediction.json and .md.
+for a core is not slower for it. Writes bench/results/<machine>-<date>-prediction-<threads>.json and .md.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from machine import machine
 from random_llama import Shape, write_folder
 
 from edge_runtime import open_engine
-from edge_runtime.cli.calibrate import DECODE, calibrate, session_times
-from edge_runtime.cli.timer import Timer
+from edge_runtime.cli.calibrate import Calibration
+from edge_runtime.cli.timer import DECODE, Timer, session_times
 from edge_runtime.engine.manifest import LANGUAGE
-from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, load_profile
+from edge_runtime.engine.profile import Profile, load_profile
 from edge_runtime.engine.roofline import Step, prompt_steps, timer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +39,6 @@ CASES = {
     "mixed": ("--bits", "6", "--formats", "int4_g64,int4_g32,int8_row,nf4_g64"),
 }
 FORMATS = ["f16", "int4_g32", "int4_g64", "int8_row", "nf4_g64"]
-TIMES = (
-    *("request_us", "step_us", "small_step_us", "token_us", "stage_us", "unit_us"),
-    *("value_ns", "odd_head_ns", "logit_ns", "row_ns", "odd_kv_ns"),
-)
-RATES = ("gbps", "cached_gbps", "gops")
-ROWS = ("output_ns", "chunk_output_ns")
 LIMIT = 0.15  # of what was measured, that a prediction may be off
 
 
@@ -63,29 +55,6 @@ def build(folder: Path, name: str, case: str, work: Path) -> Path:
 def context_of(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return min(CONTEXT, int(config["max_position_embeddings"]))
-
-
-def best(profiles: list[Profile]) -> Profile:
-    """Several calibrations of one machine as one: of rates the fastest, for what others take of memory's
-    bandwidth only lowers them; of times the median, for each is what another left unexplained."""
-    measured = [p.efficiency.measured for p in profiles if p.efficiency.measured is not None]
-    first = measured[0]
-    times = {f: statistics.median(getattr(m, f) for m in measured) for f in TIMES}
-    for f in ("query", "chunk_query"):
-        times[f] = sorted((getattr(m, f) for m in measured), key=lambda q: 64 * q.value_ns + q.score_ns)[
-            len(measured) // 2
-        ]
-    formats = {
-        name: FormatSpeed(
-            **{f: max(getattr(m.formats[name], f) for m in measured) for f in RATES},
-            **{f: statistics.median(getattr(m.formats[name], f) for m in measured) for f in ROWS},
-        )
-        for name in first.formats
-    }
-    keys = {name: statistics.median(m.kv_ns[name] for m in measured) for name in first.kv_ns}
-    joined: Measured = msgspec.structs.replace(first, **times, formats=formats, kv_ns=keys)
-    efficiency = msgspec.structs.replace(profiles[0].efficiency, measured=joined)
-    return msgspec.structs.replace(profiles[0], efficiency=efficiency)
 
 
 def measure(engine: Path, clock: Timer) -> tuple[float, float, float]:
@@ -112,9 +81,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--limit", type=float, default=1.0, help="seconds for a measurement that is not quiet"
+        "--limit", type=float, default=1.5, help="seconds for a measurement, all rounds together"
     )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     args = parser.parse_args()
@@ -132,16 +101,16 @@ def main() -> int:
         for case in CASES
     }
     count = time.process_time if args.clock == "cpu" else time.perf_counter
-    clock = Timer(args.threads, args.limit, count)
-    profiles: list[Profile] = []
+    limit = args.limit / args.rounds
+    clock = Timer(args.threads, limit, count)
+    calibration = Calibration(load_profile("cpu"), args.threads, FORMATS, limit, count)
     seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for round_ in range(args.rounds):
         print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
-        base = load_profile("cpu")
-        profiles.append(calibrate(base, args.threads, lambda _: None, FORMATS, args.limit, count))
+        calibration.round(lambda _: None, round_)
         for key, engine in engines.items():
             seen.setdefault(key, []).append(measure(engine, clock))
-    profile = best(profiles)
+    profile = calibration.result().profile
     rows = [
         row
         for key, engine in engines.items()
@@ -177,7 +146,8 @@ def compared(
 def write(rows: list[dict[str, Any]], profile: Profile, options: dict[str, Any]) -> None:
     here = machine()
     today = datetime.date.today().isoformat()
-    stem = ROOT / "bench" / "results" / f"cpu-{today}-prediction"
+    threads = f"{options['threads']}-thread{'' if options['threads'] == 1 else 's'}"
+    stem = ROOT / "bench" / "results" / f"cpu-{today}-prediction-{threads}"
     data = {"machine": here, "options": options, "rows": rows, "profile": profile.as_mapping()}
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     lines = [

@@ -6,13 +6,15 @@ import argparse
 import datetime
 import os
 import platform
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.cli.calibrate import DECODE, calibrate, session_seconds, write_profile
+from edge_runtime.cli.calibrate import calibrate, write_profile
 from edge_runtime.cli.options import open_with
 from edge_runtime.cli.output import Answer, progress, table
-from edge_runtime.cli.timer import Timer
+from edge_runtime.cli.timer import DECODE, Timer, session_seconds
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE
 from edge_runtime.engine.profile import Profile, load_profile
@@ -33,10 +35,17 @@ def calibration_answer(args: argparse.Namespace) -> Answer:
         raise BadConfig(f"--output {str(output)!r:.80}: expected a name that ends in .yaml")
     base = load_profile(args.profile or "auto")
     threads = args.threads or len(os.sched_getaffinity(0))
-    profile = calibrate(base, threads, progress, formats)
+    calibrated = calibrate(base, threads, progress, formats)
+    profile = calibrated.profile
     write_profile(profile, output, _processor(), datetime.date.today().isoformat())
-    data: dict[str, Any] = {"profile": profile.as_mapping(), "output": str(output), "check": None}
-    text = _figures(profile) + f"\n\nwritten: {output}; plan with: edge-build --profile ./{output.name}"
+    data: dict[str, Any] = {
+        "profile": profile.as_mapping(),
+        "fit": calibrated.errors,
+        "output": str(output),
+        "check": None,
+    }
+    text = f"{_figures(profile)}\n\n{_nearness(calibrated.errors)}"
+    text += f"\n\nwritten: {output}; plan with: edge-build --profile ./{output.name}"
     if args.engine is not None:
         progress("checking the engine")
         with open_with(args) as session:
@@ -89,6 +98,16 @@ def _figures(profile: Profile) -> str:
         f"{measured.stage_us:.2f} us, a token's turn in one {measured.unit_us:.2f} us, a request "
         f"{measured.request_us:.0f} us, a logit {measured.logit_ns:.2f} ns, "
         f"a value {measured.value_ns:.2f} ns"
+    )
+
+
+def _nearness(errors: Mapping[str, float]) -> str:
+    """How far the model is from what it was fitted to."""
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    middle = statistics.median(abs(e) for e in errors.values())
+    return (
+        f"the fit to {len(errors)} measurements: half of them within {100 * middle:.1f}%, at most "
+        f"{100 * errors[worst]:+.1f}% ({worst})"
     )
 
 

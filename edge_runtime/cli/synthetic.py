@@ -1,5 +1,5 @@
-"""Programs of known work for `edge-bench --calibrate`: products alone, values alone, attention alone, a whole
-small engine. Speed does not depend on the values, which are random and tame.
+"""Programs of known work for `edge-bench --calibrate`: products alone, attention alone, whole
+decoders. Speed does not depend on the values, which are random and tame.
 """
 
 from __future__ import annotations
@@ -72,30 +72,6 @@ def product(rows: int, cols: int) -> Program:
     return _program(ops, tensors, {"a": cols, "b": rows})
 
 
-def values(width: int, count: int) -> Program:
-    """`count` rounds of norm, gated activation and sum; no product but the head's."""
-    ops: list[AnyOp] = [Embed(out="h", weight="table")]
-    tensors = _ends(width) | {"norm": TensorSpec(1, width, "vector")}
-    for _ in range(count):
-        ops.append(Norm(x="h", out="x", weight="norm", eps=1e-5))
-        ops.append(Activation(x="x", out="x", kind="silu", up="h"))
-        ops.append(Add(a="h", b="x", out="h", scale=0.1))
-    ops.append(Logits(x="h", weight="head"))
-    return _program(ops, tensors, {"h": width, "x": width})
-
-
-def turning(width: int, head_dim: int, layers: int) -> Program:
-    """`layers` rotations of heads, each appended to a cache of its own; no product but the head's."""
-    ops: list[AnyOp] = [Embed(out="h", weight="table")]
-    for layer in range(layers):
-        ops.append(Rope(x="h", inv_freq="freq", head_dim=head_dim))
-        ops.append(KvAppend(k="h", v="h", layer=layer))
-    ops.append(Logits(x="h", weight="head"))
-    tensors = _ends(width) | {"freq": TensorSpec(1, head_dim // 2, "vector")}
-    cache = tuple(CacheSlot(width // head_dim, head_dim) for _ in range(layers))
-    return _program(ops, tensors, {"h": width}, cache)
-
-
 def attending(heads: int, kv_heads: int, head_dim: int, layers: int, context: int) -> Program:
     """`layers` attentions over their own caches, with the same q, k and v."""
     wide, narrow = heads * head_dim, kv_heads * head_dim
@@ -125,10 +101,16 @@ def attending(heads: int, kv_heads: int, head_dim: int, layers: int, context: in
 
 
 def decoder(
-    vocab: int, *, width: int = 64, hidden: int = 128, layers: int = 1, context: int = 256
+    vocab: int,
+    *,
+    width: int = 64,
+    hidden: int = 128,
+    layers: int = 1,
+    heads: int = 4,
+    context: int = 256,
 ) -> Program:
-    """A decoder of 4 heads over 2 KV heads, with that many logits and a tied head."""
-    head_dim = width // 4
+    """A decoder of `heads` heads over half as many KV heads, with that many logits and a tied head."""
+    head_dim, kv_heads = width // heads, heads // 2
     tensors = {
         "embed": TensorSpec(vocab, width, "head"),
         "norm": TensorSpec(1, width, "vector"),
@@ -150,7 +132,15 @@ def decoder(
             Rope(x="q", inv_freq="freq", head_dim=head_dim),
             Rope(x="k", inv_freq="freq", head_dim=head_dim),
             KvAppend(k="k", v="v", layer=i),
-            Attention(q="q", out="a", layer=i, heads=4, kv_heads=2, head_dim=head_dim, scale=head_dim**-0.5),
+            Attention(
+                q="q",
+                out="a",
+                layer=i,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+            ),
             Linear(x="a", out="x", weight=f"o{i}"),
             Add(a="h", b="x", out="h"),
             Norm(x="h", out="x", weight="norm", eps=1e-5),
@@ -166,7 +156,7 @@ def decoder(
         ops=tuple(ops),
         tensors=tensors,
         buffers=buffers | {"g": hidden, "u": hidden},
-        cache=tuple(CacheSlot(2, head_dim) for _ in range(layers)),
+        cache=tuple(CacheSlot(kv_heads, head_dim) for _ in range(layers)),
         vocab_size=vocab,
         max_context=context,
     )

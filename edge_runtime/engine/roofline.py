@@ -9,6 +9,7 @@ program hold it exactly. Rates are the power mode's times the profile's efficien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -244,13 +245,18 @@ def weight_names(program: Program) -> list[str]:
 
 
 def cached_share(profile: Profile, nbytes: int) -> float:
-    """Share of the weights, so many bytes, that stays in the last cache from one step to the next."""
+    """Share of the weights, so many bytes, that stays in the last cache from one step to the next.
+
+    Between the cache's ends it falls with the logarithm of the bytes: what is read in turn pushes itself out.
+    """
     measured = profile.efficiency.measured
     if measured is None or nbytes > max(measured.cache_bytes, measured.stream_bytes):
         return 0.0
     if nbytes <= measured.cache_bytes:
         return 1.0
-    return (measured.stream_bytes - nbytes) / (measured.stream_bytes - measured.cache_bytes)
+    return math.log(measured.stream_bytes / nbytes) / math.log(
+        measured.stream_bytes / max(1, measured.cache_bytes)
+    )
 
 
 def is_small(program: Program, measured: Measured) -> bool:

@@ -164,7 +164,9 @@ def test_weights_that_stay_in_part_are_read_in_part_from_memory() -> None:
         return timer(PROGRAM, plans, KV, profile, profile.mode())(step)
 
     all_kept, none = seconds(nbytes, nbytes), seconds(0, nbytes - 1)
-    assert seconds(nbytes - 300, nbytes + 100) == pytest.approx(0.25 * all_kept + 0.75 * none)
+    assert seconds(nbytes // 8, 2 * nbytes) == pytest.approx(
+        0.25 * all_kept + 0.75 * none, rel=1e-3
+    )  # a quarter of the way, by the logarithm
     assert seconds(nbytes - 300, nbytes) == pytest.approx(none)
     assert seconds(nbytes, 0) == all_kept < none  # a profile that says no more than the one size
 

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from specimen import Specimen
 
@@ -19,6 +20,7 @@ from edge_runtime.engine.header import HEADER_LIMIT, SLACK, memory_bound
 from edge_runtime.errors import BadEngineFile
 
 RUNS_CODE = ("exec", "compile", "import", "subprocess", "socket", "os.system", "ctypes", "pickle", "marshal")
+TRIES = 3
 SIZES = (20_000, 200_000, 1_200_000)
 BEFORE_TENSORS = b'"plan":{"profile":"cpu","power_mode":"default","tensors":{'
 # What fills the section that opens so: the most objects in the least text, for each kind of field.
@@ -106,7 +108,7 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def in_child(work: Callable[[], object]) -> object:
+def in_child(work: Callable[[], object]) -> Any:
     """The result of `work`, done in a forked process."""
     readable, writable = os.pipe()
     child = os.fork()
@@ -159,12 +161,24 @@ def main(folder: Path) -> None:
             specimen.put(raw)
             return int.from_bytes(raw[:8], "little") + 8
 
+        def least(header: int) -> dict[str, object]:
+            """The least growth of a few: the kernel counts pages in batches of each core, and its figure for
+            a process is off by some of them."""
+            found = in_child(lambda: measure(specimen, folder / "specimen.edge", trim))
+            for _ in range(TRIES - 1):
+                if found["growth"] <= SLACK + 2 * header:
+                    break
+                again = in_child(lambda: measure(specimen, folder / "specimen.edge", trim))
+                found |= {
+                    "growth": min(found["growth"], again["growth"]),
+                    "events": found["events"] + again["events"],
+                }
+            return found
+
         for name in names:
             header = in_child(lambda name=name: put(name))
             if header:
-                found = in_child(lambda: measure(specimen, folder / "specimen.edge", trim))
-                assert isinstance(found, dict)
-                rows.append({"name": name, "header": header, **found})
+                rows.append({"name": name, "header": header} | least(header))
     print(json.dumps(rows))
 
 
