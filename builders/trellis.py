@@ -132,13 +132,18 @@ def _spread(grid: dict[str, Array], x: Array) -> Array:
 
 
 def _search(x: Array, scale: Array, code: TrellisCode, roots: Array | None) -> tuple[Array, Array]:
-    """Codes u8 and levels f32; all (rows, cols). Columns are shared out, and none depends on another."""
+    """Codes u8 and levels f32; all (rows, cols)."""
+    return best_paths(*(a.T for a in on_scales(x.T, scale.T, roots)), code)
+
+
+def best_paths(targets: Array, weights: Array, code: TrellisCode) -> tuple[Array, Array]:
+    """As `search`, but all (rows, cols). Columns are shared out, and none depends on another."""
 
     def work(at: int) -> tuple[Array, Array]:
         part = slice(at, at + _COLUMNS)
-        return search(*on_scales(x[:, part].T, scale[:, part].T, roots), code)
+        return search(targets[:, part].T, weights[:, part].T, code)
 
-    starts = range(0, x.shape[1], _COLUMNS)
+    starts = range(0, targets.shape[1], _COLUMNS)
     with ThreadPoolExecutor(min(len(starts), len(os.sched_getaffinity(0)))) as pool:
         parts = list(pool.map(work, starts))
     found, level = (np.concatenate(each).T for each in zip(*parts, strict=True))

@@ -5,6 +5,7 @@ divergence of its answers from the f32 model's, over the calibration text: Effic
 et al. 2024, arXiv 2407.11062), which trains scales, with codes learning too, straight through their rounding
 (as in LLM-QAT, Liu et al. 2023, arXiv 2305.17888), from where the algorithm left them. Scales take the values
 that their format can hold after SETTLED of the steps, and codes and vectors make up for what that changed.
+Codes of trellis formats are searched in every step, up to SEARCHED weights in all.
 
 Some windows of the text are kept for judging: of the states of the model at the ends of eighths of the run,
 that of least divergence on them is taken, or, where none is better, the model stays as it was. The text is
@@ -31,8 +32,10 @@ from builders.torch_device import MAX_WORKERS, Workers, repeatable
 from builders.torch_program import TorchProgram
 from builders.training import SAVE_SECONDS, Run, learning_rate, restore_state, save_state
 from builders.tuned_tensor import TunedMatrix, TunedTensor, tuned_tensor
+from builders.tuned_trellis import TunedTrellis
 from builders.watcher import Watcher
 from edge_runtime.engine.formats import Array, Format, Planes
+from edge_runtime.engine.formats.trellis import trellis_of
 from edge_runtime.engine.probe import available_memory
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, BuildError, NumericError
@@ -46,7 +49,10 @@ STEP_TOKENS = 2048
 PIECE_TOKENS = 512  # that one worker takes through the model at once
 JUDGED = 8  # of so many windows one is kept for judging, at least one
 JUDGEMENTS = 8  # in a run: a short text is soon learned by heart
-_COPIES = 6  # of all weights in f32: teacher, values, latents, their gradients and two moments
+# Weights of trellis formats times steps; a search takes 3 to 5 us of a core each. Beyond, scales learn alone
+SEARCHED = 4_000_000_000
+# Of all weights in f32: teacher, values, latents, their gradients, two moments, and levels of a trellis
+_COPIES = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ def tune(
     with repeatable(options.device, options.cores) as workers, torch.no_grad():
 
         def begin() -> tuple[_Models, Run]:
-            models = _Models(teacher, program, planes, formats, options.device, workers)
+            models = _Models(teacher, program, planes, formats, options, workers)
             return models, models.run(options, subject)
 
         models, run = begin()
@@ -160,7 +166,7 @@ def _train(
                 models.settle(run)
             models.step(run, learned[order.batch(run.step, count)], run.step / options.steps)
             if run.step in points:
-                planes = models.planes()
+                planes = models.planes(run)
                 models.decode(planes)
                 best.offer(models.judge(judged), planes)
             whole = True
@@ -228,10 +234,10 @@ class _Models:
         program: Program,
         planes: Mapping[str, Planes],
         formats: Mapping[str, Format],
-        device: str,
+        options: TuneOptions,
         workers: Workers,
     ) -> None:
-        weights = SerialWeights(teacher)
+        weights, device = SerialWeights(teacher), options.device
         exact = {name: load(weights, name, device) for name in teacher.program.tensors}
         self._teacher = TorchProgram(teacher.program, exact.__getitem__, checked=True)
         self._program, self._formats = program, formats
@@ -239,9 +245,12 @@ class _Models:
         self._values: dict[str, Tensor] = {}
         self.decode(planes)
         self._tuned: dict[str, TunedTensor] = {}
+        trellis = sum(values.numel() for name, values in self._values.items() if trellis_of(formats[name]))
+        searches = trellis * options.steps <= SEARCHED
         for name, values in self._values.items():
             spec = program.tensors[name]
-            if (made := tuned_tensor(formats[name], spec.role, planes[name], values)) is not None:
+            made = tuned_tensor(formats[name], spec.role, planes[name], values, searches=searches)
+            if made is not None:
                 self._tuned[name] = made
 
     def decode(self, planes: Mapping[str, Planes]) -> None:
@@ -251,8 +260,8 @@ class _Models:
             decoded = self._formats[name].decode(stored, spec.rows, spec.cols)
             self._values[name] = torch.from_numpy(np.array(decoded)).to(self._device)
 
-    def planes(self) -> dict[str, dict[str, Array]]:
-        return {name: tensor.planes() for name, tensor in self._tuned.items()}
+    def planes(self, run: Run) -> dict[str, dict[str, Array]]:
+        return {name: tensor.planes(_squares(run, tensor)) for name, tensor in self._tuned.items()}
 
     def run(self, options: TuneOptions, subject: Mapping[str, str]) -> Run:
         """A training run of all parameters, not begun."""
@@ -272,21 +281,24 @@ class _Models:
         """Scales as they can be held; the run keeps them as `grid:TENSOR#PLANE`."""
         for name, tensor in self._tuned.items():
             tensor.settle()
-            if isinstance(tensor, TunedMatrix):
+            if isinstance(tensor, TunedMatrix | TunedTrellis):
                 grid = {f"grid:{name}#{p}": torch.from_numpy(d.copy()) for p, d in tensor.grid.items()}
                 run.kept |= grid
 
     def use(self, kept: Mapping[str, Tensor]) -> None:
         """Scales that were settled before an interruption, if they were."""
         for name, tensor in self._tuned.items():
-            if isinstance(tensor, TunedMatrix) and f"grid:{name}#{next(iter(tensor.grid))}" in kept:
+            if (
+                isinstance(tensor, TunedMatrix | TunedTrellis)
+                and f"grid:{name}#{next(iter(tensor.grid))}" in kept
+            ):
                 tensor.use({p: kept[f"grid:{name}#{p}"].numpy() for p in tensor.grid})
 
     def step(self, run: Run, windows: Array, done: float) -> None:
         """One step of the optimizer. Raises NumericError."""
         began = monotonic()
         for name, tensor in self._tuned.items():
-            self._values[name] = tensor.values().requires_grad_()
+            self._values[name] = tensor.values(_squares(run, tensor)).requires_grad_()
         names = list(self._tuned)
         sums: list[Tensor] = []
         total = 0.0
@@ -335,6 +347,12 @@ class _Models:
             wanted = F.log_softmax(self._teacher(ids), -1)
         student = TorchProgram(self._program, self._values.__getitem__, checked=True)
         return F.kl_div(F.log_softmax(student(ids), -1), wanted, reduction="sum", log_target=True)
+
+
+def _squares(run: Run, tensor: TunedTensor) -> Tensor | None:
+    """Mean squares of the gradients of a tensor's latents so far."""
+    state = run.optimizer.state[tensor.latents[0]] if tensor.latents else {}
+    return state.get("exp_avg_sq")
 
 
 def _pieces(windows: Array) -> list[Array]:

@@ -5,7 +5,7 @@ of its group. Latent numbers are held in units of the distance of levels, or, wh
 share of how far the tensor's are spread: a step of the optimizer then means the same in every format and
 tensor, and tensors of 8 bits move far enough to make up for what those of 3 bits cannot hold. Gradients pass
 the rounding straight (Bengio et al. 2013, arXiv 1308.3432), and y is kept within the levels; that of a factor
-is the sum over its group of gradient * value.
+is the sum over its group of gradient * value. Trellis formats: tuned_trellis.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from builders.fake_quant import Levels, flat, grouped
 from builders.grids import affine, grid_for, has_grid, levels_of, range_of
+from builders.tuned_trellis import TunedTrellis
 from edge_runtime.engine.formats import Array, Format
+from edge_runtime.engine.formats.trellis import trellis_of
 
 _SHARE = 0.3  # of the deviation of a tensor's levels, about the distance of levels of 4 bits
 
@@ -30,8 +32,9 @@ class TunedTensor(Protocol):
     latents: list[Tensor]
     factors: list[Tensor]
 
-    def values(self) -> Tensor:
-        """f32 (rows, cols) as they are now."""
+    def values(self, squares: Tensor | None = None) -> Tensor:
+        """f32 (rows, cols) as they are now. squares: mean squares of the latents' gradients, as AdamW keeps
+        them; None before its first step."""
         ...
 
     def pull(self, gradient: Tensor) -> None:
@@ -42,7 +45,7 @@ class TunedTensor(Protocol):
         """Give the scales the values that the format can hold; factors are 1 and do not learn from now on."""
         ...
 
-    def planes(self) -> dict[str, Array]:
+    def planes(self, squares: Tensor | None = None) -> dict[str, Array]:
         """Codec planes nearest to the values as they are now. Raises ValueOutOfRange."""
         ...
 
@@ -67,7 +70,7 @@ class TunedMatrix:
         self._factor = torch.ones_like(self._scale)
         self.latents, self.factors = [self._latent], [self._factor]
 
-    def values(self) -> Tensor:
+    def values(self, squares: Tensor | None = None) -> Tensor:
         self._latent.clamp_(self._levels.least / self.unit, self._levels.greatest / self.unit)
         return flat(self._on_grid() * self._factor[..., None], self._cols)
 
@@ -86,7 +89,7 @@ class TunedMatrix:
         self._factor.fill_(1.0)
         self.factors = []
 
-    def planes(self) -> dict[str, Array]:
+    def planes(self, squares: Tensor | None = None) -> dict[str, Array]:
         return self._format.encode_on_grid(self.values().cpu().numpy(), self._held())
 
     def _held(self) -> dict[str, Array]:
@@ -118,7 +121,7 @@ class TunedVector:
         self.latents: list[Tensor] = []
         self.factors = [self._moved]
 
-    def values(self) -> Tensor:
+    def values(self, squares: Tensor | None = None) -> Tensor:
         return self._start + self._unit * self._moved
 
     def pull(self, gradient: Tensor) -> None:
@@ -127,12 +130,18 @@ class TunedVector:
     def settle(self) -> None:
         """Nothing to do: every value can be held."""
 
-    def planes(self) -> dict[str, Array]:
+    def planes(self, squares: Tensor | None = None) -> dict[str, Array]:
         return self._format.encode(self.values().cpu().numpy())
 
 
-def tuned_tensor(fmt: Format, role: str, planes: Mapping[str, Array], values: Tensor) -> TunedTensor | None:
-    """How a tensor is tuned, or None where it stays: a matrix whose format has no scales to choose."""
+def tuned_tensor(
+    fmt: Format, role: str, planes: Mapping[str, Array], values: Tensor, *, searches: bool = True
+) -> TunedTensor | None:
+    """How a tensor is tuned, or None where it stays: a matrix whose format has no scales to choose. searches:
+    whether codes of trellis formats learn too."""
     if role == "vector":
         return TunedVector(fmt, values)
+    code = trellis_of(fmt)
+    if code is not None:
+        return TunedTrellis(fmt, code, planes, values, learns=searches)
     return TunedMatrix(fmt, planes, values) if has_grid(fmt) else None

@@ -59,7 +59,7 @@ def divergence(exact: MadeWeights, values: dict[str, Array], windows: Array) -> 
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("fmt", ["int3_g32", "nf4_g64_dq", "int4_g32_zp", "q2_k"])
+@pytest.mark.parametrize("fmt", ["int3_g32", "nf4_g64_dq", "int4_g32_zp", "q2_k", "tcq2_g64", "tcq3_g64"])
 def test_divergence_falls_by_what_the_reference_says(
     config: dict[str, Any], fmt: str, tmp_path: Path
 ) -> None:
@@ -79,9 +79,10 @@ def test_divergence_falls_by_what_the_reference_says(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_number_of_cores_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["int4_g32", "tcq3_g64"])
+def test_the_number_of_cores_changes_no_bit(fmt: str, tmp_path: Path) -> None:
     weights = made_weights(CONFIG)
-    one, two = (tuned(weights, "int4_g32", tmp_path, 12, cores=cores) for cores in (1, 2))
+    one, two = (tuned(weights, fmt, tmp_path, 12, cores=cores) for cores in (1, 2))
     assert one.after == two.after and one.planes.keys() == two.planes.keys()
     for name, planes in one.planes.items():
         assert all(np.array_equal(data, two.planes[name][p]) for p, data in planes.items()), name
@@ -100,7 +101,7 @@ class Stop(Watcher):
 
 
 @pytest.mark.parametrize("at", [1, 7, 17], ids=["at once", "scales learning", "scales settled"])
-@pytest.mark.parametrize("fmt", ["int3_g32", "nvfp4_g16"])
+@pytest.mark.parametrize("fmt", ["int3_g32", "nvfp4_g16", "tcq2_g64"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(at: int, fmt: str, tmp_path: Path) -> None:
     weights = made_weights(TIED)
     whole = tuned(weights, fmt, tmp_path / "whole", 20)
@@ -132,6 +133,22 @@ def test_what_does_not_help_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tune_module, "LATENT_PATH", 1e3)
     found = tuned(made_weights(CONFIG), "int8_g64", tmp_path, 45)
     assert found.after >= found.before and found.planes == {}
+
+
+def test_where_searches_would_take_too_long_scales_learn_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = made_weights(CONFIG)
+    formats, planes = rounded(weights, "tcq2_g64")
+    every = tuned(weights, "tcq2_g64", tmp_path, 60)
+    monkeypatch.setattr(tune_module, "SEARCHED", 1)
+    alone = tuned(weights, "tcq2_g64", tmp_path, 60)
+    assert every.after < alone.after < alone.before == every.before
+    for found, same in ((alone, True), (every, False)):
+        matrices = [name for name in found.planes if formats[name].name == "tcq2_g64"]
+        assert matrices
+        for name in matrices:
+            assert np.array_equal(found.planes[name]["q"], planes[name]["q"]) == same
 
 
 def test_every_window_is_learned_from_once_a_pass() -> None:
@@ -178,8 +195,9 @@ def test_what_cannot_be_meant_is_refused(steps: int, samples: int, word: str) ->
         {"algorithm": "gptq", "feedback": True},
         {"algorithm": "awq+gptq", "rotate": 3, "activations": "int8", "static_scales": True},
         {"algorithm": "rtn", "request": Request(weights="int8_row_o128")},
+        {"algorithm": "gptq", "request": Request(weights="tcq3_g64")},
     ],
-    ids=["feedback", "scaled, rotated, activations rounded", "outlier columns"],
+    ids=["feedback", "scaled, rotated, activations rounded", "outlier columns", "trellis"],
 )
 def test_a_tuned_engine_is_the_same_every_time(more: dict[str, Any], tmp_path: Path) -> None:
     model, engines, found = write_model(tmp_path / "toy"), {}, {}

@@ -10,9 +10,11 @@ torch = pytest.importorskip("torch")
 from builders.grids import affine, has_grid  # noqa: E402
 from builders.tuned_tensor import TunedMatrix, TunedVector, tuned_tensor  # noqa: E402
 from edge_runtime.engine.formats import FORMATS, get_format  # noqa: E402
+from edge_runtime.engine.formats.trellis import trellis_of  # noqa: E402
 
 WITH_GRID = sorted(name for name, fmt in FORMATS.items() if has_grid(fmt))
-WITHOUT = sorted(name for name, fmt in FORMATS.items() if not has_grid(fmt))
+TRELLIS = sorted(name for name, fmt in FORMATS.items() if trellis_of(fmt))
+WITHOUT = sorted(name for name, fmt in FORMATS.items() if not has_grid(fmt) and name not in TRELLIS)
 
 
 def weights(rows: int, cols: int, seed: int = 0) -> np.ndarray:
