@@ -107,7 +107,7 @@ def main() -> int:
     seen: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for round_ in range(args.rounds):
         print(f"round {round_ + 1} of {args.rounds}", file=sys.stderr, flush=True)
-        calibration.round(lambda _: None, round_)
+        calibration.round(lambda *_: None)
         for key, engine in engines.items():
             seen.setdefault(key, []).append(measure(engine, clock))
     profile = calibration.result().profile

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -33,7 +34,7 @@ _CACHED = 6 << 20  # bytes of weights that the last cache keeps, beyond what the
 _OWN_CACHES = 4  # times the cores' own, where that is more: of fewer bytes they would keep a part
 _LEAST_STREAM = 128 << 20  # bytes of weights that no cache keeps
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-Watch = Callable[[str], None]
+Watch = Callable[[int, int, str], None]  # steps done, of so many, and what is next
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,12 @@ def calibrate(
     """What ROUNDS rounds have measured; `limit_s` is for those of one thing together. See Calibration."""
     calibration = Calibration(base, threads, formats, limit_s / ROUNDS, clock)
     for number in range(ROUNDS):
-        calibration.round(watch, number)
+        calibration.round(partial(_in_round, watch, number))
     return calibration.result()
+
+
+def _in_round(watch: Watch, number: int, done: int, total: int, what: str) -> None:
+    watch(number * total + done, ROUNDS * total, what)
 
 
 class Calibration:
@@ -93,15 +98,16 @@ class Calibration:
         self._taken: dict[str, list[list[float]]] = {}  # of each experiment, what each round took
         self._bandwidth = 0.0
 
-    def round(self, watch: Watch, number: int = 0) -> None:
+    def round(self, watch: Watch) -> None:
         """Time everything once more."""
-        watch(f"round {number + 1}/{ROUNDS}: reading memory")
+        every = [*self._cached, *self._known]
+        watch(0, len(every), "reading memory")
         threads, limit_s = self._clock.threads, self._clock.limit_s
         self._bandwidth = max(self._bandwidth, measure_bandwidth(threads, limit_s=max(0.2, limit_s)))
-        every = [*self._cached, *self._known]
-        for i, experiment in enumerate(every, 1):
-            watch(f"round {number + 1}/{ROUNDS}: {i}/{len(every)}: {experiment.name}")
+        for i, experiment in enumerate(every):
+            watch(i, len(every), experiment.name)
             self._taken.setdefault(experiment.name, []).append(experiment.run(self._clock))
+        watch(len(every), len(every), "a round is done")
 
     def result(self) -> Calibrated:
         """The costs that fit what was timed."""

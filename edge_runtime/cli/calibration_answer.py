@@ -13,7 +13,7 @@ from typing import Any
 
 from edge_runtime.cli.calibrate import calibrate, write_profile
 from edge_runtime.cli.options import open_with
-from edge_runtime.cli.output import Answer, progress, table
+from edge_runtime.cli.output import Answer, Progress, progress, table
 from edge_runtime.cli.timer import DECODE, Timer, session_seconds
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import LANGUAGE
@@ -35,7 +35,7 @@ def calibration_answer(args: argparse.Namespace) -> Answer:
         raise BadConfig(f"--output {str(output)!r:.80}: expected a name that ends in .yaml")
     base = load_profile(args.profile or "auto")
     threads = args.threads or len(os.sched_getaffinity(0))
-    calibrated = calibrate(base, threads, progress, formats)
+    calibrated = calibrate(base, threads, Progress("calibrating"), formats)
     profile = calibrated.profile
     write_profile(profile, output, _processor(), datetime.date.today().isoformat())
     data: dict[str, Any] = {

@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import msgspec
 
@@ -23,6 +24,7 @@ from edge_runtime.engine.profile import Profile, list_profiles
 from edge_runtime.errors import BadConfig, EdgeError, nearest
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_BAR = 24  # characters of a progress bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,28 @@ def run_command(
 def progress(text: str) -> None:
     """A line about what is going on, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far something long is, on stderr: a line rewritten in place on a terminal; elsewhere one for each
+    tenth."""
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        self._title, self._stream = title, sys.stderr if stream is None else stream
+        self._tenth = -1
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """`done` of `total` steps are behind, and `what` is next."""
+        if self._stream.isatty():
+            bar = ("#" * (_BAR * done // max(1, total))).ljust(_BAR, ".")
+            line = f"{self._title} [{bar}] {100 * done // max(1, total):3}% {what}"
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="\n" if done == total else "", file=self._stream, flush=True)
+            return
+        tenth = 10 * done // max(1, total)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            print(f"{self._title} {10 * tenth}%: {what}", file=self._stream, flush=True)
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = (), right: Sequence[int] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from edge_runtime.cli.calibrate import (
     runnable,
 )
 from edge_runtime.cli.calibration_answer import compare
+from edge_runtime.cli.experiment import Experiment, Served
+from edge_runtime.cli.output import Progress
 from edge_runtime.cli.timer import Timer, session_seconds
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.kv import K_FORMATS
@@ -36,7 +39,7 @@ Captured = pytest.CaptureFixture[str]
 def calibrated() -> Calibrated:
     if not get_backend("cpu").available().ok:
         pytest.skip("the native library is not built")
-    return calibrate(load_profile("cpu"), 1, lambda _: None, ("int8_row", "f16"), limit_s=0.02)
+    return calibrate(load_profile("cpu"), 1, lambda *_: None, ("int8_row", "f16"), limit_s=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_a_file_of_an_older_calibration_says_to_calibrate_again(measured: Profil
 def test_shipped_profiles_have_nothing_measured_and_other_devices_are_refused() -> None:
     assert load_profile("cpu").efficiency.measured is None
     with pytest.raises(Unsupported, match="--profile cpu or auto"):
-        calibrate(load_profile("orin"), 1, lambda _: None)
+        calibrate(load_profile("orin"), 1, lambda *_: None)
 
 
 def test_every_format_with_kernels_is_timed_by_default() -> None:
@@ -173,6 +176,40 @@ def test_the_command_writes_the_profile(
         msgspec.to_builtins(calibrated.profile.efficiency.measured.query)
         == data["profile"]["efficiency"]["measured"]["query"]
     )  # type: ignore[union-attr]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_and_ten_elsewhere() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        told = Progress("timing", stream)
+        for i in range(201):
+            told(i, 200, f"thing {i}")
+    assert terminal.getvalue().count("\n") == 1 and terminal.getvalue().endswith("100% thing 200\n")
+    assert " 50% thing 100" in terminal.getvalue()
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 11 and lines[5] == "timing 50%: thing 100"
+
+
+def test_every_round_is_watched_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not get_backend("cpu").available().ok:
+        pytest.skip("the native library is not built")
+    taken = {"seconds": 0}
+
+    def run(self: Experiment | Served, clock: Timer) -> list[float]:
+        taken["seconds"] += 1
+        return [1e-3] if isinstance(self, Experiment) else [3e-3, 1e-3, 4e-3]
+
+    for kind in (Experiment, Served):
+        monkeypatch.setattr(kind, "run", run)
+    seen: list[tuple[int, int]] = []
+    calibrate(load_profile("cpu"), 1, lambda done, total, _: seen.append((done, total)), ("f16",), 0.02)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[0][0] == 0 and seen[-1] == (taken["seconds"], taken["seconds"])
 
 
 @pytest.mark.parametrize(
