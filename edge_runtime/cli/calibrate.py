@@ -20,11 +20,11 @@ import yaml
 
 from edge_runtime.cli import synthetic
 from edge_runtime.cli.experiment import BASE, Experiment, Served, experiments, streamed
-from edge_runtime.cli.fit import fit
+from edge_runtime.cli.fit import Setting, fit
 from edge_runtime.cli.timer import Timer
 from edge_runtime.engine.formats import FORMATS
 from edge_runtime.engine.probe import measure_bandwidth
-from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, QueryTime
+from edge_runtime.engine.profile import Measured, Profile
 from edge_runtime.engine.roofline import Step, weights_read
 from edge_runtime.errors import BackendUnavailable, BadConfig, Unsupported
 from edge_runtime.serving.device import get_backend
@@ -114,33 +114,9 @@ class Calibration:
         sizes = [weights_read(e.program, synthetic.plans_of(e.program, e.fmt)) for e in self._cached]
         times = [self._seconds(e)[0] / size for e, size in zip(self._cached, sizes, strict=True)]
         resident, streamed_from = cache_ends(sizes, times)
-        nothing = QueryTime(value_ns=0.0, score_ns=0.0)
-        start = Measured(
-            threads=self._clock.threads,
-            request_us=0.0,
-            step_us=0.0,
-            small_step_us=0.0,
-            token_us=0.0,
-            stage_us=0.0,
-            unit_us=0.0,
-            value_ns=0.0,
-            odd_head_ns=0.0,
-            logit_ns=0.0,
-            query=nothing,
-            chunk_query=nothing,
-            row_ns=0.0,
-            odd_kv_ns=0.0,
-            kv_ns={},
-            cache_bytes=resident,
-            stream_bytes=streamed_from,
-            core_cache_bytes=self._own,
-            formats={
-                name: FormatSpeed(gbps=1.0, cached_gbps=1.0, gops=1.0, output_ns=0.0, chunk_output_ns=0.0)
-                for name in self._formats
-            },
-        )
+        setting = Setting(self._clock.threads, resident, streamed_from, self._own, tuple(self._formats))
         seen = [one for e in self._known for one in e.seen(self._seconds(e))]
-        found = fit(self._base, start, seen)
+        found = fit(self._base, setting, seen)
         return Calibrated(_with(self._base, self._bandwidth, found.measured), found.errors)
 
     def _seconds(self, experiment: Experiment | Served) -> list[float]:

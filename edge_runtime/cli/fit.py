@@ -1,9 +1,8 @@
 """From measured seconds to the terms of engine/roofline.py: one linear system for all of them.
 
 The model's seconds are a sum of terms, each a count (bytes of a format, values, stages) times the cost of
-one. What a program has of each is the model's own answer where that cost is one and all others are none; the
-costs are those nonnegative ones that come nearest to everything measured, parts and whole decoders alike, in
-relative error. So no cost is what another measurement has left unexplained.
+one. How much a program has of each is what the model's own answer changes with that cost; the costs are those
+nonnegative ones that come nearest to everything measured, parts and whole decoders alike, in relative error. So no cost is what another measurement has left unexplained.
 """
 
 from __future__ import annotations
@@ -34,6 +33,17 @@ _LEAST = 0.2  # of what a rate's cost is where nothing else takes time: less is 
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """What the model takes as it is: see Measured. formats: whose costs are fitted."""
+
+    threads: int
+    cache_bytes: int
+    stream_bytes: int
+    core_cache_bytes: int
+    formats: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Fit:
     """errors: of each equation, the model's seconds as a share of those measured, less 1."""
 
@@ -41,34 +51,34 @@ class Fit:
     errors: dict[str, float]
 
 
-def fit(base: Profile, start: Measured, seen: Sequence[Seen]) -> Fit:
-    """`start` with every cost fitted; its caches, threads and names of formats are kept.
+def fit(base: Profile, setting: Setting, seen: Sequence[Seen]) -> Fit:
+    """The model with every cost fitted.
 
     A product goes by its bytes or by its operations, whichever take longer: so each pass counts terms at the
     costs of the pass before.
     """
-    names = [*_names(start.formats), _CALL]
+    names = [*_names(setting.formats), _CALL]
     given = np.array([equation.seconds for equation in seen])
     weight = np.array([equation.weight for equation in seen]) / given
     costs = np.array([1.0 if name.partition(".")[2] in _RATES else 0.0 for name in names])
     for _ in range(_PASSES):
-        table = np.array([_terms(base, start, names, costs, equation) for equation in seen])
+        table = np.array([_terms(base, setting, names, costs, equation) for equation in seen])
         fixed, counts = table[:, 0], table[:, 1:]
         least = _least(names, counts, given - fixed)
         left = given - fixed - counts @ least
         costs = least + nonnegative(counts * weight[:, None], left * weight)
         near = dict(zip(names, costs.tolist(), strict=True))
-        told = np.array([_seconds(base, start, near, equation) for equation in seen])
+        told = np.array([_seconds(base, setting, near, equation) for equation in seen])
         if (np.abs(told - (fixed + counts @ costs)) <= _SAME * given).all():
             break
     errors = {s.name: float(t / g - 1.0) for s, t, g in zip(seen, told, given, strict=True)}
     found = dict(zip(names, costs.tolist(), strict=True))
     if not counts[:, names.index("small_step_us")].any():  # no decoder was small here
         found["small_step_us"] = found["step_us"]
-    return Fit(_measured(start, found), errors)
+    return Fit(_measured(setting, found), errors)
 
 
-def _names(formats: Mapping[str, FormatSpeed]) -> Iterator[str]:
+def _names(formats: Sequence[str]) -> Iterator[str]:
     """Every cost of the model, as `_measured` takes them."""
     yield from _OVERHEADS
     yield from _WORK
@@ -77,7 +87,7 @@ def _names(formats: Mapping[str, FormatSpeed]) -> Iterator[str]:
     yield from (f"{name}.{part}" for name in formats for part in (*_RATES, *_ROWS))
 
 
-def _measured(start: Measured, costs: Mapping[str, float]) -> Measured:
+def _measured(setting: Setting, costs: Mapping[str, float]) -> Measured:
     """Those costs as the model wants them; what is not named costs nothing."""
     query, chunk = (
         QueryTime(value_ns=costs.get(f"{q}.value_ns", 0.0), score_ns=costs.get(f"{q}.score_ns", 0.0))
@@ -85,23 +95,25 @@ def _measured(start: Measured, costs: Mapping[str, float]) -> Measured:
     )
     formats = {
         name: FormatSpeed(
-            **{r: 1.0 / max(costs.get(f"{name}.{r}", 0.0), 1.0 / _NO_COST) for r in ("gbps", "cached_gbps")},
-            gops=1.0 / max(costs.get(f"{name}.gops", 0.0), 1.0 / _NO_COST),
+            **{r: 1.0 / max(costs.get(f"{name}.{r}", 0.0), 1.0 / _NO_COST) for r in _RATES},
             **{r: costs.get(f"{name}.{r}", 0.0) for r in _ROWS},
         )
-        for name in start.formats
+        for name in setting.formats
     }
-    return msgspec.structs.replace(
-        start,
+    return Measured(
         **{name: costs.get(name, 0.0) for name in (*_OVERHEADS, *_WORK)},
+        threads=setting.threads,
         query=query,
         chunk_query=chunk,
         kv_ns={name: costs.get(f"kv.{name}", 0.0) for name in K_FORMATS},
+        cache_bytes=setting.cache_bytes,
+        stream_bytes=setting.stream_bytes,
+        core_cache_bytes=setting.core_cache_bytes,
         formats=formats,
     )
 
 
-def _terms(base: Profile, start: Measured, names: Sequence[str], costs: F64, equation: Seen) -> list[float]:
+def _terms(base: Profile, setting: Setting, names: Sequence[str], costs: F64, equation: Seen) -> list[float]:
     """Seconds of the equation's steps that no cost changes, then those of each cost for one of its unit, near
     `costs`."""
     near = dict(zip(names, costs.tolist(), strict=True))
@@ -111,23 +123,23 @@ def _terms(base: Profile, start: Measured, names: Sequence[str], costs: F64, equ
         if name == _CALL or name in _OVERHEADS:
             return equation.hosted == (name != _CALL)
         owner = name.partition(".")[0]
-        return owner not in start.formats or owner in formats
+        return owner not in setting.formats or owner in formats
 
-    now, terms = _seconds(base, start, near, equation), []
+    now, terms = _seconds(base, setting, near, equation), []
     for name in names:
         if not has(name):
             terms.append(0.0)
             continue
         more = max(_NUDGE * near[name], _NUDGE**2)
-        terms.append((_seconds(base, start, near | {name: near[name] + more}, equation) - now) / more)
+        terms.append((_seconds(base, setting, near | {name: near[name] + more}, equation) - now) / more)
     return [now - sum(near[name] * term for name, term in zip(names, terms, strict=True)), *terms]
 
 
-def _seconds(base: Profile, start: Measured, costs: Mapping[str, float], equation: Seen) -> float:
+def _seconds(base: Profile, setting: Setting, costs: Mapping[str, float], equation: Seen) -> float:
     """What the equation's steps take at these costs; without a session none of its own."""
     if not equation.hosted:
         costs = {name: cost for name, cost in costs.items() if name not in _OVERHEADS}
-    measured = _measured(start, costs)
+    measured = _measured(setting, costs)
     efficiency = msgspec.structs.replace(base.efficiency, measured=measured)
     profile = msgspec.structs.replace(base, efficiency=efficiency)
     work = timer(equation.program, equation.tensors, equation.kv, profile, profile.mode())

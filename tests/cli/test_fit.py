@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime.cli import synthetic
 from edge_runtime.cli.experiment import DECODERS, Experiment, Seen, experiments
-from edge_runtime.cli.fit import fit
+from edge_runtime.cli.fit import Setting, fit
 from edge_runtime.engine.kv import K_FORMATS
 from edge_runtime.engine.plan import StepShape
 from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, QueryTime, load_profile
@@ -87,17 +87,12 @@ def flat(figures: dict[str, Any], before: str = "") -> dict[str, float]:
     return found
 
 
-def blank() -> Measured:
-    """What calibration begins from: caches, threads, formats."""
-    speed = FormatSpeed(gbps=1.0, cached_gbps=1.0, gops=1.0, output_ns=0.0, chunk_output_ns=0.0)
-    nothing = dict.fromkeys(
-        ("request_us", "step_us", "small_step_us", "token_us", "stage_us", "unit_us"), 0.0
-    )
-    return msgspec.structs.replace(TRUTH, formats=dict.fromkeys(FORMATS, speed), **nothing)
+def setting(core_cache_bytes: int = TRUTH.core_cache_bytes) -> Setting:
+    return Setting(TRUTH.threads, TRUTH.cache_bytes, TRUTH.stream_bytes, core_cache_bytes, FORMATS)
 
 
 def test_costs_that_made_the_seconds_are_found_again(equations: list[Seen]) -> None:
-    found = fit(load_profile("cpu"), blank(), equations)
+    found = fit(load_profile("cpu"), setting(), equations)
     assert max(abs(e) for e in found.errors.values()) < 1e-6
     told, known = (flat(msgspec.to_builtins(m)) for m in (found.measured, TRUTH))
     assert told == pytest.approx(known, rel=1e-3)
@@ -106,7 +101,7 @@ def test_costs_that_made_the_seconds_are_found_again(equations: list[Seen]) -> N
 def test_noise_moves_what_is_told_of_another_decoder_no_further(equations: list[Seen]) -> None:
     rng = np.random.default_rng(5)
     noisy = [taking(s, s.seconds * float(1 + 0.1 * rng.random())) for s in equations]
-    profile = profile_of(fit(load_profile("cpu"), blank(), noisy).measured)
+    profile = profile_of(fit(load_profile("cpu"), setting(), noisy).measured)
     program = synthetic.decoder(1024, width=256, hidden=640, layers=7, heads=4, context=512)
     step = StepShape(context=512, sequences=1, tokens=128, logits=1)
     kv = synthetic.cache_of(program, "int8", "int8", step)
@@ -119,8 +114,7 @@ def test_noise_moves_what_is_told_of_another_decoder_no_further(equations: list[
 
 
 def test_where_no_decoder_is_small_a_small_one_s_step_is_any_step_s(equations: list[Seen]) -> None:
-    start = msgspec.structs.replace(blank(), core_cache_bytes=0)
-    found = fit(load_profile("cpu"), start, equations).measured
+    found = fit(load_profile("cpu"), setting(core_cache_bytes=0), equations).measured
     assert found.small_step_us == found.step_us > 0
 
 
