@@ -2,7 +2,8 @@
 
 The model's seconds are a sum of terms, each a count (bytes of a format, values, stages) times the cost of
 one. How much a program has of each is what the model's own answer changes with that cost; the costs are those
-nonnegative ones that come nearest to everything measured, parts and whole decoders alike, in relative error. So no cost is what another measurement has left unexplained.
+nonnegative ones that come nearest to everything measured, parts and whole decoders alike, in relative error.
+So no cost is what another measurement has left unexplained.
 """
 
 from __future__ import annotations
