@@ -58,11 +58,20 @@ def divergence(exact: MadeWeights, values: dict[str, Array], windows: Array) -> 
     return float((np.exp(want) * (want - got)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("fmt", ["int3_g32", "nf4_g64_dq", "int4_g32_zp", "q2_k", "tcq2_g64", "tcq3_g64"])
-def test_divergence_falls_by_what_the_reference_says(
-    config: dict[str, Any], fmt: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "tied"),
+    [
+        ("int3_g32", False),
+        ("int3_g32", True),
+        ("nf4_g64_dq", True),
+        ("int4_g32_zp", False),
+        ("q2_k", True),
+        ("tcq2_g64", True),
+        ("tcq3_g64", False),
+    ],
+)
+def test_divergence_falls_by_what_the_reference_says(fmt: str, tied: bool, tmp_path: Path) -> None:
+    config = TIED if tied else CONFIG
     weights = made_weights(config)
     formats, planes = rounded(weights, fmt)
     found = tuned(weights, fmt, tmp_path, 60)
@@ -100,19 +109,20 @@ class Stop(Watcher):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", [1, 7, 17], ids=["at once", "scales learning", "scales settled"])
 @pytest.mark.parametrize("fmt", ["int3_g32", "nvfp4_g16", "tcq2_g64"])
-def test_an_interrupted_run_goes_on_to_the_same_bits(at: int, fmt: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bits(fmt: str, tmp_path: Path) -> None:
+    """At once, while scales learn, and once they are settled."""
     weights = made_weights(TIED)
     whole = tuned(weights, fmt, tmp_path / "whole", 20)
-    with pytest.raises(KeyboardInterrupt):
-        tuned(weights, fmt, tmp_path, 20, watcher=Stop(at))
-    assert (tmp_path / tune_module.STATE).is_file()
-    again = tuned(weights, fmt, tmp_path, 20)
-    assert again.after == whole.after
-    for name, planes in whole.planes.items():
-        assert all(np.array_equal(data, again.planes[name][p]) for p, data in planes.items()), name
-    assert not (tmp_path / tune_module.STATE).exists()
+    for at in (1, 7, 17):
+        with pytest.raises(KeyboardInterrupt):
+            tuned(weights, fmt, tmp_path, 20, watcher=Stop(at))
+        assert (tmp_path / tune_module.STATE).is_file()
+        again = tuned(weights, fmt, tmp_path, 20)
+        assert again.after == whole.after
+        for name, planes in whole.planes.items():
+            assert all(np.array_equal(data, again.planes[name][p]) for p, data in planes.items()), (at, name)
+        assert not (tmp_path / tune_module.STATE).exists()
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["of another build", "cut"])
