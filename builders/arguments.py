@@ -38,7 +38,7 @@ def make_parser() -> Parser:
     )
     add("--profiles", action="store_true", help="list the devices and stop")
     add("--dry-run", action="store_true", help="plan from config.json alone, without weights, and stop")
-    add("--plot", type=Path, metavar="FILE", help="with --dry-run: draw the plan (.svg or .png)")
+    add("--plot", type=Path, metavar="FILE", help="draw the plan (.svg or .png)")
     add("-o", "--output", type=Path, metavar="FILE", help="engine to write [MODEL-PROFILE(-WEIGHTS).edge]")
     add(
         "--force",

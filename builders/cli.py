@@ -93,6 +93,8 @@ def build_options(args: argparse.Namespace) -> Options:
     """What the options of a command line ask for. Raises BadConfig."""
     if args.task_f32 and args.task is None:
         raise BadConfig("--task-f32 needs --task")
+    if args.plot is not None:
+        check_picture(args.plot)
     if args.eval_tokens < 2:
         raise BadConfig(f"--eval-tokens is {args.eval_tokens}, expected at least 2")
     request = _request(args)
@@ -124,6 +126,7 @@ def build_options(args: argparse.Namespace) -> Options:
         limits=Limits(args.max_kl, args.max_ppl_increase, args.min_accuracy),
         force=args.force,
         keep_json=args.keep_json,
+        plot=args.plot,
         recipe=_recipe(args),
         sensitivity=None if args.sensitivity_file is None else read_sensitivity(args.sensitivity_file),
         device_code=not args.no_device_code,

@@ -6,7 +6,8 @@ sampled rows laid out as one row: (1, n), in int8_row or fp8_e4m3_row.
 
 minmax: the extremes. percentile: the 0.1 and 99.9 percent points, as in Wu et al. 2020, "Integer Quantization
 for Deep Learning Inference". mse: least squared error, weighted by importance. entropy: least KL divergence
-of the clipped histogram from its rounded one (Migacz 2017, "8-bit Inference with TensorRT").
+of the clipped histogram from its rounded one (Migacz 2017, "8-bit Inference with TensorRT"), of all groups in
+one.
 """
 
 from __future__ import annotations
@@ -84,27 +85,23 @@ def mse(x: Array, fmt: Format, importance: Array | None = None) -> Range:
 
 
 def entropy(x: Array, fmt: Format, importance: Array | None = None) -> Range:
-    """The symmetric clip of least KL(clipped || rounded) over histograms of magnitudes of BINS bins.
+    """The symmetric clip of least KL(clipped || rounded) over a histogram of magnitudes of BINS bins.
 
     As many rounded bins as the format has levels of one sign. Values beyond the clip count as its last bin.
+    Where there are several groups, magnitudes are shares of their group's greatest and the clip is one share
+    for all: a group of 64 values, or a row, leaves most bins empty, and the divergence then says nothing.
     """
     span, kept = fmt.span(x.shape[1]), max(2, len(levels_of(fmt)) // 2)
     low, high = minmax(x, fmt)
-    weight = spread_importance(None, x.shape[1], span)
+    weight = spread_importance(None, x.shape[1], span)  # none for what pads the last group
     top = np.maximum(np.abs(low), np.abs(high))
-    limit = top.copy()
-    groups = low.shape[1]
-    step = max(1, (1 << 20) // (groups * max(BINS, span)))
-    for start in range(0, x.shape[0], step):
-        r = slice(start, start + step)
-        g = np.abs(grouped(x[r], span)).reshape(-1, span)
-        t = top[r].reshape(-1)
-        width = np.where(t > 0, t, 1).astype(np.float32) / np.float32(BINS)
-        at = np.minimum((g / width[:, None]).astype(np.int64), BINS - 1)
-        at += np.arange(len(g))[:, None] * BINS
-        counted = np.broadcast_to(weight, (len(g) // groups, *weight.shape)).reshape(-1)
-        counts = np.bincount(at.reshape(-1), counted, len(g) * BINS).reshape(-1, BINS)
-        limit[r] = (_best_clip(counts, kept) * width).reshape(-1, groups)
+    counts = np.zeros(BINS)
+    for r in row_chunks(*x.shape):
+        g = np.abs(grouped(x[r], span))
+        width = np.where(top[r] > 0, top[r], 1).astype(np.float32)[:, :, None] / np.float32(BINS)
+        at = np.minimum((g / width).astype(np.int64), BINS - 1)
+        counts += np.bincount(at.reshape(-1), np.broadcast_to(weight, at.shape).reshape(-1), BINS)
+    limit = top * np.float32(_best_clip(counts[None], kept)[0] / BINS)
     return np.maximum(low, -limit), np.minimum(high, limit)
 
 

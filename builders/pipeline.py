@@ -32,6 +32,7 @@ from builders.known_answer import known_answer
 from builders.limits import Limits, broken_limits
 from builders.nvrtc import compiler_for
 from builders.parts import Contents, Extras, Part, open_contents
+from builders.plan_picture import draw_plan
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
 from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
@@ -82,6 +83,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     force: bool = False  # replace a target that is no engine, and write one that breaks a limit
     keep_json: Path | None = None
+    plot: Path | None = None  # where the plan is drawn
     recipe: dict[str, str] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None  # what the planner spends bytes by; None: its model
     device_code: bool = True  # for a cuda profile; an engine without runs on no cuda device
@@ -282,8 +284,10 @@ def plan(
     program, beside = contents.language.program, contents.companions()
     plans, resolved = require_fit(program, profile, request, beside, sensitivity)
     why = {}
-    if resolved.weights == planner.AUTO and options.keep_json is not None:
+    if options.plot is not None or (resolved.weights == planner.AUTO and options.keep_json is not None):
         why["explanation"] = explain(program, profile, resolved, plans, beside, sensitivity)
+    if options.plot is not None:
+        draw_plan(why["explanation"], options.plot)
     _keep(options, "plan", plans | why)
     return plans
 

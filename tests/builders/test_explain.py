@@ -196,3 +196,14 @@ def test_sizes_that_are_none(text: str) -> None:
 
 def test_formats_are_taken_once() -> None:
     assert parse_formats("int8_row, f16,int8_row") == ("int8_row", "f16")
+
+
+@pytest.mark.parametrize("words", [["--weights", "int4_g32"], ["--bits", "7"]], ids=["uniform", "mixed"])
+def test_a_build_draws_its_plan(words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing needs it")
+    model, picture = write_model(tmp_path / "toy"), tmp_path / "plan.svg"
+    options = ["--profile", "cpu", "--no-eval", "--plot", str(picture), *words]
+    assert main([*options, "-o", str(tmp_path / "toy.edge"), str(model)]) == 0
+    assert "<svg" in picture.read_text()
+    refused = main([*options, "--plot", "plan.gif", "-o", str(tmp_path / "no.edge"), str(model)])
+    assert refused == 1 and not (tmp_path / "no.edge").exists()

@@ -125,6 +125,20 @@ def test_entropy_clips_far_outliers_and_keeps_a_flat_range() -> None:
     assert low[0, 0] < -0.95
 
 
+@pytest.mark.parametrize("name", ["int3_g32", "int4_g64", "int8_g64", "int8_row"])
+def test_entropy_of_groups_is_one_share_of_their_greatest_and_harms_no_weights(name: str) -> None:
+    """A histogram of 64 values says nothing: clips of each group's own left 3 dB of stories260K."""
+    fmt, rng = get_format(name), np.random.default_rng(7)
+    x = (rng.normal(size=(48, 256)) * rng.lognormal(0, 1, (48, 1))).astype(np.float32)
+    low, high = get_observer("entropy")(x, fmt, None)
+    least, most = get_observer("minmax")(x, fmt, None)
+    top = np.maximum(-least, most)
+    share = np.maximum(-low, high) / top
+    assert share.min() > 0.3 and np.ptp(share) < 1e-6
+    np.testing.assert_allclose(high, np.minimum(most, share.max() * top), rtol=1e-6)
+    assert error(x, fmt, low, high) < 1.3 * error(x, fmt, least, most)
+
+
 def test_wrong_names_and_formats_are_refused() -> None:
     with pytest.raises(BadConfig, match="did you mean 'minmax'"):
         get_observer("minmx")
