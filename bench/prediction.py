@@ -4,7 +4,7 @@
 
 Engines of the planner, of stories260K (where the shared data is) and of a random Llama of 0.13 B parameters,
 in one integer format of 4 bits, one of 8 and mixed by the integer program. Calibration and measurements take
-turns, `--rounds` times, so that both meet the same machine; of each thing timed the fastest counts. On a
+turns, `--rounds` times, so that both meet the same machine; of each measurement the fastest counts. On a
 machine that others use, `--clock cpu` with one thread counts the processor's time alone: a thread that waits
 for a core is not slower for it. Writes bench/results/<machine>-<date>-prediction-<threads>.json and .md.
 """

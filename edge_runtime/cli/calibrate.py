@@ -1,9 +1,10 @@
 """`edge-bench --calibrate`: how fast the cpu backend is on this machine, as a profile that plans are made by.
 
 Products of every format that the backend has kernels for, attention over every cache format, whole decoders
-and sessions are timed in rounds, one after the other, and of each the fastest counts: what else the machine
-does for a while then slows down everything in one round, not one thing in all. Then the costs of the speed
-model (engine/roofline.py) are those that fit all of it at once (fit.py).
+and sessions are timed in rounds, one after the other, and of each the fastest counts (of what comes from
+memory the middle one): what else the machine does for a while then slows down everything in one round, not
+one thing in all. Then the costs of the speed model (engine/roofline.py) are those that fit all of it at once
+(fit.py).
 """
 
 from __future__ import annotations
@@ -123,8 +124,7 @@ class Calibration:
         """Of all rounds the fastest; of what comes from memory the middle one, for each round has lain
         elsewhere in it, and on some machines that makes a difference."""
         rounds = zip(*self._taken[experiment.name], strict=True)
-        from_memory = isinstance(experiment, Experiment) and experiment.patient
-        return [statistics.median(taken) if from_memory else min(taken) for taken in rounds]
+        return [statistics.median(taken) if experiment.patient else min(taken) for taken in rounds]
 
 
 def _ladder(kept: int, stream: int) -> list[Experiment]:

@@ -73,10 +73,9 @@ def fit(base: Profile, setting: Setting, seen: Sequence[Seen]) -> Fit:
         if (np.abs(told - (fixed + counts @ costs)) <= _SAME * given).all():
             break
     errors = {s.name: float(t / g - 1.0) for s, t, g in zip(seen, told, given, strict=True)}
-    found = dict(zip(names, costs.tolist(), strict=True))
     if not counts[:, names.index("small_step_us")].any():  # no decoder was small here
-        found["small_step_us"] = found["step_us"]
-    return Fit(_measured(setting, found), errors)
+        near["small_step_us"] = near["step_us"]
+    return Fit(_measured(setting, near), errors)
 
 
 def _names(formats: Sequence[str]) -> Iterator[str]:
