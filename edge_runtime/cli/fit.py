@@ -140,8 +140,7 @@ def _seconds(base: Profile, setting: Setting, costs: Mapping[str, float], equati
     if not equation.hosted:
         costs = {name: cost for name, cost in costs.items() if name not in _OVERHEADS}
     measured = _measured(setting, costs)
-    efficiency = msgspec.structs.replace(base.efficiency, measured=measured)
-    profile = msgspec.structs.replace(base, efficiency=efficiency)
+    profile = base.calibrated(measured)
     work = timer(equation.program, equation.tensors, equation.kv, profile, profile.mode())
     beside = 1e-6 * measured.request_us if equation.begun else 0.0
     return work(equation.steps) + beside + (0.0 if equation.hosted else costs[_CALL])

@@ -217,6 +217,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes a plan may use: total less reserve. The driver's context is the plan's to add."""
         return self.memory.total_bytes - self.memory.reserve_bytes
 
+    def calibrated(self, measured: Measured) -> Profile:
+        """The device with these measured costs."""
+        efficiency = msgspec.structs.replace(self.efficiency, measured=measured)
+        return msgspec.structs.replace(self, efficiency=efficiency)
+
     def supports(self, precision: str) -> bool:
         """Whether weights of this precision class may be planned for the device."""
         return precision in self.precisions

@@ -45,6 +45,4 @@ def measured(**changes: Any) -> Measured:
 
 def calibrated(**changes: Any) -> Profile:
     """The cpu profile with `measured(**changes)`."""
-    base = load_profile("cpu")
-    efficiency = msgspec.structs.replace(base.efficiency, measured=measured(**changes))
-    return msgspec.structs.replace(base, efficiency=efficiency)
+    return load_profile("cpu").calibrated(measured(**changes))

@@ -14,7 +14,7 @@ from edge_runtime.cli.experiment import DECODERS, Experiment, Seen, experiments
 from edge_runtime.cli.fit import Setting, fit
 from edge_runtime.engine.kv import K_FORMATS
 from edge_runtime.engine.plan import StepShape
-from edge_runtime.engine.profile import FormatSpeed, Measured, Profile, QueryTime, load_profile
+from edge_runtime.engine.profile import FormatSpeed, Measured, QueryTime, load_profile
 from edge_runtime.engine.roofline import Step, timer
 
 FORMATS = ("int8_row", "int4_g64", "nf4_g64", "f16")
@@ -51,18 +51,12 @@ TRUTH = Measured(
 )
 
 
-def profile_of(measured: Measured) -> Profile:
-    base = load_profile("cpu")
-    efficiency = msgspec.structs.replace(base.efficiency, measured=measured)
-    return msgspec.structs.replace(base, efficiency=efficiency)
-
-
 def seconds(seen: Seen, measured: Measured, call: float) -> float:
     """What the model says: a session's work only in a session, a call's in all others."""
     if not seen.hosted:
         nothing = dict.fromkeys(("step_us", "small_step_us", "token_us", "logit_ns"), 0.0)
         measured = msgspec.structs.replace(measured, **nothing)
-    profile = profile_of(measured)
+    profile = load_profile("cpu").calibrated(measured)
     told = timer(seen.program, seen.tensors, seen.kv, profile, profile.mode())(seen.steps)
     return told + (0.0 if seen.hosted else call) + (1e-6 * measured.request_us if seen.begun else 0.0)
 
@@ -101,7 +95,7 @@ def test_costs_that_made_the_seconds_are_found_again(equations: list[Seen]) -> N
 def test_noise_moves_what_is_told_of_another_decoder_no_further(equations: list[Seen]) -> None:
     rng = np.random.default_rng(5)
     noisy = [taking(s, s.seconds * float(1 + 0.1 * rng.random())) for s in equations]
-    profile = profile_of(fit(load_profile("cpu"), setting(), noisy).measured)
+    profile = load_profile("cpu").calibrated(fit(load_profile("cpu"), setting(), noisy).measured)
     program = synthetic.decoder(1024, width=256, hidden=640, layers=7, heads=4, context=512)
     step = StepShape(context=512, sequences=1, tokens=128, logits=1)
     kv = synthetic.cache_of(program, "int8", "int8", step)
@@ -109,7 +103,7 @@ def test_noise_moves_what_is_told_of_another_decoder_no_further(equations: list[
         plans = synthetic.plans_of(program, fmt)
         for steps in ((Step(1, 300, True),), (Step(128, 0, False), Step(128, 128, True))):
             told = timer(program, plans, kv, profile, profile.mode())(steps)
-            known = timer(program, plans, kv, profile_of(TRUTH), profile.mode())(steps)
+            known = timer(program, plans, kv, load_profile("cpu").calibrated(TRUTH), profile.mode())(steps)
             assert 0.98 < told / known < 1.12
 
 
