@@ -41,7 +41,7 @@ class Answer(Protocol):
 
 
 class _Goal:
-    __slots__ = ("answer", "began", "handle", "last", "period", "ticket")
+    __slots__ = ("answer", "began", "cancelled", "handle", "last", "period", "ticket")
 
     def __init__(self, handle: ServerGoalHandle, answer: Answer, period: float) -> None:
         self.handle = handle
@@ -49,6 +49,7 @@ class _Goal:
         self.period = period
         self.last = 0.0  # feedback, on the monotonic clock
         self.began = False
+        self.cancelled = False  # by its client, and not by the node that is deactivated
         self.ticket: Ticket | None = None
 
 
@@ -125,6 +126,7 @@ class GoalServer:
             goal = self._goals.get(bytes(handle.goal_id.uuid))
         jobs = self._node.jobs
         if goal is not None and goal.ticket is not None and jobs is not None:
+            goal.cancelled = True
             jobs.cancel(goal.ticket)
         return CancelResponse.ACCEPT
 
@@ -146,9 +148,8 @@ class GoalServer:
             self._begin(goal)
             self._feed(goal)
             result, succeeded = goal.answer.end(ended)
-            self._server.finish(
-                goal.handle, succeeded=succeeded, cancelled=ended.reason == "cancelled", result=result
-            )
+            cancelled = goal.cancelled and ended.reason == "cancelled"
+            self._server.finish(goal.handle, succeeded=succeeded, cancelled=cancelled, result=result)
         except Exception as error:
             self._node.unexpected(f"the end of a goal of {self._name}", error)
 
