@@ -31,7 +31,7 @@ from edge_runtime.errors import BadConfig, Unsupported
 
 if TYPE_CHECKING:
     from builders.calibration import Calibration
-    from builders.weights import Weights
+    from builders.weights import Model
 
 
 # rows * cols^2 of all matrices in all formats, up to which losses are measured with the build's algorithm:
@@ -64,7 +64,7 @@ class Calibrations:
         self._stack = ExitStack()
         self._corpus: Corpus | None = None
         self._own: Path | None = None
-        self._weights: dict[str, Weights] = {}
+        self._weights: dict[str, Model] = {}
         self._importance: dict[str, Mapping[str, Array]] = {}
         self._request = CalibrationRequest()
         self.device = "cpu"
@@ -125,7 +125,7 @@ class Calibrations:
         windows, request = self.windows(part)[:most], self._request
         options = FeedbackOptions(request.corpus.seed, self.device, request.memory // 2)
         folder = self._parts[part.name].folder
-        quantize_in_order(part.weights, windows, choose, folder, options, watcher, known)
+        quantize_in_order(part.model, windows, choose, folder, options, watcher, known)
 
     def record(self) -> CalibrationRecord | None:
         """What the engine says of it."""
@@ -155,9 +155,9 @@ class Calibrations:
                 digests = contents.folders[DRAFT].sha256()  # type: ignore[union-attr]
                 windows = corpus.windows[:, : part.program.max_context]
                 corpus = replace(corpus, windows=windows)
-            self._weights[part.name] = part.weights  # type: ignore[assignment]
+            self._weights[part.name] = part.model
             self._parts[part.name] = self._calibrate(
-                part.weights,  # type: ignore[arg-type]
+                part.model,
                 corpus,
                 folder / part.name,
                 digests,
@@ -168,7 +168,7 @@ class Calibrations:
 
     def _calibrate(
         self,
-        weights: Weights,
+        weights: Model,
         corpus: Corpus,
         folder: Path,
         digests: Mapping[str, str],
@@ -212,7 +212,7 @@ class Calibrations:
         found, corpus = self._parts[LANGUAGE], self._corpus
         assert corpus is not None
         journal = found.folder / JOURNAL
-        specs = (s for s in part.weights.program.tensors.values() if s.role != "vector")
+        specs = (s for s in part.model.program.tensors.values() if s.role != "vector")
         work = len(formats) * sum(spec.size * spec.cols for spec in specs)
         own = algorithm if work <= OWN_WORK else "rtn"
         calibrated = get_algorithm(own).CALIBRATED
@@ -222,7 +222,7 @@ class Calibrations:
             row_importance=self.row_importance(part, formats) if calibrated else {},
         )
         return measure_sensitivity(
-            part.weights, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
+            part.model, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
         )
 
     def notes(self, subject: object) -> Journal:

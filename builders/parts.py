@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from builders.architecture import Architecture
 from builders.archs import read_program
@@ -19,14 +19,12 @@ from builders.companions import Companions
 from builders.planner import default_context
 from builders.reorder import order_inputs
 from builders.sources import Source, open_source, read_config, read_vocabulary
-from builders.sources.matrix import Stored
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
 from builders.sources.vocabulary import token_ids
-from builders.weights import CheckpointWeights
+from builders.weights import Blocks, CheckpointWeights, Model
 from edge_runtime.engine import peft
 from edge_runtime.engine.adapter import Adapter
 from edge_runtime.engine.folder import sha256_of
-from edge_runtime.engine.formats import Array
 from edge_runtime.engine.manifest import DRAFT, LANGUAGE, MEDUSA, Origin, Vocabulary
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadCheckpoint, BadConfig, Unsupported, ValueOutOfRange
@@ -44,15 +42,6 @@ class Extras:
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
-class Blocks(Protocol):
-    """f32 weights by rows, so that nothing larger than a block need lie in memory; `stored`: the planes of a
-    tensor that the checkpoint already holds in that format."""
-
-    def block(self, name: str, start: int, stop: int) -> Array: ...
-
-    def stored(self, name: str, fmt: str) -> Stored | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A model to be quantized and written under `name`."""
@@ -61,6 +50,12 @@ class Part:
     program: Program
     weights: Blocks
     origins: dict[str, Origin] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Model:
+        """The weights of a part that can be run: not those of heads, of which only blocks are read."""
+        assert isinstance(self.weights, Model)
+        return self.weights
 
 
 @dataclass(frozen=True, slots=True)

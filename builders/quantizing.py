@@ -47,12 +47,13 @@ def scale_channels(
 def scaled_part(
     part: Part, plan: Plan, algorithm: Algorithm, options: AlgorithmOptions, calibrations: Calibrations
 ) -> Part:
-    """One part, its channels scaled for the formats of its plan where the algorithm scales any."""
-    if not isinstance(algorithm, ChannelScaler):
+    """One part, its channels scaled for the formats of its plan where the algorithm scales any, and where
+    there are statistics to scale them by."""
+    if not isinstance(algorithm, ChannelScaler) or not calibrations.covers(part.name):
         return part
     formats = {name: get_format(chosen.format) for name, chosen in plan.tensors.items()}
     weights = equalize(
-        part.weights, algorithm, formats, lambda name: calibrations.statistics(part.name, name), options
+        part.model, algorithm, formats, lambda name: calibrations.statistics(part.name, name), options
     )
     origins = {name: origin for name, origin in part.origins.items() if name not in weights.changed}
     return replace(part, weights=weights, origins=origins)
@@ -63,10 +64,7 @@ def fix_scales(contents: Contents, calibrations: Calibrations, kind: Kind, obser
     Raises BadConfig where a linear has no statistics."""
     part = contents.language
     program = round_activations(
-        part.weights.program,  # type: ignore[attr-defined]
-        kind,
-        lambda name: inputs_of(part, name, calibrations),
-        observer,
+        part.model.program, kind, lambda name: inputs_of(part, name, calibrations), observer
     )
     return contents.with_language(replace(part, program=program))
 

@@ -6,16 +6,10 @@ A provider may remember what it made last (rotated matrices are made whole), and
 from __future__ import annotations
 
 import threading
-from typing import Protocol
 
-from builders.parts import Blocks
 from builders.sources.matrix import Stored
-from builders.weights import Weights
+from builders.weights import Model as Model
 from edge_runtime.engine.formats import Array
-
-
-class Model(Weights, Blocks, Protocol):
-    """Weights that can be asked for in every way, and for planes that the checkpoint already has."""
 
 
 class SerialWeights:

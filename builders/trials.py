@@ -65,10 +65,9 @@ class Trials:
         values = self._values(part, plan, options)
         device = self.options.device
         with repeatable(device) as workers:
-            exact: Weights = self.part.weights  # type: ignore[assignment]
+            exact, rounded = self.part.model, _Changed(part.model, values)
             if not self._exact:
                 self._exact.append(_hidden(exact, self.windows, device, workers))
-            rounded = _Changed(part.weights, values)  # type: ignore[arg-type]
             found = _hidden(rounded, self.windows, device, workers)
             return _divergence(exact, self._exact[0], rounded, found, device, workers)
 

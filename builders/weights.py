@@ -6,7 +6,7 @@ Both give a whole tensor or a block of its rows, so that nothing larger than a b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,20 @@ class Weights(Protocol):
     def rows(self, name: str, ids: Array) -> Array:
         """f32 rows of it by number: (len(ids), cols)."""
         ...
+
+
+class Blocks(Protocol):
+    """f32 weights by rows, so that nothing larger than a block need lie in memory; `stored`: the planes of a
+    tensor that the checkpoint already holds in that format."""
+
+    def block(self, name: str, start: int, stop: int) -> Array: ...
+
+    def stored(self, name: str, fmt: str) -> Stored | None: ...
+
+
+@runtime_checkable
+class Model(Weights, Blocks, Protocol):
+    """Weights that can be asked for in every way, and for planes that the checkpoint already has."""
 
 
 def row_blocks(rows: int, cols: int, items: int = _BLOCK_ITEMS, run: int = 1) -> list[tuple[int, int]]:
