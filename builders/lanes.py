@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builders.segment_runner import SegmentRunner, batches, kept_after, load
+from builders.divergence import Answers, load_head
+from builders.segment_runner import SegmentRunner, batches, kept_after
 from builders.segments import cut
 from builders.torch_device import Workers
-from builders.torch_program import TorchProgram
 from builders.weights import Weights
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.ops import weights as names_of
 
 _BLOCK = 1 << 21  # logits that are compared at once, in f64
@@ -45,9 +44,6 @@ class LaneRunner:
         self._windows, self._device, self._workers, self._room = windows, device, workers, max(1, room)
         self._segments = cut(weights.program)
         self._spans = batches(weights.program, len(windows), windows.shape[1], device)
-        head = weights.program.ops[-1]
-        assert isinstance(head, Logits)  # Program.check proved it
-        self._head = head
 
     def measure(self, lanes: Sequence[Lane]) -> Iterator[tuple[Lane, float]]:
         """Each lane with its KL(model || lane), the mean over all tokens in nats; in the order of their
@@ -126,32 +122,17 @@ class LaneRunner:
         return found
 
     def _compare(self, lanes: Sequence[Lane], ends: Sequence[Array], base: Array) -> Iterator[float]:
-        names = names_of(self._head)
-        held = {name: load(self._weights, name, self._device) for name in names}
-        model = TorchProgram(self._program, held.__getitem__, checked=True)
+        held = load_head(self._weights, self._device)
         rows = torch.from_numpy(base.reshape(-1, base.shape[-1])).to(self._device)
-        step = max(1, _BLOCK // self._program.vocab_size)
-        starts = range(0, len(rows), step)
-
-        def log_probability(program: TorchProgram, some: Tensor) -> Tensor:
-            with torch.no_grad():
-                return program.logits(some).double().log_softmax(-1)
-
         few = len(rows) * self._program.vocab_size <= _CACHE
-        known = {a: log_probability(model, rows[a : a + step]) for a in starts} if few else {}
+        model = Answers(self._program, held, rows, _BLOCK, kept=few)
 
         def measure(n: int) -> float:
-            mine = model
-            if lanes[n].tensor in names:
-                changed = {lanes[n].tensor: torch.from_numpy(lanes[n].make(None)).to(self._device, copy=True)}
-                mine = TorchProgram(self._program, {**held, **changed}.__getitem__, checked=True)
-            end = torch.from_numpy(ends[n].reshape(rows.shape)).to(self._device, copy=True)
-            total = 0.0
-            for a in starts:
-                want = known[a] if few else log_probability(model, rows[a : a + step])
-                got = log_probability(mine, end[a : a + step])
-                total += float((want.exp() * (want - got)).sum())
-            return max(total / len(rows), 0.0)  # rounding may leave -1e-16 where both are equal
+            head = held
+            if lanes[n].tensor in held:
+                values = torch.from_numpy(lanes[n].make(None)).to(self._device, copy=True)
+                head = {**held, lanes[n].tensor: values}
+            return model.kl(head, torch.from_numpy(ends[n].reshape(rows.shape)).to(self._device, copy=True))
 
         yield from self._workers.map(measure, range(len(lanes)))
 

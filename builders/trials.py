@@ -13,23 +13,20 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from builders.calibrating import Calibrations
+from builders.divergence import Answers, load_head
 from builders.encoding import encode
 from builders.parts import Part
 from builders.quantize import Algorithm, AlgorithmOptions
 from builders.quantizing import inputs_of, scaled_part
-from builders.segment_runner import SegmentRunner, batches, load
+from builders.segment_runner import SegmentRunner, batches
 from builders.segments import cut
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable
-from builders.torch_program import TorchProgram
 from builders.watcher import Watcher
-from builders.weights import Weights, row_blocks
+from builders.weights import Weights
 from edge_runtime.engine.formats import Array, get_format
-from edge_runtime.engine.ops import Logits
-from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
@@ -37,6 +34,7 @@ TRIAL_FLOPS = 1e12  # of all trials of a build: half a minute of two cores; fixe
 MOST = 12  # of them, of a model that is small enough
 FEW = 6  # that shall be possible, else fewer windows are judged
 LEAST_TOKENS = 256  # that a plan is judged on
+_BLOCK = 1 << 20  # logits that a worker compares at once, in f64
 # Passes through all matrices of a trial, 2 operations a weight and token each
 PLAIN_PASSES = 2
 FEEDBACK_PASSES = 8  # both models through a segment once for every group of linears in it, and once more
@@ -69,7 +67,9 @@ class Trials:
             if not self._exact:
                 self._exact.append(_hidden(exact, self.windows, device, workers))
             found = _hidden(rounded, self.windows, device, workers)
-            return _divergence(exact, self._exact[0], rounded, found, device, workers)
+            rows = [torch.from_numpy(r).to(device, copy=True) for r in (self._exact[0], found)]
+            wanted = Answers(exact.program, load_head(exact, device), rows[0], _BLOCK)
+            return wanted.kl(load_head(rounded, device), rows[1], workers.map)
 
     def _values(self, part: Part, plan: Plan, options: AlgorithmOptions) -> dict[str, Array]:
         """f32 (rows, cols) of every tensor that is no vector, as it would be read from the engine."""
@@ -136,29 +136,3 @@ def _hidden(weights: Weights, windows: Array, device: str, workers: Workers) -> 
         rows = np.concatenate(list(workers.map(run, spans)))
     assert rows is not None  # a program has a segment before its logits
     return rows.reshape(-1, rows.shape[-1])
-
-
-def _divergence(
-    exact: Weights, x_f: Array, rounded: Weights, x_q: Array, device: str, workers: Workers
-) -> float:
-    """Mean KL of the two models' answers, from their rows before the logits (tokens, hidden); sums in f64."""
-    programs = []
-    for weights in (exact, rounded):
-        head = weights.program.ops[-1]
-        assert isinstance(head, Logits)  # Program.check proved it
-        held = {name: load(weights, name, device) for name in names_of(head)}
-        programs.append(TorchProgram(weights.program, held.__getitem__, checked=True))
-
-    def log_probability(program: TorchProgram, rows: Array) -> Tensor:
-        with torch.no_grad():
-            return program.logits(torch.from_numpy(rows).to(device, copy=True)).double().log_softmax(-1)
-
-    def measure(span: tuple[int, int]) -> float:
-        want, got = (
-            log_probability(program, rows[slice(*span)])
-            for program, rows in zip(programs, (x_f, x_q), strict=True)
-        )
-        return float((want.exp() * (want - got)).sum())
-
-    spans = row_blocks(len(x_f), exact.program.vocab_size)
-    return max(sum(workers.map(measure, spans)) / len(x_f), 0.0)
