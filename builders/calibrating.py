@@ -222,7 +222,7 @@ class Calibrations:
             row_importance=self.row_importance(part, formats) if calibrated else {},
         )
         return measure_sensitivity(
-            part.model, found, corpus, formats, options, journal=journal, watcher=watcher, keep=True
+            part.model, found, corpus, formats, options, journal=journal, watcher=watcher
         )
 
     def notes(self, subject: object) -> Journal:

@@ -64,13 +64,12 @@ def measure_sensitivity(
     options: SensitivityOptions = SensitivityOptions(),
     *,
     journal: Path | None = None,
-    keep: bool = False,
     watcher: Watcher | None = None,
 ) -> Sensitivity:
     """Losses of every tensor that is no vector, in every format that can hold it.
 
-    A run that was killed goes on with the figures in `journal`, which is removed in the end but with `keep`.
-    Raises BadConfig, Unsupported.
+    Figures stay in `journal`: a run that was killed goes on with them, and another asks for none of them
+    again. Raises BadConfig, Unsupported.
     """
     if not formats:
         raise BadConfig("no formats to measure; name at least one")
@@ -93,15 +92,9 @@ def measure_sensitivity(
             SerialWeights(weights), calibration, corpus, formats, options, device, workers, notes
         )
         try:
-            found = search.run(watcher or Watcher())
-        except BaseException:
+            return search.run(watcher or Watcher())
+        finally:
             notes.close()
-            raise
-    if keep:
-        notes.close()
-    else:
-        notes.remove()
-    return found
 
 
 def lane_flops(program: Program) -> dict[str, float]:
