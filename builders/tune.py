@@ -128,16 +128,24 @@ def tune(
         models, run = begin()
         before = models.judge(judged)
         best, state = _Best(run, before), folder / STATE
-        if state.exists():
-            try:
-                restore_state(run, state)
-                models.use(run.kept)
-            except BadConfig:  # of another build with this calibration, or cut short: begun anew
-                models, run = begin()
-                best = _Best(run, before)
+        if state.exists() and not _restored(models, run, state):
+            del models, run, best  # before there are others: the model would be in memory twice as often
+            models, run = begin()
+            best = _Best(run, before)
         _train(models, run, best, learned, judged, options, state, watcher)
         state.unlink(missing_ok=True)
         return Tuned(best.planes(), before, best.kl)
+
+
+def _restored(models: _Models, run: Run, state: Path) -> bool:
+    """Whether the run goes on from the state. If not, it was of another build with this calibration, or cut
+    short, and what was read of it is in the models."""
+    try:
+        restore_state(run, state)
+        models.use(run.kept)
+    except BadConfig:
+        return False
+    return True
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(fmt: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["of another build", "cut"])
-def test_a_state_that_does_not_fit_is_replaced(damaged: bool, tmp_path: Path) -> None:
+def test_a_state_that_does_not_fit_is_replaced(
+    damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the model is never in memory twice for it."""
     weights = made_weights(CONFIG)
     with pytest.raises(KeyboardInterrupt):
         tuned(weights, "int4_g32", tmp_path, 20, watcher=Stop(2))
@@ -134,8 +138,31 @@ def test_a_state_that_does_not_fit_is_replaced(damaged: bool, tmp_path: Path) ->
     if damaged:
         state.write_bytes(state.read_bytes()[:-100])
     steps = 20 if damaged else 9
-    found, whole = tuned(weights, "int4_g32", tmp_path, steps), tuned(weights, "int4_g32", tmp_path, steps)
-    assert found.after == whole.after and not state.exists()
+    left = _count_left(monkeypatch)
+    found = tuned(weights, "int4_g32", tmp_path, steps)
+    assert left == [0, 0]
+    assert found.after == tuned(weights, "int4_g32", tmp_path, steps).after and not state.exists()
+
+
+def _count_left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tensors of earlier models and runs are in memory whenever a model is built."""
+    seen: list[weakref.ref] = []
+    left: list[int] = []
+
+    class Watched(tune_module._Models):
+        def __init__(self, *given: Any) -> None:
+            left.append(sum(tensor() is not None for tensor in seen))
+            super().__init__(*given)
+            exact = [self._teacher.weight(name) for name in self._teacher.program.tensors]
+            seen.extend(map(weakref.ref, (*exact, *self._values.values())))
+
+        def run(self, *given: Any) -> Any:
+            run = super().run(*given)
+            seen.extend(map(weakref.ref, run.tensors.values()))
+            return run
+
+    monkeypatch.setattr(tune_module, "_Models", Watched)
+    return left
 
 
 def test_what_does_not_help_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
