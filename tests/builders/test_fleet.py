@@ -277,7 +277,7 @@ def test_jobs_need_a_matrix(capsys: Captured) -> None:
 def test_ray_builds_the_same_engines(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="needs ray: pip install -c constraints.txt -e '.[fleet]'")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     path = write_fleet(tmp_path, models=["ant", "nobody"])
     by_ray = run(path, capsys, "--ray", "--jobs", "2", code=1)
@@ -292,7 +292,7 @@ def test_ray_builds_the_same_engines(
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path, capsys: Captured) -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("ray", reason="needs ray: pip install -c constraints.txt -e '.[fleet]'")
     assert main(["--matrix", str(write_fleet(tmp_path)), "--ray", "127.0.0.1:1"]) == 1
     assert "no Ray cluster answers at 127.0.0.1:1" in capsys.readouterr().err
 

@@ -234,7 +234,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(
 
 
 def test_peft_reads_the_folder_and_computes_the_same(base: PackedBase, model: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -c constraints.txt peft")
     from transformers import AutoModelForCausalLM
 
     ours = randomized(base, ["q", "o", "down"])

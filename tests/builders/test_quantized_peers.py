@@ -67,8 +67,13 @@ def compare(folder: Path, library: Library, *, count: int = 7) -> None:
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (4, False), (8, True)])
 def test_gptqmodel(tmp_path: Path, bits: int, symmetric: bool, act_order: bool, v2: bool) -> None:
     """Packed and dequantized by GPTQModel; zero points of 0 included, for which its v1 borrows."""
+    # Its own requirements would bring another torch
+    how = (
+        "needs gptqmodel: pip install --no-deps gptqmodel; "
+        "pip install -c constraints.txt accelerate threadpoolctl logbar pypcre device-smi tokenicer defuser"
+    )
     name = "gptqmodel.nn_modules.qlinear.torch"
-    linears = pytest.importorskip(name, reason="needs gptqmodel: pip install gptqmodel", exc_type=ImportError)
+    linears = pytest.importorskip(name, reason=how, exc_type=ImportError)
     from gptqmodel.utils.model import (
         convert_gptq_v1_to_v2_format_module,
         convert_gptq_v2_to_v1_format_module,
