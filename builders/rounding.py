@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,53 +16,65 @@ from torch import Tensor
 from builders.grids import is_uniform, levels_of
 from builders.trellis import nearest_column
 from edge_runtime.engine.formats import Array, Format
-from edge_runtime.engine.formats.trellis import TrellisCode, trellis_of
+from edge_runtime.engine.formats.trellis import TrellisCode
 
 _NEAR = 16  # columns whose changes reach one another one by one; further ones are reached by a product
 
 
+class Nearest(Protocol):
+    def __call__(self, wanted: Tensor, scale: Tensor, value: Tensor) -> None:
+        """Put level * scale of the nearest levels of one column into `value`; all (rows,), `wanted` in units
+        of the scale, overwritten."""
+        ...
+
+
+class NearestLevel:
+    """Each value by itself, to a level of the format."""
+
+    def __init__(self, fmt: Format, like: Tensor) -> None:
+        levels = levels_of(fmt)
+        self._low, self._high = float(levels[0]), float(levels[-1])
+        self._levels = torch.from_numpy(np.array(levels)).to(like)
+        middle = (levels[1:].astype(np.float64) + levels[:-1]) / 2
+        self._middle = None if is_uniform(levels) else torch.from_numpy(middle).to(like)
+
+    def __call__(self, wanted: Tensor, scale: Tensor, value: Tensor) -> None:
+        if self._middle is None:
+            level = wanted.round_().clamp_(self._low, self._high)
+        else:
+            level = self._levels[torch.bucketize(wanted, self._middle)]
+        torch.mul(level, scale, out=value)
+
+
+class BestPath:
+    """All rows of a column together, through a trellis."""
+
+    def __init__(self, code: TrellisCode, roots: Array | None) -> None:
+        self._code, self._roots = code, roots
+
+    def __call__(self, wanted: Tensor, scale: Tensor, value: Tensor) -> None:
+        found = nearest_column(wanted.cpu().numpy(), scale.cpu().numpy(), self._code, self._roots)
+        value.copy_(torch.from_numpy(found))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ColumnGrid:
-    """Grids of some rows: value = level * scale + shift; scale and shift (groups, rows), levels ascending.
-
-    A group whose scale is 0 holds its shift alone. Of a trellis format's code, no level stands for itself;
-    roots f32 (rows,) say how its rows matter (trellis.row_roots), None: all alike.
-    """
+    """Grids of some rows: value = level * scale + shift; scale and shift (groups, rows), a group of `span`
+    columns. A group whose scale is 0 holds its shift alone."""
 
     scale: Tensor
     shift: Tensor
-    levels: Tensor
-    middle: Tensor | None  # between neighbouring levels; None where levels are consecutive whole numbers
     span: int
-    code: TrellisCode | None = None
-    roots: Array | None = None
+    nearest: Nearest
 
     def scaled(self, factor: Tensor) -> ColumnGrid:
         """The grid with all its values multiplied by factor (groups, rows)."""
         return replace(self, scale=self.scale * factor, shift=self.shift * factor)
 
 
-def column_grid(
-    fmt: Format,
-    scale: Array,
-    shift: Array,
-    cols: int,
-    rows: int,
-    like: Tensor,
-    roots: Array | None = None,
-) -> ColumnGrid:
-    """Of f32 scale and shift (rows or 1, groups), in the dtype and on the device of `like`."""
-    code = trellis_of(fmt)
-    levels = levels_of(fmt) if code is None else code.levels()
-
-    def moved(a: Array) -> Tensor:
-        return torch.from_numpy(np.array(a)).to(like)
-
-    def columns(a: Array) -> Tensor:
-        return moved(np.broadcast_to(a, (rows, a.shape[1])).T)
-
-    middle = None if is_uniform(levels) else moved((levels[1:].astype(np.float64) + levels[:-1]) / 2)
-    return ColumnGrid(columns(scale), columns(shift), moved(levels), middle, fmt.span(cols), code, roots)
+def by_columns(a: Array, rows: int, like: Tensor) -> Tensor:
+    """(rows or 1, groups) as (groups, rows), in the dtype and on the device of `like`."""
+    return torch.from_numpy(np.array(np.broadcast_to(a, (rows, a.shape[1])).T)).to(like)
 
 
 class BlockRounding:
@@ -71,9 +84,7 @@ class BlockRounding:
     """
 
     def __init__(self, grid: ColumnGrid) -> None:
-        self._code, self._roots = grid.code, grid.roots
-        self._span, self._middle, self._levels = grid.span, grid.middle, grid.levels
-        self._low, self._high = (float(end) for end in (grid.levels[0], grid.levels[-1]))
+        self._span, self._nearest = grid.span, grid.nearest
         self._scale = grid.scale.unbind(0)
         self._divisor = torch.where(grid.scale == 0, torch.inf, grid.scale).unbind(0)
         self._shift = grid.shift.unbind(0) if bool(grid.shift.any()) else None
@@ -94,25 +105,14 @@ class BlockRounding:
             each = (columns[near], base[near], weights, origin[near], values[near], changes[near])
             for column, wanted, weight, old, value, change in zip(*each, strict=True):
                 wanted.addmv_(known, weight)
-                if self._code is None:
-                    self._nearest(column // self._span, wanted, value)
-                else:
-                    scale = self._scale[column // self._span]
-                    column_of = (wanted.cpu().numpy(), scale.cpu().numpy(), self._code)
-                    found = nearest_column(*column_of, self._roots)
-                    value.copy_(torch.from_numpy(found))
+                self._round(column // self._span, wanted, value)
                 torch.sub(old, value, out=change)
         return values, changes
 
-    def _nearest(self, group: int, wanted: Tensor, value: Tensor) -> None:
+    def _round(self, group: int, wanted: Tensor, value: Tensor) -> None:
         """The values (rows,) of the grid nearest to `wanted`, which is overwritten."""
         if self._shift is not None:
             wanted.sub_(self._shift[group])
-        wanted.div_(self._divisor[group])
-        if self._middle is None:
-            level = wanted.round_().clamp_(self._low, self._high)
-        else:
-            level = self._levels[torch.bucketize(wanted, self._middle)]
-        torch.mul(level, self._scale[group], out=value)
+        self._nearest(wanted.div_(self._divisor[group]), self._scale[group], value)
         if self._shift is not None:
             value.add_(self._shift[group])

@@ -133,7 +133,9 @@ def _spread(grid: dict[str, Array], x: Array) -> Array:
 
 def _search(x: Array, scale: Array, code: TrellisCode, roots: Array | None) -> tuple[Array, Array]:
     """Codes u8 and levels f32; all (rows, cols)."""
-    return best_paths(*(a.T for a in on_scales(x.T, scale.T, roots)), code)
+    with np.errstate(over="ignore", under="ignore"):
+        targets = x / np.where(scale == 0, np.float32(np.inf), scale)
+    return best_paths(targets, _weights(scale, roots), code)
 
 
 def best_paths(targets: Array, weights: Array, code: TrellisCode) -> tuple[Array, Array]:
@@ -150,19 +152,22 @@ def best_paths(targets: Array, weights: Array, code: TrellisCode) -> tuple[Array
     return found, level
 
 
-def on_scales(x: Array, scale: Array, roots: Array | None = None) -> tuple[Array, Array]:
-    """Targets in levels and the weights of their squared errors, f32 (chains, rows); one chain's weights may
-    be multiplied by any number, so the largest is 1."""
+def _weights(scale: Array, roots: Array | None) -> Array:
+    """Of squared errors in levels, on f32 scales (rows, cols); those of a column may be multiplied by any
+    number, so the largest is 1."""
     with np.errstate(over="ignore", under="ignore"):
-        targets = x / np.where(scale == 0, np.float32(np.inf), scale)
         if roots is not None:
-            scale = scale * roots
-        share = scale / np.maximum(scale.max(axis=1, keepdims=True), scaled.TINY)
-        return targets.astype(np.float32), np.square(share, dtype=np.float32)
+            scale = scale * roots[:, None]
+        share = scale / np.maximum(scale.max(axis=0), scaled.TINY)
+        found: Array = np.square(share, dtype=np.float32)
+    return found
 
 
 def nearest_column(wanted: Array, scale: Array, code: TrellisCode, roots: Array | None = None) -> Array:
-    """f32 values (rows,) nearest to a column, f64 or f32 (rows,), on the scales (rows,) of its rows."""
-    _, level = search(*on_scales(wanted[None], scale[None].astype(np.float32), roots), code)
-    value: Array = level[0] * scale.astype(np.float32)
+    """f32 values (rows,) nearest to a column in units of its rows' scales; both (rows,), f64 or f32."""
+    scale = scale.astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        targets = wanted.astype(np.float32)
+    _, level = search(targets[None], _weights(scale[:, None], roots).T, code)
+    value: Array = level[0] * scale
     return value

@@ -15,22 +15,20 @@ outputs meet those of the f32 model (see `InputStatistics.drift`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from builders import trellis
+from builders.coder import Coder, coder_of
 from builders.descent import improve
-from builders.grids import affine, grid_for, has_grid, levels_of, range_of
-from builders.observers import get_observer
+from builders.grids import affine, grid_for, levels_of, range_of
 from builders.quantize import AlgorithmOptions, int8_outlier
-from builders.rounding import BlockRounding, ColumnGrid, column_grid
+from builders.rounding import BlockRounding, ColumnGrid, by_columns
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable
 from edge_runtime.engine.formats import Array, Format
-from edge_runtime.engine.formats.trellis import trellis_of
 from edge_runtime.errors import NumericError
 
 ROW_WISE = False  # H is factored once for all rows; rows are worked on in chunks here
@@ -49,41 +47,30 @@ def quantize(
 
     Without inputs, or in a format without scales: the observer's grid and the nearest level.
     """
-    code = trellis_of(fmt)
-    if code is None and not has_grid(fmt):
+    coder = coder_of(fmt, options.observer or "mse", options.rows)
+    if coder is None:
         return int8_outlier.quantize(weights, fmt, inputs, options)
-    if code is not None and inputs is None:
-        return trellis.quantize(weights, fmt, roots=trellis.row_roots(options.rows))
-    observe = get_observer(options.observer or "mse")
     if inputs is None:
-        return fmt.encode_on_grid(weights, grid_for(fmt, *observe(weights, fmt, None)))
+        return coder.quantize(weights)
     with repeatable(options.device) as workers:
         hessian = Hessian.of(inputs, options.device)
         weights = hessian.target(weights, inputs)
-        if code is not None:
-            roots = trellis.row_roots(options.rows)
-            grid = trellis.grid_for(weights, fmt, inputs.importance, roots)
-        else:
-            roots = None
-            grid = grid_for(fmt, *observe(weights, fmt, inputs.importance))
-        # descent gains less than 1% where a path is best already
-        values, grid = round_rows(weights, fmt, grid, hessian, workers, refine=code is None, roots=roots)
-    return fmt.encode_on_grid(values, grid) if code is None else trellis.encode_on_grid(values, fmt, grid)
+        grid = coder.grid_for(weights, inputs.importance)
+        values, grid = round_rows(weights, coder, grid, hessian, workers, refine=coder.refines)
+    return coder.encode(values, grid)
 
 
 def round_rows(
     weights: Array,
-    fmt: Format,
+    coder: Coder,
     grid: dict[str, Array],
     hessian: Hessian,
     workers: Workers,
     *,
     refine: bool = True,
-    roots: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's. roots (rows,):
-    how rows of a trellis format matter."""
-    rows, cols = weights.shape
+    """(values f32 (rows, cols), the grid they lie on); without `refine`, exactly the paper's."""
+    (rows, cols), fmt = weights.shape, coder.fmt
     values = np.empty_like(weights)
     assert fmt.affine is not None  # formats with scales have it
     scale, shift = (np.broadcast_to(a, (rows, a.shape[1])) for a in fmt.affine(grid))
@@ -96,10 +83,10 @@ def round_rows(
 
     def work(part: slice) -> dict[str, Array]:
         w = torch.from_numpy(np.ascontiguousarray(weights[part].T)).to(hessian.matrix)
-        own = None if roots is None else roots[part]
-        chosen = column_grid(fmt, scale[part], shift[part], cols, w.shape[1], w, own)
+        a, b = (by_columns(x[part], w.shape[1], w) for x in (scale, shift))
+        chosen = ColumnGrid(a, b, fmt.span(cols), coder.nearest(part, w))
         q, surprise = feedback(w, hessian.mixing, chosen, hessian.order)
-        refit = None if whole or not refine else _Refit(fmt, cols)
+        refit = None if whole or not refine else _Refit(fmt)
         if refine:
             gradient = hessian.gradient(surprise)
             del surprise
@@ -214,19 +201,16 @@ def _mixing(h: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Refit:
-    """Scales as the format holds them, rows by rows; remembers the planes of the grid that it made last."""
+    """Scales as the format holds them, rows by rows."""
 
-    def __init__(self, fmt: Format, cols: int) -> None:
-        self._fmt, self._cols = fmt, cols
+    def __init__(self, fmt: Format) -> None:
+        self._fmt = fmt
 
     def __call__(self, grid: ColumnGrid, factor: Tensor) -> ColumnGrid:
-        wanted = grid.scaled(factor)
-        return self._on(self.planes(wanted), grid)
+        made = affine(self._fmt, self.planes(grid.scaled(factor)))
+        scale, shift = (by_columns(a, grid.scale.shape[1], grid.scale) for a in made)
+        return replace(grid, scale=scale, shift=shift)
 
     def planes(self, grid: ColumnGrid) -> dict[str, Array]:
         scale, shift = (a.T.float().cpu().numpy() for a in (grid.scale, grid.shift))
         return grid_for(self._fmt, *range_of(scale, shift, levels_of(self._fmt)))
-
-    def _on(self, planes: dict[str, Array], like: ColumnGrid) -> ColumnGrid:
-        scale, shift = affine(self._fmt, planes)
-        return column_grid(self._fmt, scale, shift, self._cols, scale.shape[0], like.scale)

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders import trellis
-from builders.grids import grid_for, has_grid
-from builders.observers import get_observer
+from builders.coder import coder_of
 from builders.quantize import AlgorithmOptions
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
-from edge_runtime.engine.formats.trellis import trellis_of
 
 ROW_WISE = True  # per-tensor scales are the one exception, which the caller knows from the format
 CALIBRATED = False
@@ -27,13 +24,9 @@ def quantize(
 
     With an observer, the nearest levels on the grid of its ranges, columns weighted by the inputs if known.
     """
-    if trellis_of(fmt) is not None:
-        return trellis.quantize(weights, fmt, None if inputs is None else inputs.importance)
-    if options.observer is not None and has_grid(fmt):
-        importance = None if inputs is None else inputs.importance
-        return fmt.encode_on_grid(
-            weights, grid_for(fmt, *get_observer(options.observer)(weights, fmt, importance))
-        )
+    coder = coder_of(fmt, options.observer)
+    if coder is not None:
+        return coder.quantize(weights, None if inputs is None else inputs.importance)
     planes = fmt.encode(weights)
     q = fmt.plane("q")
     if q is None or q.encoding != "u4o8" or fmt.group is None:

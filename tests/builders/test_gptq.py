@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_weights import made_statistics
 
+from builders.coder import LevelCoder
 from builders.grids import affine, grid_for, has_grid
 from builders.observers import minmax, mse
 from builders.quantize import AlgorithmOptions, get_algorithm
@@ -70,7 +71,7 @@ def test_codes_are_those_of_the_papers_dense_formula(name: str, act_order: bool)
     fmt, w, inputs = get_format(name), matrix(12, 200), made_statistics(200)
     grid = grid_for(fmt, *minmax(w, fmt))
     hessian = gptq.Hessian.of(inputs, "cpu", act_order=act_order)
-    got, same = gptq.round_rows(w, fmt, grid, hessian, ALONE, refine=False)
+    got, same = gptq.round_rows(w, LevelCoder(fmt, minmax), grid, hessian, ALONE, refine=False)
     diagonal = np.diag(inputs.hessian)
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(200)
     want = paper(w, fmt, grid, inputs.hessian, order)
@@ -99,7 +100,7 @@ def test_refining_never_adds_error_to_a_row(name: str) -> None:
     grid = grid_for(fmt, *mse(w, fmt, inputs.importance))
     error = {}
     for refine in (False, True):
-        values, kept = gptq.round_rows(w, fmt, grid, hessian, ALONE, refine=refine)
+        values, kept = gptq.round_rows(w, LevelCoder(fmt, mse), grid, hessian, ALONE, refine=refine)
         e = (fmt.decode(fmt.encode_on_grid(values, kept), *w.shape) - w).astype(np.float64)
         error[refine] = np.einsum("rc,rc->r", e @ h, e)
     assert (error[True] <= error[False] * (1 + 1e-5)).all()

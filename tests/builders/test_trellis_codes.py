@@ -95,7 +95,7 @@ def test_values_on_given_scales_are_the_formats_own(name: str) -> None:
 def test_a_column_gets_its_nearest_values() -> None:
     code, rng = CODES[4], np.random.default_rng(0)
     wanted, scale = rng.standard_normal(RUN + 20), rng.uniform(0.09, 0.13, RUN + 20)
-    found = trellis.nearest_column(wanted, scale, code)
+    found = trellis.nearest_column(wanted / scale, scale, code)
     assert found.dtype == np.float32 and np.square(found - wanted).mean() < 0.008
     assert not trellis.nearest_column(wanted, np.zeros(RUN + 20), code).any()
 
@@ -141,7 +141,7 @@ def test_a_column_knows_how_its_rows_matter() -> None:
     wanted, matter = rng.standard_normal(RUN), importance(RUN)
     scale = np.full(RUN, 0.11)
     errors = [
-        float((np.square(trellis.nearest_column(wanted, scale, code, roots) - wanted) * matter).sum())
+        float((np.square(trellis.nearest_column(wanted / scale, scale, code, roots) - wanted) * matter).sum())
         for roots in (trellis.row_roots(matter), None)
     ]
     assert errors[0] < 0.8 * errors[1]
