@@ -43,6 +43,18 @@ DEEP = QoSProfile(depth=500)  # by ROS's ten, what comes while ten others wait t
 watched: list[Any] = []  # node processes that should live: waiting ends when one has not
 
 
+def action_client(node: Any, action_type: Any, name: str, qos: QoSProfile) -> ActionClient:
+    """All its services with this profile: answers to more goals than its depth may push each other out."""
+    return ActionClient(
+        node,
+        action_type,
+        name,
+        goal_service_qos_profile=qos,
+        result_service_qos_profile=qos,
+        cancel_service_qos_profile=qos,
+    )
+
+
 def _finished(future: Any, timeout: float, what: str) -> Any:
     """The result of an rclpy future that the executor's thread completes."""
     done, end = threading.Event(), time.monotonic() + timeout
@@ -263,7 +275,7 @@ class Robot:
             # it knows of this subscription then, and no first part is lost.
             heard = action_type.Impl.FeedbackMessage
             self.node.create_subscription(heard, f"{name}/_action/feedback", self._note_feedback, DEEP)
-            self._actions[name] = ActionClient(self.node, action_type, name)
+            self._actions[name] = action_client(self.node, action_type, name, DEEP)
             # As the status topic's own publisher: what was said last is kept for who comes later.
             qos = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
             self.node.create_subscription(GoalStatusArray, f"{name}/_action/status", self._note_status, qos)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from action_msgs.msg import GoalStatus
+from action_msgs.msg import GoalStatus, GoalStatusArray
 from edge_interfaces.action import GenerateResponse
 from edge_interfaces.msg import SamplingConfig
 from node_process import resident
-from rclpy.action import ActionClient
-from robot import DEEP, Robot, wait_until
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from robot import ENDED, Robot, action_client, wait_until
 from std_msgs.msg import Float64MultiArray
 
 LIMIT = 12  # goals that may be under way: 4 run, 8 wait
@@ -36,11 +36,13 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
         engine__path=planner_path,
         queue__depth=LIMIT - 4,
         diagnostics__period=0.1,
-        result__timeout=10,
+        result__timeout=40,  # longer than a goal takes on a busy machine, as all end before it
     )
     robot.activate("/language")
     pid = node.process.pid
-    client = ActionClient(robot.node, GenerateResponse, "/generate_response", goal_service_qos_profile=DEEP)
+    # Room for all: however late this process reads, no answer pushes another out
+    room = QoSProfile(depth=RATE * SECONDS)
+    client = action_client(robot.node, GenerateResponse, "/generate_response", room)
     assert client.wait_for_server(timeout_sec=10.0)
     ends: Counter[int] = Counter()
     answers: Counter[bool] = Counter()
@@ -74,17 +76,50 @@ def test_two_hundred_goals_a_second_are_answered_and_the_queue_stays_bounded(
 
     values = robot.figures("/language", over, 20.0)[2]
     print(f"{sent} goals sent, {answers[True]} taken, {answers[False]} refused; the node says {values}")
-    # This process, which also hears of each goal's state, may be too slow for all of it on a busy machine:
-    # what is pushed out of its queue is lost
-    wait_until(lambda: sum(answers.values()) >= 0.9 * sent, 10.0, "answers")
-    wait_until(lambda: sum(ends.values()) >= 0.9 * answers[True], 20.0, "ends")
+    # This process also hears of each goal's state, and may be behind on a busy machine
+    wait_until(lambda: sum(answers.values()) == sent, 20.0, "answers")
+    wait_until(lambda: sum(ends.values()) == answers[True], 20.0, "ends")
     most = max(int(v.value) for m in robot.reports for s in m.status for v in s.values if v.key == "goals")
     assert answers[True] and answers[False], answers
     assert set(ends) == {GoalStatus.STATUS_SUCCEEDED}, ends
     assert most <= LIMIT == int(values["goals_limit"])
-    assert int(values["goals_refused"]) >= answers[False]
+    assert int(values["goals_refused"]) == answers[False]
+    assert int(values["goals_ended"]) == answers[True]
     assert node.alive
     assert resident(pid) - memory <= 4.0, f"{memory:.1f} to {resident(pid):.1f} MiB"
+
+
+def test_goals_that_all_end_at_once_are_each_told_of_it(
+    start_node: Callable[..., Any], robot: Robot, domain: int, planner_path: Path
+) -> None:
+    """By a deactivation, while their client reads nothing: no end pushes another out of a queue."""
+    start_node("edge_nodes.language_node", "language", engine__path=planner_path)
+    robot.activate("/language")
+    goals = [robot.send_goal(GenerateResponse, "/generate_response", long_goal()) for _ in range(60)]
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        over.wait(60.0)
+
+    def all_over(message: Any) -> bool:
+        states = [entry.status for entry in message.status_list]
+        return len(states) == len(goals) and set(states) <= set(ENDED)
+
+    with Robot("other", domain_id=domain) as other:
+        last = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        states = other.subscribe("/generate_response/_action/status", GoalStatusArray, last)
+        robot.soon(hold)
+        try:
+            assert held.wait(10.0)
+            assert other.change_state("/language", "deactivate")
+            states.wait(all_over, 10.0)
+            time.sleep(0.5)  # a state is told before the result
+        finally:
+            over.set()
+    statuses = Counter(g.result()[0] for g in goals)
+    print(f"ends by status: {dict(statuses)}")
+    assert statuses[GoalStatus.STATUS_ABORTED] > 20, statuses  # else they ended too early to tell
 
 
 def test_five_hundred_parameter_changes_while_tokens_are_made(

@@ -18,13 +18,15 @@ from edge_nodes.deferred_action import DeferredActionServer
 from edge_nodes.edge_node import EdgeNode
 from edge_nodes.job import Ended, Job, Progress
 from edge_nodes.jobs import Refusal, Ticket
+from edge_nodes.parameter_table import MOST_PARALLEL, MOST_WAITING
 from edge_nodes.rejections import Rejections
 from edge_runtime import EdgeError
 
 # rclpy forgets a goal at result.timeout and drops the result of one that ends then: all end this much earlier
 _MARGIN = 2.0  # seconds
-# Deeper than the ten of ROS, so that requests of a flood are refused and not lost
-_REQUESTS = QoSProfile(depth=500)
+# The most goals that any queue.depth lets be under way: all may end at once, as at a deactivation, and of
+# more answers than its history holds, DDS drops the oldest without a word. Likewise the requests of a flood
+_SERVICES = QoSProfile(depth=MOST_WAITING + MOST_PARALLEL)
 _FEEDBACK = QoSProfile(depth=100)  # pieces of a text: one that is pushed out of the queue is missing
 
 
@@ -82,9 +84,9 @@ class GoalServer:
             handle_accepted_callback=self._on_accepted,
             cancel_callback=self._on_cancel,
             result_timeout=node.parameters["result.timeout"],
-            goal_service_qos_profile=_REQUESTS,
-            cancel_service_qos_profile=_REQUESTS,
-            result_service_qos_profile=_REQUESTS,
+            goal_service_qos_profile=_SERVICES,
+            cancel_service_qos_profile=_SERVICES,
+            result_service_qos_profile=_SERVICES,
             feedback_pub_qos_profile=_FEEDBACK,
         )
 

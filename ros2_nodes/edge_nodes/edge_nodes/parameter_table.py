@@ -38,6 +38,7 @@ class Row:
 
 _QOS = "quality of service: DEFAULT, SENSOR_DATA or SYSTEM_DEFAULT"
 MOST_PARALLEL = 1024  # goals that run at once, in any engine
+MOST_WAITING = 4096  # goals beyond those
 ROWS = (
     Row("engine.path", "", "the .edge file to serve", structural=True),
     Row("engine.backend", "auto", "auto, cpu, reference or what else this machine has", structural=True),
@@ -92,7 +93,7 @@ ROWS = (
         "worker.step_limit", 2.0, "seconds a step may take until it is replaced", 0.1, 600.0, structural=True
     ),
     Row("worker.max_restarts", 5, "restarts in a row until the node gives up", 0, 1000, structural=True),
-    Row("queue.depth", 64, "goals that may wait beyond those that run", 1, 4096, structural=True),
+    Row("queue.depth", 64, "goals that may wait beyond those that run", 1, MOST_WAITING, structural=True),
     Row("deadline.default", 0.0, "seconds for goals that name no deadline; 0: none", 0.0, 86400.0),
     Row(
         "feedback.period", 0.02, "least seconds between two feedbacks of a goal; 0: one each step", 0.0, 10.0

@@ -50,18 +50,20 @@ class ActionClient:
         *,
         callback_group: Any = None,
         goal_service_qos_profile: Any = qos_profile_services_default,
+        result_service_qos_profile: Any = qos_profile_services_default,
+        cancel_service_qos_profile: Any = qos_profile_services_default,
         feedback_sub_qos_profile: Any = None,
     ) -> None:
         self._node = node
         self._action_type = action_type
         base, impl = f"{node.resolve(action_name)}/_action", action_type.Impl
 
-        def client(kind: Any, name: str, qos: Any = qos_profile_services_default) -> Any:
+        def client(kind: Any, name: str, qos: Any) -> Any:
             return node.create_client(kind, f"{base}/{name}", qos_profile=qos, callback_group=callback_group)
 
         self._send = client(impl.SendGoalService, "send_goal", goal_service_qos_profile)
-        self._cancel = client(CancelGoal, "cancel_goal")
-        self._result = client(impl.GetResultService, "get_result")
+        self._cancel = client(CancelGoal, "cancel_goal", cancel_service_qos_profile)
+        self._result = client(impl.GetResultService, "get_result", result_service_qos_profile)
         self._listeners: dict[bytes, Callable[[Any], Any]] = {}
         self._handles: dict[bytes, ClientGoalHandle] = {}
         self._subscriptions = [
