@@ -141,7 +141,7 @@ def test_transformers_reads_the_same_model(kind: str, tmp_path: Path) -> None:
     """Its own way through the gguf package: every weight equal, and every text the same tokens."""
     pytest.importorskip("gguf", reason="needs the gguf package: pip install gguf")
     transformers = pytest.importorskip("transformers", reason="needs transformers")
-    pytest.importorskip("accelerate", reason="needs accelerate, with which transformers reads GGUF: pip install accelerate")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with it: pip install accelerate")
     path = tmp_path / "small.gguf"
     config = CONFIG | {"num_hidden_layers": 2, "head_dim": 64}
     metadata = vocabulary() | {"llama.rope.dimension_count": 64, "llama.vocab_size": 300}
