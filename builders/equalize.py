@@ -16,7 +16,7 @@ import numpy as np
 from builders.quantize import AlgorithmOptions, ChannelScaler
 from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
-from builders.weights import Weights
+from builders.weights import Model
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.engine.ops import (
     Activation,
@@ -61,7 +61,7 @@ class ScaledWeights:
     linears, s f32 (cols,): their statistics are `statistics.scaled(s)`.
     """
 
-    def __init__(self, inner: Weights) -> None:
+    def __init__(self, inner: Model) -> None:
         self.program = inner.program
         self.scales: dict[str, Array] = {}
         self._inner = inner
@@ -117,7 +117,7 @@ class ScaledWeights:
 
 
 def equalize(
-    weights: Weights,
+    weights: Model,
     scaler: ChannelScaler,
     formats: Mapping[str, Format],
     statistics: Callable[[str], InputStatistics | None],

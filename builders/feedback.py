@@ -25,11 +25,11 @@ from builders.kept_rows import RowsReader, RowsWriter
 from builders.moments import Moments, sample_tokens
 from builders.segment_runner import SegmentRunner, batches
 from builders.segments import Segment, cut
-from builders.serial_weights import Model, SerialWeights
+from builders.serial_weights import SerialWeights
 from builders.statistics import InputStatistics
 from builders.torch_device import Workers, repeatable, resolve_device
 from builders.watcher import Watcher
-from builders.weights import Weights
+from builders.weights import Model, Weights
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import Embed, Linear
 from edge_runtime.errors import Unsupported, ValueOutOfRange

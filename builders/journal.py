@@ -14,7 +14,6 @@ class Journal:
     and a line that was cut, are dropped; `path` None writes nothing down."""
 
     def __init__(self, path: Path | None, subject: object) -> None:
-        self.path = path
         self._known: dict[tuple[str, ...], float] = {}
         self._file: TextIO | None = None
         if path is None:
@@ -46,12 +45,6 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def remove(self) -> None:
-        """The figures are elsewhere now."""
-        self.close()
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
     def _write(self, key: tuple[str, ...], figure: float) -> None:
         assert self._file is not None

@@ -26,9 +26,10 @@ from builders.quantize import AlgorithmOptions, get_algorithm
 from builders.rounding_error import SAMPLED_TOKENS, Rounder, occurrences, sampled, weighted_square
 from builders.segments import cut
 from builders.sensitivity import Sensitivity
-from builders.serial_weights import Model, SerialWeights
+from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
 from builders.watcher import Watcher
+from builders.weights import Model
 from edge_runtime.engine.formats import Array, get_format
 from edge_runtime.engine.ops import Embed, Logits
 from edge_runtime.engine.ops import weights as names_of

@@ -17,9 +17,9 @@ from torch import Tensor
 from builders.encoding import encode
 from builders.parts import Part
 from builders.quantize import Algorithm, AlgorithmOptions
-from builders.serial_weights import Model
 from builders.sources.matrix import Stored
 from builders.statistics import InputStatistics
+from builders.weights import Model
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.engine.program import TensorSpec
 

@@ -30,10 +30,10 @@ from torch import Tensor
 from builders.kept_rows import RowsReader, RowsWriter
 from builders.segment_runner import SegmentRunner, batches, kept_after, load
 from builders.segments import Segment, cut
-from builders.serial_weights import Model, SerialWeights
+from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable
 from builders.torch_program import TorchProgram
-from builders.weights import Weights, row_blocks
+from builders.weights import Model, Weights, row_blocks
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.ops import weights as names_of

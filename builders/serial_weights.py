@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 from builders.sources.matrix import Stored
-from builders.weights import Model as Model
+from builders.weights import Model
 from edge_runtime.engine.formats import Array
 
 

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builders.segment_runner import load
-from builders.serial_weights import Model, SerialWeights
+from builders.serial_weights import SerialWeights
 from builders.torch_device import MAX_WORKERS, Workers, repeatable
 from builders.torch_program import TorchProgram
 from builders.training import SAVE_SECONDS, Run, learning_rate, restore_state, save_state
 from builders.tuned_tensor import TunedMatrix, TunedTensor, tuned_tensor
 from builders.tuned_trellis import TunedTrellis
 from builders.watcher import Watcher
+from builders.weights import Model
 from edge_runtime.engine.formats import Array, Format, Planes
 from edge_runtime.engine.formats.trellis import trellis_of
 from edge_runtime.engine.probe import available_memory
