@@ -25,12 +25,12 @@ class TickingNode(LanguageNode):
         self.create_timer(self._period, self._tick, callback_group=MutuallyExclusiveCallbackGroup())
 
     def _tick(self) -> None:
-        """Lateness in ms against the first tick's grid."""
+        """Lateness in ms against the first tick's grid; a timer leaves out the ticks that it missed."""
         now = time.monotonic()
-        if not self._due or now - self._due > 1.0:
-            self._due = now
-        self._late.append(1e3 * (now - self._due))
-        self._due += self._period
+        self._due = self._due or now
+        late = max(0.0, now - self._due)
+        self._late.append(1e3 * late)
+        self._due += self._period * (1 + late // self._period)
         if len(self._late) == MESSAGE:
             self._lateness.publish(Float64MultiArray(data=self._late))
             self._late = []
