@@ -19,8 +19,9 @@ from builders.fleet_file import read_fleet
 from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_companions, read_planned
+from builders.picture import check_picture, save_picture
 from builders.pipeline import Options, build
-from builders.plan_picture import check_picture, draw_plan
+from builders.plan_picture import plan_figure
 from builders.prefix import read_prefix, write_prefix
 from builders.runner import native_backend
 from builders.sensitivity import read_sensitivity
@@ -28,7 +29,7 @@ from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, profiles_answer, progress, run_command
 from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
-from edge_runtime.errors import BackendUnavailable, BadConfig
+from edge_runtime.errors import BackendUnavailable, BadConfig, BuildError
 
 _UNRECORDED = (
     *("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot"),
@@ -84,8 +85,11 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
         data["explanation"] = why.as_dict()
         text += f"\n\n{explanation_text(why)}"
         if args.plot is not None:
-            draw_plan(why, args.plot)
-            data["plot"] = str(args.plot)
+            try:
+                save_picture(plan_figure(why), args.plot)
+                data["plot"] = str(args.plot)
+            except BuildError as lost:
+                error = error or lost
     return Answer(data, text, error)
 
 

@@ -1,29 +1,22 @@
-"""A plan as a picture: bits a weight of each layer, and its share of the predicted loss."""
+"""A plan as a picture: stored bits a weight of each layer, and its share of the predicted loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from builders.explain import Explanation
 from builders.explanation_text import layer_bits
-from edge_runtime.errors import BadConfig, Unsupported
-
-_SUFFIXES = (".svg", ".png")
-
-
-def check_picture(path: Path) -> None:
-    """Before any work: Raises BadConfig for a suffix that cannot be drawn, Unsupported without matplotlib."""
-    if path.suffix not in _SUFFIXES:
-        raise BadConfig(f"--plot {path.name!r:.60}: expected a file ending in {' or '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise Unsupported("drawing needs matplotlib: pip install 'edge-runtime[plot]'") from None
+from builders.picture import save_beside
 
 
 def draw_plan(why: Explanation, path: Path) -> None:
+    """The picture of a plan that is being built, in which it must not be the one thing that fails."""
+    save_beside(plan_figure(why), path)
+
+
+def plan_figure(why: Explanation) -> Any:
     """Bars of bits a weight as stored, dots of loss; one bar for each layer, the embedding and the head."""
-    check_picture(path)
     from matplotlib.figure import Figure
 
     rows = layer_bits(why)
@@ -32,10 +25,10 @@ def draw_plan(why: Explanation, path: Path) -> None:
     bits = figure.add_subplot()
     bits.bar(places, [b for _, b, _ in rows], color="#4c72b0", width=0.8)
     bits.set_xticks(places, [label for label, _, _ in rows], rotation=90, fontsize=7)
-    bits.set_ylabel("bits a weight")
+    bits.set_ylabel("stored bits a weight")
     loss = bits.twinx()
     loss.plot(places, [x for _, _, x in rows], "o", color="#c44e52", markersize=3)
     loss.set_ylabel(f"loss ({why.unit})", color="#c44e52")
     loss.set_ylim(bottom=0.0)
     bits.set_title(f"KV {why.kv}, predicted loss {why.loss:.4g}", fontsize=9)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return figure

@@ -6,31 +6,22 @@ bits. matplotlib is loaded to draw it.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 
+from builders.picture import save_beside
 from builders.sensitivity import Sensitivity
 from edge_runtime.engine.formats import Array
-from edge_runtime.errors import BadConfig, Unsupported
 
 _UNITS = {"kl": "rise of KL to f32, nats a token", "hessian": "relative square error at the output"}
 _CELL, _ROW = 0.34, 0.17  # inches of a column and of a row
 
 
-def check_plot(path: Path) -> None:
-    """Raise Unsupported without matplotlib, BadConfig for a name that is no picture's."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Unsupported("drawing needs matplotlib; install it with: pip install 'edge-runtime[plot]'")
-    if path.suffix not in (".svg", ".png"):
-        raise BadConfig(f"{path}: expected a name that ends in .svg or .png")
-
-
 def draw(found: Sensitivity, path: Path) -> None:
-    """Write the picture; formats that were run, and not scaled, are named in bold. Raises as check_plot."""
-    check_plot(path)
+    """Write the picture; formats that were run, and not scaled, are named in bold; the build goes on where it
+    cannot be written."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -53,10 +44,7 @@ def draw(found: Sensitivity, path: Path) -> None:
             label.set_fontweight("bold" if label.get_text() in found.measured else "normal")
         axis.set_title(f"{found.algorithm} on {found.text}, {found.tokens} tokens")
         figure.colorbar(image, label=_UNITS[found.unit])
-    try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"{path}: {error}") from error
+    save_beside(figure, path)
 
 
 def grid(found: Sensitivity) -> tuple[list[str], list[str], Array]:
