@@ -29,10 +29,17 @@ _EXAMPLES = (
 
 def make_parser() -> Parser:
     parser = Parser(
-        "edge-build", "Turn a Hugging Face model folder into one engine file for one device.", _EXAMPLES
+        "edge-build",
+        "Turn a model folder or a GGUF file into one engine file for one device.",
+        _EXAMPLES,
     )
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="model folder; with --dry-run also a config.json")
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="Hugging Face folder or .gguf; with --dry-run a config.json too",
+    )
     add(
         "--profile", metavar="NAME", help="device: a name of --profiles, a .yaml file, or auto (this machine)"
     )
@@ -56,7 +63,7 @@ def make_parser() -> Parser:
         "--matrix",
         type=Path,
         metavar="FILE",
-        help="YAML: models x profiles x variants, see builders/fleet_file.py",
+        help="YAML: output, models, profiles, options, variants; models x profiles x variants are built",
     )
     add("--jobs", type=int, metavar="N", help="engines built at once [a quarter of the cores; Ray: its room]")
     add(
@@ -72,7 +79,7 @@ def make_parser() -> Parser:
         "--weights",
         metavar="FORMAT",
         help=f"{', '.join(FORMATS)}, keep, or auto: a format for each tensor, by the budgets "
-        f"[auto with a budget, else {planner.DEFAULT_WEIGHTS}]",
+        f"[auto with a budget, else the algorithm's own or {planner.DEFAULT_WEIGHTS}]",
     )
     add(
         "--head-weights",

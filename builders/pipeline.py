@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ from builders.parts import Contents, Extras, Part, open_contents
 from builders.plan_picture import draw_plan
 from builders.planner import Plans
 from builders.quality import Subject, measure_quality, measure_task
-from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, get_algorithm
+from builders.quantize import Algorithm, AlgorithmOptions, ChannelScaler, default_format, get_algorithm
 from builders.quantizing import fix_scales, quantize, scale_channels
 from builders.refine import Question
 from builders.refining import Rounding, refined
@@ -53,7 +54,7 @@ from edge_runtime.engine.lowering import device_kernels
 from edge_runtime.engine.manifest import LANGUAGE, KnownAnswer, Manifest, Quality
 from edge_runtime.engine.profile import SUFFIXES, Profile, load_profile
 from edge_runtime.engine.writer import EngineWriter, OsCalls
-from edge_runtime.errors import BadConfig, Unsupported
+from edge_runtime.errors import BadConfig, BuildError, Unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
     watcher = watcher or Watcher()
     options.limits.check(measured=options.measure, task=options.task is not None)
     pack.check_target(options.output, options.model, force=options.force)
+    _check_keep(options.keep_json)
     profile = load_profile(options.profile)
     compiles = options.device_code and profile.backend == "cuda"
     if compiles:
@@ -130,6 +132,8 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
+                shortage = calibrations.shortage()
+                contents.notices.extend([] if shortage is None else [shortage])
             sensitivity = measured_sensitivity(contents, profile, request, calibrations, options, watcher)
         with _timed(seconds, "plan"):
             plans = plan(contents, profile, request, sensitivity, options)
@@ -204,13 +208,14 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     request = options.request
     contents = stack.enter_context(open_contents(options.model, options.extras, request.context))
     quantized = bool(contents.target.source.matrices)
-    if request.weights == planner.DEFAULT:
-        request = replace(request, weights=planner.KEEP if quantized else planner.DEFAULT_WEIGHTS)
+    request = settled(request, options.algorithm, quantized=quantized)
     if request.weights == planner.KEEP and quantized:
         kept, notices = contents.target.weights.kept()
         request = replace(request, kept=kept)
         contents.notices.extend(notices)
-    changes = [f"--algorithm {options.algorithm}"] if isinstance(algorithm, ChannelScaler) else []
+    scales = isinstance(algorithm, ChannelScaler)
+    calibrates = algorithm.CALIBRATED and request.weights == planner.KEEP  # and would find nothing to choose
+    changes = [f"--algorithm {options.algorithm}"] if scales or calibrates else []
     if options.rotate is not None:
         changes.append("--rotate")
     tunes = [] if options.tune is None else ["--tune"]
@@ -223,12 +228,25 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
         check_adapters(contents, change)
     if options.rotate is not None:
         turned = rotate(contents.target.weights, options.rotate)
+        if len(turned.program.tensors) > len(contents.language.program.tensors):
+            contents.notices.append(
+                "--rotate makes two tables of one that is embedding and head at once"
+            )
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     if options.activations is not None:
         part = contents.language
         rounded = round_activations(part.program, options.activations)
         contents = contents.with_language(replace(part, program=rounded))
     return contents, request
+
+
+def settled(request: planner.Request, algorithm: str, *, quantized: bool) -> planner.Request:
+    """The request with weights where none were asked for: those of a quantized checkpoint, else the format
+    that the algorithm is made for."""
+    if request.weights != planner.DEFAULT:
+        return request
+    weights = planner.KEEP if quantized else default_format(algorithm) or planner.DEFAULT_WEIGHTS
+    return replace(request, weights=weights)
 
 
 def check_adapters(contents: Contents, option: str) -> None:
@@ -372,8 +390,23 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + monotonic() - begin
 
 
+def _check_keep(folder: Path | None) -> None:
+    """Raise BadConfig where --keep-json cannot be written to, before any work."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadConfig(f"--keep-json {folder}: not a folder that can be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadConfig(f"--keep-json {folder}: nothing may be written there; name another folder")
+
+
 def _keep(options: Options, phase: str, value: Any) -> None:
-    if options.keep_json is not None:
-        options.keep_json.mkdir(parents=True, exist_ok=True)
-        data = msgspec.json.format(msgspec.json.encode(value), indent=1)
-        (options.keep_json / f"{phase}.json").write_bytes(data)
+    if options.keep_json is None:
+        return
+    path = options.keep_json / f"{phase}.json"
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1))
+    except OSError as error:
+        raise BuildError(f"--keep-json: {path} could not be written: {error.strerror}") from error

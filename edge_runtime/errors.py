@@ -96,10 +96,17 @@ class BudgetNotMet(EdgeError):
     exit_code = 2
 
 
+_SHORT = 2  # letters with which too much begins
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A clause that names the nearest valid word, or lists them: ``did you mean 'bandwidth'?``"""
+    """A clause that names the nearest valid word, or lists them: ``did you mean 'bandwidth'?``
+
+    A word cut short means one that begins so: of 'int4', 'int4_g64' is nearer than 'int8_g64'.
+    """
     options = sorted(set(valid))
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    begun = [option for option in options if len(word) > _SHORT and option.startswith(word)]
+    close = difflib.get_close_matches(word, begun or options, n=1, cutoff=0.0 if begun else 0.6)
     if close:
         return f"did you mean {close[0]!r}?"
     return "valid: " + ", ".join(options) if options else "nothing is valid here"

@@ -17,6 +17,9 @@ from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array, Format
 from edge_runtime.errors import BadConfig, Unsupported, nearest
 
+# By name, as a plan may be asked for where torch, which some of them need, is missing
+_MADE_FOR = {"nf4": "nf4_g64_dq", "fp8": "fp8_e4m3_row", "int8_outlier": "int8_row_o128"}
+
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmOptions:
@@ -68,6 +71,11 @@ class ChannelScaler(Protocol):
 def algorithms() -> list[str]:
     """Names of all algorithms, by file name."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def default_format(name: str) -> str | None:
+    """What matrices get where no format is asked for, of an algorithm that is made for one; else None."""
+    return _MADE_FOR.get(name.rpartition("+")[2])
 
 
 def get_algorithm(name: str) -> Algorithm:

@@ -194,5 +194,8 @@ def test_the_command_line_calibrates(model: Path, tmp_path: Path, capsys: pytest
         provenance = found.manifest.provenance
     assert provenance.calibration is not None and provenance.calibration.text == "notes.txt"
     assert provenance.recipe["calibration"] == "notes.txt" and provenance.recipe["algorithm"] == "gptq"
+    assert "calibrated on" not in capsys.readouterr().err
+    assert edge_build([*words, "--samples", "500", str(model)]) == 0
+    assert "of 500 windows of 40 tokens: notes.txt gives no more" in capsys.readouterr().err
     assert edge_build([*words, "--sample-tokens", "4000", str(model)]) == 1
     assert "--sample-tokens" in capsys.readouterr().err

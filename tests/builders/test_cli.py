@@ -223,6 +223,8 @@ def test_help_shows_examples_that_parse(capsys: Captured) -> None:
         (["--profile", "orin-nano-8bg", "MODEL"], "did you mean 'orin-nano-8gb'"),
         (["--profile", "cpu", "--weihgts", "f16", "MODEL"], "did you mean '--weights'"),
         (["--profile", "cpu", "--weights", "int4_g46", "MODEL"], "did you mean 'int4_g64'"),
+        (["--profile", "cpu", "--weights", "int4", "MODEL"], "did you mean 'int4_g64'"),
+        (["--profile", "cpu", "--keep-json", __file__, "MODEL"], "not a folder that can be made"),
         (["--profile", "cpu", "--kv", "int9", "MODEL"], "unknown KV format 'int9'"),
         (["--profile", "cpu", "--context", "x", "MODEL"], "--context"),
         (["--profile", "cpu", "--context", "4096", "MODEL"], "128"),

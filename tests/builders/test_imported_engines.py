@@ -16,6 +16,7 @@ from edge_runtime import open_engine
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.engine.file import read_engine
 from edge_runtime.engine.ops import Gather
+from edge_runtime.errors import BadConfig
 
 
 def build_kept(model: Path, target: Path, weights: str = DEFAULT) -> Report:
@@ -48,6 +49,15 @@ def test_an_engine_holds_the_values_and_answers(name: str, tmp_path: Path) -> No
                 got, value = np.sort(got, axis=1), np.sort(value, axis=1)
             np.testing.assert_array_equal(got, value)
     assert answers(tmp_path / "m.edge") >= 1
+
+
+def test_an_algorithm_that_calibrates_has_nothing_to_choose_where_weights_are_kept(tmp_path: Path) -> None:
+    """It would do nothing, and the engine would name it."""
+    write_quantized(tmp_path / "m", gptq_config(), gptq_writer(), **WIDE)
+    asked = Options(tmp_path / "m", tmp_path / "m.edge", "cpu", Request(weights=DEFAULT), algorithm="gptq")
+    with pytest.raises(BadConfig, match=r"--algorithm gptq.*kept"):
+        build(asked)
+    assert not list(tmp_path.glob("m.edge*"))
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -15,8 +15,8 @@ import pytest
 from hf_folders import llama_config, llama_shapes, write_model
 from safetensors.numpy import load_file, save_file
 
-from builders.pipeline import Options, build
-from builders.planner import Request
+from builders.pipeline import Options, build, settled
+from builders.planner import DEFAULT, KEEP, Request
 from builders.watcher import Watcher
 from edge_runtime.backends.numpy_weights import decode
 from edge_runtime.backends.protocol import Part, StepBatch
@@ -354,3 +354,34 @@ def test_a_text_that_cannot_be_measured_on_is_found_before_any_work(model: Path,
 
     with pytest.raises(BadConfig, match=r't\.jsonl, line 1: expected {"text"}'):
         build(options(model, tmp_path / "m.edge", text=tmp_path / "t.jsonl"), Silent())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "wanted"),
+    [("rtn", "int4_g64"), ("nf4", "nf4_g64_dq"), ("fp8", "fp8_e4m3_row"), ("int8_outlier", "int8_row_o128")],
+)
+def test_an_algorithm_that_is_made_for_a_format_gets_it(model: Path, algorithm: str, wanted: str) -> None:
+    asked = Request(weights=DEFAULT)
+    assert settled(asked, algorithm, quantized=False).weights == wanted
+    assert settled(asked, algorithm, quantized=True).weights == KEEP
+    assert settled(Request(weights="f16"), algorithm, quantized=False).weights == "f16"
+
+
+def test_a_build_of_nf4_is_in_nf4(model: Path, tmp_path: Path) -> None:
+    report = build(options(model, tmp_path / "m.edge", weights=DEFAULT, algorithm="nf4"))
+    part = report.manifest.parts["language"]
+    chosen = {t.format for n, t in part.plan.tensors.items() if part.program.tensors[n].role == "matrix"}
+    assert chosen == {"nf4_g64_dq"}
+
+
+def test_a_rotation_that_unties_a_table_says_so(tmp_path: Path) -> None:
+    tied = write_model(tmp_path / "tied", llama_config(tie_word_embeddings=True))
+    tensors = load_file(tied / "model.safetensors")
+    norm = tensors["model.norm.weight"]
+    save_file(
+        tensors | {"model.norm.weight": np.linspace(0.5, 2.0, norm.size).astype(norm.dtype)},
+        tied / "model.safetensors",
+    )
+    report = build(options(tied, tmp_path / "m.edge", rotate=1))
+    assert any("two tables" in notice for notice in report.notices)
+    assert "rotated.head" in report.manifest.parts["language"].program.tensors
