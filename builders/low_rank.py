@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,26 @@ from torch import Tensor
 
 from builders.packed_base import PackedBase
 from builders.torch_program import TorchProgram
+from edge_runtime.engine.folder import MAX_CONFIG, parse_object, read_capped
 from edge_runtime.engine.ops import Embed, Linear, Logits
 from edge_runtime.engine.peft import CONFIG, WEIGHTS, linear_modules, names_module
-from edge_runtime.errors import BadConfig, ValueOutOfRange, nearest
+from edge_runtime.errors import BadCheckpoint, BadConfig, ValueOutOfRange, nearest
 
 ALL = "all"
+# Keys of adapter_config.json: alike in every adapter that is trained here, and of each its own
+_SAME: dict[str, Any] = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "use_dora": False,
+    "use_rslora": False,
+}
+_OWN = ("base_model_name_or_path", "lora_alpha", "r", "target_modules")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,33 +137,26 @@ def chosen_targets(asked: Sequence[str], modules: Sequence[str]) -> tuple[str, .
 
 
 def write_peft(folder: Path, model: LowRankProgram, base_name: str) -> None:
-    """adapter_model.safetensors in f16, as the runtime uses it, and adapter_config.json, as PEFT reads both;
-    each appears whole or not at all. Raises ValueOutOfRange for what f16 cannot hold."""
+    """adapter_model.safetensors in f16, as the runtime uses it, and adapter_config.json, as PEFT reads both.
+    Raises ValueOutOfRange for what f16 cannot hold."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {f"base_model.model.{name}": t.detach().half() for name, t in model.tensors.items()}
     for name, tensor in halves.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueOutOfRange(f"{name!r} left the range of f16 in training; use a lower --rate")
-    part = folder / f"{WEIGHTS}.part"
-    save_file({n: t.contiguous() for n, t in halves.items()}, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors writes it for its owner alone
-    os.replace(part, folder / WEIGHTS)
-    config = {
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": model.alpha,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": model.rank,
-        "target_modules": list(model.targets),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    part = folder / f"{CONFIG}.part"
-    part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / CONFIG)
+    path = folder / WEIGHTS
+    save_file({n: t.contiguous() for n, t in halves.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes it for its owner alone
+    own = (base_name, model.alpha, model.rank, list(model.targets))
+    config = _SAME | dict(zip(_OWN, own, strict=True))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `write_peft` wrote the config there: PEFT itself writes keys that it does not."""
+    try:
+        found = parse_object(read_capped(folder / CONFIG, MAX_CONFIG), CONFIG)
+    except BadCheckpoint:
+        return False
+    return found.keys() == {*_SAME, *_OWN} and all(found[key] == value for key, value in _SAME.items())

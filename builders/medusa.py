@@ -24,8 +24,16 @@ from builders.medusa_heads import (
     train_step,
     write_heads,
 )
-from builders.sources.medusa import MedusaConfig
-from builders.training import STATE, check_limits, learning_rate, restore_state, save_state, watch
+from builders.sources.medusa import CONFIG, WEIGHTS, MedusaConfig
+from builders.trained_folder import Kind, TrainedFolder
+from builders.training import (
+    check_limits,
+    learning_rate,
+    restore_state,
+    save_state,
+    state_nbytes,
+    watch,
+)
 from edge_runtime.cli.output import Answer, Parser, run_command, table
 from edge_runtime.engine.manifest import MAX_HEADS
 from edge_runtime.errors import BadConfig
@@ -34,6 +42,8 @@ EXAMPLES = (
     "python -m builders.medusa path/to/model --jsonl chats.jsonl --minutes 10 -o heads",
     "python -m builders.medusa path/to/model --text notes.txt --heads 3 --steps 500 -o heads",
 )
+
+HEADS = Kind("builders.medusa", (CONFIG, WEIGHTS), lambda folder: (folder / CONFIG).exists())
 
 
 def make_parser() -> Parser:
@@ -97,6 +107,11 @@ def train(heads: Heads, base: Base, lessons: Sequence[Lesson], args: argparse.Na
 
 def run(args: argparse.Namespace) -> Answer:
     text = check(args)
+    with TrainedFolder(args.output, HEADS, args.model) as out:
+        return _run(args, text, out)
+
+
+def _run(args: argparse.Namespace, text: Path, out: TrainedFolder) -> Answer:
     base = Base(args.model)
     import torch
 
@@ -114,14 +129,14 @@ def run(args: argparse.Namespace) -> Answer:
         base_sha256=base.sha256,
     )
     heads = new_heads(base, args.heads, args.rate)
-    args.output.mkdir(parents=True, exist_ok=True)
-    state = args.output / STATE
+    halves = 2 * sum(tensor.numel() for tensor in heads.tensors.values())
+    out.prepare(halves, state_nbytes(heads))
     heads.identity = identity_of(config, args.seed)
-    if state.exists() and not args.fresh:
-        restore_state(heads, state)
-    watch(heads, train(heads, base, lessons, args), lambda: save_state(heads, state))
-    write_heads(heads, args.output, config)
-    state.unlink(missing_ok=True)
+    if out.state.exists() and not args.fresh:
+        restore_state(heads, out.state)
+    watch(heads, train(heads, base, lessons, args), lambda: save_state(heads, out.state))
+    with out.replacing() as folder:
+        write_heads(heads, folder, config)
     found = accuracy(heads, base, heldout, args.batch_tokens) if heldout else []
     data: dict[str, Any] = {
         "path": str(args.output),

@@ -6,7 +6,6 @@ the token k places after the next one. Loss: cross-entropy of head k times 0.8^k
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,14 +178,11 @@ def identity_of(config: MedusaConfig, seed: int) -> dict[str, Any]:
 
 
 def write_heads(heads: Heads, folder: Path, config: MedusaConfig) -> None:
-    """medusa_config.json and model.safetensors in f16; each appears whole or not at all."""
+    """medusa_config.json and model.safetensors in f16."""
     import torch
     from safetensors.torch import save_file
 
-    part = folder / f"{WEIGHTS}.part"
-    save_file({n: t.detach().to(torch.float16).contiguous() for n, t in heads.tensors.items()}, part)
-    part.chmod(0o644)  # safetensors writes it for its owner alone
-    os.replace(part, folder / WEIGHTS)
-    part = folder / f"{CONFIG}.part"
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
-    os.replace(part, folder / CONFIG)
+    path = folder / WEIGHTS
+    save_file({n: t.detach().to(torch.float16).contiguous() for n, t in heads.tensors.items()}, path)
+    path.chmod(0o644)  # safetensors writes it for its owner alone
+    (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")

@@ -17,8 +17,8 @@ from builders.lessons import Lesson, batches, digest
 from builders.role_formats import Formats
 from builders.sources import read_vocabulary
 from builders.texts import ModelText
-from builders.trained_folder import write_trained
-from builders.training import STATE, Run, carry_out, need_torch, take_step
+from builders.trained_folder import TRAINED, TrainedFolder, trained_nbytes, write_trained
+from builders.training import Run, carry_out, need_torch, state_nbytes, take_step
 from builders.training_options import (
     HEAD_WEIGHTS,
     add_data_options,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> Answer:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    with open_model(args.model) as source:
+    with TrainedFolder(args.output, TRAINED, args.model) as out, open_model(args.model) as source:
         formats = Formats(args.weights, args.head_weights)
         model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
         with ModelText(source, read_vocabulary(source, model.program.program.vocab_size)) as text:
@@ -109,7 +109,10 @@ def run(args: argparse.Namespace) -> Answer:
             model.requantize()
             found["before"] = measure(model.program, heldout, args.batch_tokens)
         training = Run(model.tensors, model.optimizer(args.rate), _identity(args, source.sha256(), lessons))
-        state = args.output / STATE
+        training.kept = model.grids()
+        stored = {key: quantizer.format.name for key, quantizer in model.quantizers.items()}
+        values = {key: tensor.numel() for key, tensor in model.tensors.items() if key in source.shapes()}
+        out.prepare(trained_nbytes(source, stored, values), state_nbytes(training))
 
         def keep_grids() -> None:
             training.kept = model.grids()
@@ -117,13 +120,13 @@ def run(args: argparse.Namespace) -> Answer:
         carry_out(
             training,
             train(training, model, lessons, args),
-            state,
+            out.state,
             fresh=args.fresh,
             restored=lambda: model.use_grids(training.kept),
             saving=keep_grids,
         )
-        write_trained(args.output, source, model.encode(), model.plain())
-        state.unlink(missing_ok=True)
+        with out.replacing() as folder:
+            write_trained(folder, source, model.encode(), model.plain())
         if heldout:
             model.requantize()
             found["after"] = measure(model.program, heldout, args.batch_tokens)

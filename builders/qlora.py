@@ -17,7 +17,8 @@ from builders.lessons import Lesson, batches, digest
 from builders.packed_base import PackedBase, engine_base, read_base
 from builders.role_formats import Formats
 from builders.texts import ModelText
-from builders.training import STATE, Run, carry_out, need_torch, take_step
+from builders.trained_folder import Kind, TrainedFolder
+from builders.training import Run, carry_out, need_torch, state_nbytes, take_step
 from builders.training_options import (
     HEAD_WEIGHTS,
     add_data_options,
@@ -30,7 +31,7 @@ from builders.training_options import (
 from edge_runtime.cli.output import Answer, Parser, run_command, size, table
 from edge_runtime.engine.adapter import MAX_RANK
 from edge_runtime.engine.file import read_engine
-from edge_runtime.engine.peft import MAX_ALPHA
+from edge_runtime.engine.peft import CONFIG, MAX_ALPHA, WEIGHTS
 from edge_runtime.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def train(
 def run(args: argparse.Namespace) -> Answer:
     check(args)
     need_torch()
+    from builders.low_rank import is_ours
+
+    with TrainedFolder(args.output, Kind("builders.qlora", (WEIGHTS, CONFIG), is_ours), args.model) as out:
+        return _run(args, out)
+
+
+def _run(args: argparse.Namespace, out: TrainedFolder) -> Answer:
     base = open_base(args)
     import torch
 
@@ -115,10 +123,11 @@ def run(args: argparse.Namespace) -> Answer:
         list(model.tensors.values()), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     training = Run(model.tensors, optimizer, _identity(args, base, lessons))
-    state = args.output / STATE
-    carry_out(training, train(training, model, lessons, args), state, fresh=args.fresh)
-    write_peft(args.output, model, base.name)
-    state.unlink(missing_ok=True)
+    halves = 2 * sum(tensor.numel() for tensor in model.tensors.values())
+    out.prepare(halves, state_nbytes(training))
+    carry_out(training, train(training, model, lessons, args), out.state, fresh=args.fresh)
+    with out.replacing() as folder:
+        write_peft(folder, model, base.name)
     if heldout:
         found["after"] = measure(model, heldout, args.batch_tokens)
     return _answer(args, training, base, found)

@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.errors import BadConfig, Unsupported
+from edge_runtime.errors import BadConfig, BuildError, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,8 @@ def learning_rate(peak: float, step: int, done: float) -> float:
 
 
 def save_state(run: Run, path: Path) -> None:
+    """Raises BuildError where the disk does not take it; an earlier state is then what it was."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach() for name, tensor in run.tensors.items()}
@@ -67,8 +69,18 @@ def save_state(run: Run, path: Path) -> None:
         tensors |= {f"{kind}:{name}": moments[kind] for kind in _MOMENTS if kind in moments}
     said = {"step": str(run.step), "seconds": repr(run.seconds), "run": _text(run.identity)}
     part = path.with_suffix(".part")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=said)
-    os.replace(part, path)
+    try:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata=said)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise BuildError(f"{path}: the state of the run could not be saved: {error}") from None
+
+
+def state_nbytes(run: Run) -> int:
+    """Bytes of its state, once the optimizer has taken a step."""
+    kept = sum(tensor.nbytes for tensor in run.kept.values())
+    return (1 + len(_MOMENTS)) * sum(tensor.nbytes for tensor in run.tensors.values()) + kept
 
 
 def restore_state(run: Run, path: Path) -> None:
@@ -123,7 +135,8 @@ def take_step(run: Run, peak: float, done: float, loss: Callable[[], torch.Tenso
 
 def watch(run: Run, steps: Iterator[float], save: Callable[[], None]) -> None:
     """Take the steps (each yields how much of the run is done), with a bar on stderr, or a line now and then
-    where that is a log; `save` is called once a minute."""
+    where that is a log; `save` is called once a minute. A state that cannot be saved is said and no reason to
+    stop: the next one, or the end, may come sooner than room."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -140,8 +153,15 @@ def watch(run: Run, steps: Iterator[float], save: Callable[[], None]) -> None:
                 print(f"{note} {run.seconds:.0f} s", file=sys.stderr, flush=True)
                 logged = now
             if now - saved > SAVE_SECONDS:
-                save()
+                _saved(save)
                 saved = now
+
+
+def _saved(save: Callable[[], None]) -> None:
+    try:
+        save()
+    except BuildError as error:
+        print(f"note: {error}", file=sys.stderr, flush=True)
 
 
 def carry_out(
@@ -169,7 +189,7 @@ def carry_out(
     try:
         watch(run, steps, save)
     except KeyboardInterrupt:
-        save()
+        _saved(save)
         raise
 
 

@@ -11,7 +11,6 @@ from builders.lessons import Lesson, read_lessons
 from builders.texts import ModelText
 from builders.training import Run, check_limits
 from edge_runtime.cli.output import Parser
-from edge_runtime.errors import BadConfig
 
 if TYPE_CHECKING:
     from builders.completions import Measured
@@ -55,8 +54,6 @@ def check_run(args: argparse.Namespace, more: Mapping[str, tuple[float, float, f
             "--threads": (args.threads, 0, 1024),
         }
     )
-    if args.output.resolve() == args.model.resolve():
-        raise BadConfig(f"-o {args.output} is the model itself, which is only read; choose another folder")
 
 
 def read_data(args: argparse.Namespace, text: ModelText, context: int) -> tuple[list[Lesson], list[Lesson]]:

@@ -189,7 +189,7 @@ def test_a_run_repeats_and_goes_on_where_it_stopped(
     monkeypatch.setattr(medusa, "train_step", _dies_at(7))
     with pytest.raises(KeyboardInterrupt):
         train(model, tmp_path / "c", "--steps", "12")
-    assert (tmp_path / "c" / medusa.STATE).exists() and not (tmp_path / "c" / "model.safetensors").exists()
+    assert (tmp_path / "c" / training.STATE).exists() and not (tmp_path / "c" / "model.safetensors").exists()
     monkeypatch.undo()
     with pytest.raises(BadConfig, match=r"is of a run with other options; repeat them, or give --fresh"):
         train(model, tmp_path / "c", "--steps", "12", "--seed", "2")
@@ -275,6 +275,16 @@ def test_mistakes_are_named(
     assert medusa.main([str(model), "-o", str(tmp_path / "out"), *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_neither_the_model_nor_a_folder_of_somebody_else_is_written_over(model: Path, tmp_path: Path) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    with pytest.raises(BadConfig, match="is the model itself"):
+        train(model, model, "--steps", "1")
+    copy = write_model(tmp_path / "copy")
+    with pytest.raises(BadConfig, match=r"holds 'config\.json', and is no earlier result"):
+        train(model, copy, "--steps", "1")
+    assert (model / "model.safetensors").read_bytes() == before
 
 
 def test_loading_the_command_loads_no_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from hf_folders import write_model
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
-from builders import qat  # noqa: E402
+from builders import qat, trained_folder, training  # noqa: E402
 from builders.completions import completions, cross_entropy, distillation, measure  # noqa: E402
 from builders.lessons import Lesson  # noqa: E402
 from builders.pipeline import Options, build  # noqa: E402
@@ -31,7 +33,7 @@ from edge_runtime.engine.file import read_engine  # noqa: E402
 from edge_runtime.engine.formats import get_format  # noqa: E402
 from edge_runtime.engine.packing import unpack  # noqa: E402
 from edge_runtime.engine.plan import KvPlan, StepShape  # noqa: E402
-from edge_runtime.errors import BadCheckpoint, BadConfig  # noqa: E402
+from edge_runtime.errors import BadCheckpoint, BadConfig, BuildError  # noqa: E402
 
 TEXT = "the robot goes to the kitchen and picks the red mug. " * 60
 
@@ -294,6 +296,63 @@ def test_options_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(BadConfig, match=words):
         train(model, tmp_path / "o", *more)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "config.json").write_text("mine")
+    with pytest.raises(BadConfig, match=r"holds 'config\.json', and is no earlier result of builders\.qat"):
+        train(model, tmp_path / "precious", "--weights", "int4_g32", "--steps", "1")
+    assert (tmp_path / "precious" / "config.json").read_text() == "mine"
+
+
+def test_a_disk_that_fills_up_costs_no_earlier_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ("--weights", "int4_g32", "--steps", "3", "--rate", "0.003")
+    train(model, out, *options)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    save = trained_folder.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        save(tensors, path, metadata=metadata)
+        if path.name == "model.safetensors":
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trained_folder, "save_file", full)
+    with pytest.raises(BuildError, match=r"out could not be written: I/O error: No space left"):
+        train(model, out, *options[:-1], "0.004")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    with pytest.raises(BuildError):
+        train(model, tmp_path / "none", *options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    monkeypatch.undo()
+    # and before the training: room is proved
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100_000))
+    with pytest.raises(BuildError, match=r"none has 97\.7 KiB free, the training needs"):
+        train(model, tmp_path / "none", *options)
+    monkeypatch.undo()
+    # a state that the disk does not take is said, and the run goes on
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("safetensors.torch.save_file", _full)
+    assert train(model, tmp_path / "other", *options)["steps"] == 3
+    assert "note: " in (said := capsys.readouterr().err) and "could not be saved: No space left" in said
+    assert not (tmp_path / "other" / "training.part").exists()
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise SafetensorError("No space left on device")
+
+
+def test_room_is_asked_for_what_is_written(trained: tuple[Path, dict[str, Any]], model: Path) -> None:
+    with open_model(model) as source:
+        student = QatModel(source, Formats("int2_g32"))
+        formats = {key: quantizer.format.name for key, quantizer in student.quantizers.items()}
+        values = {key: tensor.numel() for key, tensor in student.tensors.items()}
+        said = trained_folder.trained_nbytes(source, formats, values)
+    written = sum(p.stat().st_size for p in trained[0].iterdir())
+    assert said <= written <= said + trained_folder._ROOM
 
 
 def test_the_model_is_never_written_over(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from arch_cases import CASES, SMALL
 from hf_folders import write_model
+from safetensors import SafetensorError
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
-from builders import qlora  # noqa: E402
+from builders import low_rank, qlora  # noqa: E402
 from builders.completions import completions, cross_entropy  # noqa: E402
 from builders.lessons import Lesson  # noqa: E402
 from builders.low_rank import LowRankProgram, chosen_targets, write_peft  # noqa: E402
@@ -32,7 +34,7 @@ from edge_runtime.engine.file import read_engine  # noqa: E402
 from edge_runtime.engine.manifest import Vocabulary  # noqa: E402
 from edge_runtime.engine.peft import read_peft  # noqa: E402
 from edge_runtime.engine.plan import KvPlan, StepShape  # noqa: E402
-from edge_runtime.errors import BadConfig  # noqa: E402
+from edge_runtime.errors import BadConfig, BuildError  # noqa: E402
 
 TEXT = "the robot goes to the kitchen and grasps the red mug. " * 40
 FORMATS = Formats("nf4_g64")
@@ -307,6 +309,36 @@ def test_options_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(BadConfig, match=words):
         train(model, tmp_path / "o", "--steps", "1", *more)
+
+
+def test_an_adapter_is_replaced_whole_and_that_of_another_tool_is_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    train(model, out, "--steps", "1")
+    train(model, out, "--steps", "2")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert set(before) == {"adapter_model.safetensors", "adapter_config.json"}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(low_rank, "save_file", full)
+    for path in (out, tmp_path / "none"):
+        with pytest.raises(BuildError, match=rf"{path.name} could not be written: I/O error: No space left"):
+            train(model, path, "--steps", "1")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BuildError, match="none has 1000 B free, the training needs"):
+        train(model, tmp_path / "none", "--steps", "1")
+    config = json.loads(before["adapter_config.json"])
+    for change in ({"peft_version": "0.18.0"}, {"use_dora": True}):
+        (out / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(BadConfig, match=r"no earlier result of builders\.qlora"):
+            train(model, out, "--steps", "1")
 
 
 def test_an_engines_formats_are_fixed(engine_path: Path, tmp_path: Path) -> None:
