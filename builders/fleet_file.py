@@ -24,13 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builders.budgets import parse_bytes, parse_formats
 from builders.corpus import BUILTIN, SELF
+from builders.observers import get_observer
 from builders.pack import engine_name
+from builders.planner import AUTO, KEEP
 from builders.quantize import get_algorithm
 from builders.sources import model_name
-from edge_runtime.engine.profile import SUFFIXES
+from edge_runtime.engine.formats import get_format
+from edge_runtime.engine.kv import kv_pair
+from edge_runtime.engine.profile import SUFFIXES, load_profile
 from edge_runtime.engine.strict_yaml import read_yaml
-from edge_runtime.errors import BadConfig, nearest
+from edge_runtime.errors import BadConfig, EdgeError, nearest
 
 MAX_CELLS = 1000
 _KEYS = ("output", "models", "profiles", "options", "variants")
@@ -39,6 +44,7 @@ _OWN = ("help", "json", "profile", "profiles", "output", "force", "dry-run", "ma
 # Where edge-build keeps a calibration, and the options on which its content depends
 CALIBRATION_FOLDER = "calibration-folder"
 _CALIBRATION = ("calibration", "samples", "sample-tokens", "seed", "device", "rotate", "context", "draft")
+_READ = ("draft", "medusa", "eval", "task", "prefix", "sensitivity-file", "calibration")  # files and folders
 Options = dict[str, Any]
 
 
@@ -74,8 +80,29 @@ class _Model:
     options: Options
 
 
+def _prove_weights(text: str) -> None:
+    if text not in (AUTO, KEEP):
+        get_format(text)
+
+
+# Option -> proof of its value, which raises BadConfig naming the nearest that is valid
+_PROOFS: dict[str, Callable[[str], object]] = {
+    "weights": _prove_weights,
+    "head-weights": _prove_weights,
+    "draft-weights": _prove_weights,
+    "formats": parse_formats,
+    "kv": lambda text: text == AUTO or kv_pair(text),
+    "draft-kv": kv_pair,
+    "algorithm": get_algorithm,
+    "observer": get_observer,
+    "max-memory": lambda text: parse_bytes("the value", text),
+    "calibration-memory": lambda text: parse_bytes("the value", text),
+}
+
+
 def read_fleet(path: Path, make_parser: Callable[[], argparse.ArgumentParser]) -> Fleet:
-    """Every cell of a fleet file, its options proved by edge-build's own parser.
+    """Every cell of a fleet file. Proved before any is built: options by edge-build's own parser; names of
+    profiles, formats and algorithms; that there are the files to read.
 
     Raises BadConfig naming the key that is wrong and the nearest valid one.
     """
@@ -95,18 +122,23 @@ def read_fleet(path: Path, make_parser: Callable[[], argparse.ArgumentParser]) -
     if "variants" in data:
         given = _mapping(data["variants"], f"{path.name}: variants")
         variants = {n: _checked(v, f"{path.name}: variants.{n}", known, here) for n, v in given.items()}
+    count = len(models) * len(profiles) * len(variants)
+    if not 0 < count <= MAX_CELLS:
+        raise BadConfig(f"{path.name}: {count} engines, expected 1 to {MAX_CELLS}")
     cells: dict[str, Cell] = {}
     for model in models:
         for profile in profiles:
             for variant, options in variants.items():
-                cell = _cell(model, profile, variant, common | model.options | options, output, parser)
+                chosen = common | model.options | options
+                try:
+                    cell = _cell(model, profile, variant, chosen, output, parser)
+                except BadConfig as error:
+                    raise BadConfig(f"{path.name}: {error}") from None
                 if cell.name in cells:
                     raise BadConfig(
                         f"{path.name}: two engines are named {cell.name!r}; give the models names"
                     )
                 cells[cell.name] = cell
-    if not 0 < len(cells) <= MAX_CELLS:
-        raise BadConfig(f"{path.name}: {len(cells)} engines, expected 1 to {MAX_CELLS}")
     return Fleet(path.stem, output, tuple(cells.values()))
 
 
@@ -129,8 +161,13 @@ def _cell(
     for option, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             words += [f"--{option}"] if one is True else [f"--{option}={one}"]
+    from builders.cli import build_options  # the command line knows fleets, so not at load
+
     try:
-        parser.parse_args(words)
+        asked = build_options(parser.parse_args(words))
+        asked.limits.check(measured=asked.measure, task=asked.task is not None)
+        if profile != AUTO and "power-mode" in options:
+            load_profile(profile).mode(options["power-mode"])
     except BadConfig as error:
         raise BadConfig(f"{name}: {error}") from None
     return Cell(name, model.name, device, variant, tuple(words), target, folder)
@@ -165,7 +202,7 @@ def _model(value: Any, where: str, known: Mapping[str, argparse.Action], here: P
     _known(fields, _MODEL_KEYS, where)
     if "path" not in fields:
         raise BadConfig(f"{where}: path: missing key")
-    path = here / _text(fields["path"], f"{where}: path")
+    path = _there(here / _text(fields["path"], f"{where}: path"), f"{where}: path")
     name = _text(fields.get("name", model_name(path)), f"{where}: name")
     return _Model(
         path, engine_name(name), _checked(fields.get("options", {}), f"{where}: options", known, here)
@@ -174,7 +211,11 @@ def _model(value: Any, where: str, known: Mapping[str, argparse.Action], here: P
 
 def _profile(value: Any, where: str, here: Path) -> str:
     text = _text(value, where)
-    return str(here / text) if text.endswith(SUFFIXES) else text
+    if text == AUTO:  # the machine that builds, which may be another
+        return text
+    found = str(here / text) if text.endswith(SUFFIXES) else text
+    _prove(load_profile, found, where)
+    return found
 
 
 def _checked(value: Any, where: str, known: Mapping[str, argparse.Action], here: Path) -> Options:
@@ -193,18 +234,35 @@ def _checked(value: Any, where: str, known: Mapping[str, argparse.Action], here:
         elif isinstance(action.default, list):
             if not isinstance(given, list):
                 raise BadConfig(f"{where_key}: expected a list")
-            found[key] = [_named_path(_text(one, where_key), here) for one in given]
+            found[key] = [_named_path(_text(one, where_key), where_key, here) for one in given]
         else:
             text = _text(given, where_key)
             path = action.type is Path or (key == "calibration" and text not in (SELF, BUILTIN))
             found[key] = str(here / text) if path else text
+            if path and key in _READ:
+                _there(here / text, where_key)
+            if key in _PROOFS:
+                _prove(_PROOFS[key], text, where_key)
     return found
 
 
-def _named_path(text: str, here: Path) -> str:
+def _prove(proof: Callable[[str], object], text: str, where: str) -> None:
+    try:
+        proof(text)
+    except EdgeError as error:
+        raise BadConfig(f"{where}: {error}") from None
+
+
+def _there(path: Path, where: str) -> Path:
+    if not path.exists():
+        raise BadConfig(f"{where}: {path} does not exist")
+    return path
+
+
+def _named_path(text: str, where: str, here: Path) -> str:
     """NAME=FOLDER with the folder made whole."""
     name, equals, folder = text.partition("=")
-    return f"{name}={here / folder}" if equals else text
+    return f"{name}={_there(here / folder, where)}" if equals else text
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -41,6 +41,11 @@ def write_fleet(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def empty_model(folder: Path) -> None:
+    """A model that there is, and that cannot be built: names are proved before any cell, contents are not."""
+    (folder / "nobody").mkdir()
+
+
 def run(path: Path, capsys: Captured, *words: str, code: int = 0) -> dict[str, Any]:
     """Row by name of a fleet built by the command."""
     assert main(["--matrix", str(path), "--json", *words]) == code
@@ -94,6 +99,7 @@ def test_a_fleet_is_built_and_then_left_alone(tmp_path: Path, capsys: Captured) 
 
 
 def test_one_failed_cell_stops_no_other_and_the_worst_code_counts(tmp_path: Path, capsys: Captured) -> None:
+    empty_model(tmp_path)
     path = write_fleet(
         tmp_path,
         models=["ant", "nobody"],
@@ -112,7 +118,7 @@ def test_one_failed_cell_stops_no_other_and_the_worst_code_counts(tmp_path: Path
     assert (
         strict["kl_mean"] == rows["ant-cpu-good"]["kl_mean"]
     )  # what was measured is in the table all the same
-    assert "nobody is not a folder" in rows["nobody-cpu-good"]["error"]
+    assert "nobody has no config.json" in rows["nobody-cpu-good"]["error"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "ant-cpu-good.edge",
         "logs",
@@ -265,6 +271,14 @@ def test_mistakes_exit_1(words: list[str], message: str, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_value_costs_no_cell(tmp_path: Path, capsys: Captured) -> None:
+    path = write_fleet(tmp_path, profiles=["cpu", "orin-nona-8gb"])
+    assert main(["--matrix", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: fleet.yaml: profiles[1]: no profile named 'orin-nona-8gb': did you mean")
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_jobs_need_a_matrix(capsys: Captured) -> None:
     for words in (["--jobs", "2"], ["--ray"]):
         assert main(words) == 1
@@ -279,10 +293,11 @@ def test_ray_builds_the_same_engines(
 ) -> None:
     pytest.importorskip("ray", reason="needs ray: pip install -c constraints.txt -e '.[fleet]'")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    empty_model(tmp_path)
     path = write_fleet(tmp_path, models=["ant", "nobody"])
     by_ray = run(path, capsys, "--ray", "--jobs", "2", code=1)
     assert [r["status"] for r in by_ray.values()] == ["built", "built", "failed", "failed"]
-    assert "nobody is not a folder" in by_ray["nobody-cpu"]["error"]
+    assert "nobody has no config.json" in by_ray["nobody-cpu"]["error"]
     engine = tmp_path / "out" / "ant-cpu.edge"
     data = engine.read_bytes()
     engine.unlink()

@@ -12,10 +12,15 @@ from builders.cli import make_parser
 from builders.fleet_file import Fleet, read_fleet
 from edge_runtime.errors import BadConfig
 
+PROFILES = Path(__file__).resolve().parents[2] / "profiles"
 GOOD: dict[str, Any] = {"models": ["a/one"], "profiles": ["cpu"]}
 
 
 def fleet_of(folder: Path, data: Any) -> Fleet:
+    """With all that the tests name there, as far as it must be: no model is read."""
+    for name in ("a/one", "b/one", "one", "two", "d", "p/q"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text("the quick brown fox")
     path = folder / "robots.yaml"
     path.write_text(data if isinstance(data, str) else yaml.safe_dump(data))
     return read_fleet(path, make_parser)
@@ -26,13 +31,16 @@ def parsed(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_every_model_profile_and_variant_is_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    mine = (PROFILES / "cpu.yaml").read_text().replace("name: cpu", "name: mine")
+    (tmp_path / "own" / "mine.yaml").write_text(mine)
     fleet = fleet_of(
         tmp_path,
         {
             "output": "out",
             "models": [
                 "a/one",
-                {"path": "/abs/two", "name": "second", "options": {"draft": "d", "kv": "f16"}},
+                {"path": str(tmp_path / "two"), "name": "second", "options": {"draft": "d", "kv": "f16"}},
             ],
             "profiles": ["cpu", "own/mine.yaml"],
             "options": {"kv": "int8", "context": 64, "no-eval": True, "task-f32": False, "lora": ["x=p/q"]},
@@ -47,7 +55,7 @@ def test_every_model_profile_and_variant_is_a_cell(tmp_path: Path) -> None:
         for variant in ("a", "b")
     ]
     first, last = parsed(fleet.cells[0].words), parsed(fleet.cells[-1].words)
-    assert first["model"] == str(tmp_path / "a/one") and last["model"] == "/abs/two"
+    assert first["model"] == str(tmp_path / "a/one") and last["model"] == str(tmp_path / "two")
     assert (first["profile"], last["profile"]) == ("cpu", str(tmp_path / "own/mine.yaml"))
     assert first["output"] == tmp_path / "out" / "one-cpu-a.edge" == fleet.cells[0].target
     assert (first["weights"], first["kv"], first["context"], first["no_eval"]) == (
@@ -89,7 +97,7 @@ def test_one_cell_has_no_variant_and_the_files_own_folder(tmp_path: Path) -> Non
         (GOOD | {"variants": {}}, "0 engines, expected 1 to 1000"),
         (GOOD | {"variants": {"a": {"x": 1}}}, "variants.a: x: unknown key"),
         (GOOD | {"models": ["a/one", "b/one"]}, "two engines are named 'one-cpu'"),
-        (GOOD | {"profiles": [f"p{i}" for i in range(1001)]}, "1001 engines"),
+        (GOOD | {"variants": {f"v{i}": {} for i in range(1001)}}, "1001 engines"),
         ("models: [a]\nmodels: [b]\n", "is given twice"),
         ("a: &x 1\nb: *x\n", "aliases"),
         ("[1, 2", "not valid YAML"),
@@ -154,6 +162,51 @@ def test_a_switch_that_takes_a_value_may_stand_alone(tmp_path: Path) -> None:
         assert parsed(cell.words)["rotate"] == want
 
 
-def test_an_unknown_algorithm_is_found_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(BadConfig, match="did you mean 'gptq'"):
-        fleet_of(tmp_path, GOOD | {"options": {"algorithm": "gptqq"}})
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"profiles": ["cpu", "orin-nona-8gb"]}, "profiles[1]: no profile named 'orin-nona-8gb': did you me"),
+        ({"profiles": ["cpu", "own/mine.yaml"]}, "profiles[1]: {folder}/own/mine.yaml: no such file"),
+        ({"models": ["a/one", "a/oen"]}, "models[1]: path: {folder}/a/oen does not exist"),
+        (
+            {"options": {"algorithm": "gptqq"}},
+            "options.algorithm: unknown algorithm 'gptqq'; did you mean 'gp",
+        ),
+        ({"options": {"algorithm": "awq+gtpq"}}, "options.algorithm: unknown algorithm 'gtpq'; did you mean"),
+        (
+            {"variants": {"a": {"weights": "int4_g46"}}},
+            "variants.a.weights: unknown format 'int4_g46'; did y",
+        ),
+        ({"options": {"head-weights": "f61"}}, "options.head-weights: unknown format 'f61'; did you mean"),
+        ({"options": {"formats": "int4_g64,x"}}, "options.formats: --formats: unknown weight format 'x'"),
+        ({"options": {"kv": "itn8"}}, "options.kv: "),
+        ({"options": {"observer": "mze"}}, "options.observer: unknown observer 'mze'; did you mean 'mse'?"),
+        ({"options": {"max-memory": "3 gb of it"}}, "options.max-memory: the value '3 gb of it': expected a"),
+        ({"options": {"calibration": "txet.txt"}}, "options.calibration: {folder}/txet.txt does not exist"),
+        ({"options": {"eval": "no.txt"}}, "options.eval: {folder}/no.txt does not exist"),
+        ({"options": {"lora": ["x=p/q", "y=p/r"]}}, "options.lora: {folder}/p/r does not exist"),
+        ({"models": [{"path": "two", "options": {"draft": "e"}}]}, "models[0]: options.draft: {folder}/e do"),
+        (
+            {"profiles": ["orin"], "options": {"power-mode": "16W"}},
+            "one-orin: profile 'orin-agx-64gb' has no",
+        ),
+        ({"options": {"task-f32": True}}, "one-cpu: --task-f32 needs --task"),
+        (
+            {"options": {"max-kl": 0.1, "no-eval": True}},
+            "one-cpu: --max-kl 0.1 needs 0 or more, and no --no-",
+        ),
+        ({"options": {"sensitivity-file": "text.txt"}}, "one-cpu: {folder}/text.txt is no sensitivity file"),
+    ],
+)
+def test_values_are_proved_before_any_work(data: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadConfig) as caught:
+        fleet_of(tmp_path, GOOD | data)
+    assert str(caught.value).startswith(f"robots.yaml: {words.format(folder=tmp_path)}")
+
+
+def test_what_edge_build_takes_is_taken(tmp_path: Path) -> None:
+    options = {"weights": "auto", "kv": "auto", "formats": "int4_g64, f16", "bits": 5, "calibration": "self"}
+    options |= {"algorithm": "awq+gptq", "max-memory": "3GiB", "head-weights": "f16", "observer": "mse"}
+    (cell,) = fleet_of(tmp_path, GOOD | {"profiles": ["auto"], "options": options}).cells
+    assert parsed(cell.words)["weights"] == "auto"
+    fleet_of(tmp_path, GOOD | {"options": {"weights": "keep", "kv": "f16,int8", "calibration": "builtin"}})
