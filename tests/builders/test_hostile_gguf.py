@@ -16,7 +16,7 @@ from hf_folders import llama_config, llama_shapes
 from test_gguf import vocabulary
 
 from builders.archs import read_program
-from builders.sources import open_source
+from builders.sources import open_source, read_config
 from builders.weights import CheckpointWeights
 from edge_runtime.errors import BadCheckpoint, EdgeError, Unsupported
 
@@ -52,6 +52,28 @@ def test_the_file_that_the_cases_damage_is_good(path: Path) -> None:
     path.write_bytes(gguf_bytes(metadata(), tensors()))
     with open_source(path) as source:
         CheckpointWeights(read_program(source.config), source)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"GGUX", "m.gguf is not a GGUF file: it begins with b'GGUX', expected 'GGUF'"),
+        (b"\0\0\0\0", "m.gguf is not a GGUF file: it begins with b'\\x00\\x00\\x00\\x00', expected 'GGUF'"),
+        (None, "m.gguf is not a GGUF file: it is empty, expected 'GGUF'"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "m.gguf is a Git LFS pointer, not the weights; run",
+        ),
+    ],
+)
+def test_a_file_named_so_that_begins_as_no_gguf_is_told_what_it_lacks(
+    path: Path, head: bytes | None, words: str
+) -> None:
+    data = b"" if head is None else head + gguf_bytes(metadata(), tensors())[len(head) :]
+    refused(path, data, words)
+    with pytest.raises(BadCheckpoint) as caught:  # --dry-run reads no weights
+        read_config(path)
+    assert words in str(caught.value) and "pickle" not in str(caught.value)
 
 
 @pytest.mark.parametrize("version", [0, 1, 4, 0x03000000])

@@ -20,7 +20,8 @@ from edge_runtime.engine.formats import Array
 from edge_runtime.engine.program import MAX_DIM
 from edge_runtime.errors import BadCheckpoint, Unsupported
 
-MAGIC = b"GGUF"
+MAGIC, SUFFIX = b"GGUF", ".gguf"
+_POINTER = b"version https://git-lfs"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 16  # keys, and tensors
 MAX_STRING = 16 << 20
@@ -61,12 +62,23 @@ class Header:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a regular file begins as a GGUF file does. Raises BadCheckpoint where it cannot be read."""
+    """Whether a regular file begins as a GGUF file does. Raises BadCheckpoint where it cannot be read, or is
+    named like one and begins as none."""
     fd = open_regular(path)
     try:
-        return os.pread(fd, 4, 0) == MAGIC
+        head = os.pread(fd, len(_POINTER), 0)
     finally:
         os.close(fd)
+    if head.startswith(MAGIC) or path.suffix.lower() != SUFFIX:
+        return head.startswith(MAGIC)
+    if head == _POINTER:
+        raise BadCheckpoint(
+            f"{path.name} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it"
+        )
+    begins = f"it begins with {head[:4]!r}" if head else "it is empty"
+    raise BadCheckpoint(
+        f"{path.name} is not a GGUF file: {begins}, expected 'GGUF'; download or convert it again"
+    )
 
 
 def read_header(path: Path) -> Header:
