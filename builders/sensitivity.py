@@ -6,6 +6,8 @@ planner adds them up (the errors of layers are nearly independent while they are
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,8 @@ import msgspec
 
 from edge_runtime.engine.folder import MAX_INDEX, read_capped
 from edge_runtime.errors import BadCheckpoint, BadConfig
+
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,6 +32,7 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `algorithm` says how values were chosen; `text` is the calibration text's name, `tokens` how many. With
     unit "kl" only formats in `measured` were run; the others' losses follow by the ratio of errors. tried:
     plans that refine.py tried out, with KL on the same text; the losses are then those of the best of them.
+    model_sha256: digest of the checkpoint's weight files; None in files of versions that wrote none.
     """
 
     unit: Literal["kl", "hessian"]
@@ -38,9 +43,28 @@ class Sensitivity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     measured: tuple[str, ...] = ()
     kv_losses: dict[str, float] | None = None  # of cache pairs such as "int8,int4", in the same unit
     tried: tuple[Tried, ...] = ()
+    model_sha256: str | None = None
+
+    def of_model(self, digests: Mapping[str, str]) -> Sensitivity:
+        """The same, as measured on the checkpoint whose files have these digests, by name."""
+        return msgspec.structs.replace(self, model_sha256=weights_digest(digests))
+
+    def check_model(self, digests: Mapping[str, str]) -> None:
+        """Raises BadConfig where it was measured on other weights than those of these files."""
+        if self.model_sha256 not in (None, weights_digest(digests)):
+            raise BadConfig(
+                "the sensitivity file was measured on other weights than this model's; measure it again on "
+                "this model, or delete model_sha256 from the file to plan by it all the same"
+            )
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+
+
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """One digest of a checkpoint's weights, from those of its files, whatever their names."""
+    weights = sorted(sha for name, sha in digests.items() if name.endswith(_WEIGHTS))
+    return hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
 
 def read_sensitivity(path: Path) -> Sensitivity:

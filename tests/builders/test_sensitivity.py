@@ -291,6 +291,27 @@ def test_what_is_written_is_read_again(toy: Checkpoint, tmp_path: Path) -> None:
     assert read_sensitivity(tmp_path / "s.json") == found
 
 
+def test_losses_of_other_weights_are_refused(tmp_path: Path) -> None:
+    """A fine-tune has the same tensors, and other losses."""
+    digests = []
+    for seed, shards in ((0, 1), (1, 1), (0, 2)):
+        folder = write_model(tmp_path / f"{seed}-{shards}", seed=seed, shards=shards)
+        with open_contents(folder, Extras(), None) as contents:
+            digests.append(contents.target.source.sha256())
+    plain = Sensitivity(unit="kl", algorithm="rtn", text="t", tokens=1, losses={"layers.0.q": {"f16": 0.0}})
+    plain.of_model(digests[0]).save(tmp_path / "s.json")
+    found = read_sensitivity(tmp_path / "s.json")
+    found.check_model(digests[0])
+    found.check_model({name: sha for name, sha in digests[0].items() if name != "tokenizer.json"})
+    for other in digests[1:]:
+        with pytest.raises(BadConfig, match=r"on other weights than this model's; measure it again"):
+            found.check_model(other)
+    old = json.loads((tmp_path / "s.json").read_text())
+    del old["model_sha256"]  # as files of earlier versions are
+    (tmp_path / "s.json").write_text(json.dumps(old))
+    read_sensitivity(tmp_path / "s.json").check_model(digests[1])
+
+
 def test_an_algorithm_that_knows_the_inputs_loses_less(real_model: Path, tmp_path: Path) -> None:
     with open_contents(real_model, Extras(), None) as contents:
         target = contents.target
