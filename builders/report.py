@@ -13,7 +13,7 @@ from builders.limits import ppl_increase
 from builders.pipeline import Report
 from builders.planner import Plans, Request
 from builders.watcher import Watcher
-from edge_runtime.cli.output import size, table
+from edge_runtime.cli.output import Progress, progress, size, table
 from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, TaskQuality
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
@@ -29,25 +29,28 @@ _ROWS = (
     ("device_code", "device code"),
     ("context", "context (driver)"),
 )
+_PAUSE = 5.0  # seconds between two lines of a log about one phase
 _WORST = 5  # tensors of lowest SQNR in the report
 
 
 class ProgressBar(Watcher):
-    """One bar for each phase, on stderr; a terminal sees it move, a log only the finished phases.
+    """How a build goes on, on stderr: a terminal has a bar for each phase; a log a line where one begins, and
+    at most nine more of one that takes long: its tenths.
 
-    steps: a log has a line for every step too.
+    steps: a log has a line for every step instead.
     """
 
     def __init__(self, *, steps: bool = False) -> None:
         self._steps = steps
         try:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
         except ImportError:
             raise Unsupported("edge-build needs rich: pip install 'edge-runtime[build]'") from None
         console = Console(stderr=True)
-        self._moving = console.is_terminal
-        self._bar = Progress(
+        self._moving = sys.stderr.isatty()  # also where FORCE_COLOR calls a log a terminal
+        self._bar = Bars(
             TextColumn("{task.description:<9}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -57,6 +60,8 @@ class ProgressBar(Watcher):
             disable=not self._moving,
         )
         self._task: Any = None
+        self._log = Progress("")
+        self._done, self._total = 0, 0
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -67,14 +72,20 @@ class ProgressBar(Watcher):
 
     def phase(self, name: str, steps: int) -> None:
         self._task = self._bar.add_task(name, total=steps, what="")
+        self._log, self._done, self._total = Progress(name, pause=_PAUSE), 0, steps
         if not self._moving:
-            print(f"{name} ({steps})", file=sys.stderr, flush=True)
+            progress(f"{name} ({steps})")
 
     def step(self, what: str) -> None:
-        if self._task is not None:
+        self._done += 1
+        if self._moving and self._task is not None:
             self._bar.update(self._task, advance=1, what=what)
-        if self._steps and not self._moving:
-            print(what, file=sys.stderr, flush=True)
+        elif self._steps:
+            progress(what)
+        elif (
+            self._total <= 10 * self._done < 10 * self._total
+        ):  # 0 and 100%: this phase's line, and the next's
+            self._log(self._done, self._total, what)
 
 
 def formats_of(program: Program, plan: Plan) -> dict[str, str]:

@@ -10,12 +10,14 @@ exactly one object goes to stdout, also when the command fails; progress and err
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, NoReturn, TextIO
 
 import msgspec
@@ -102,23 +104,25 @@ def progress(text: str) -> None:
 
 class Progress:
     """How far something long is, on stderr: a line rewritten in place on a terminal; elsewhere one for each
-    tenth."""
+    tenth, of which none comes sooner than `pause` seconds after the last, or after the beginning."""
 
-    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+    def __init__(self, title: str, stream: TextIO | None = None, *, pause: float = 0.0) -> None:
         self._title, self._stream = title, sys.stderr if stream is None else stream
+        self._pause = pause
         self._tenth = -1
+        self._told = monotonic() if pause else -math.inf  # when
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """`done` of `total` steps are behind, and `what` is next."""
+        """`done` of `total` steps are behind, and `what` is next (or was last)."""
         if self._stream.isatty():
             bar = ("#" * (_BAR * done // max(1, total))).ljust(_BAR, ".")
             line = f"{self._title} [{bar}] {100 * done // max(1, total):3}% {what}"
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{line[:width]}", end="\n" if done == total else "", file=self._stream, flush=True)
             return
-        tenth = 10 * done // max(1, total)
-        if tenth > self._tenth:
-            self._tenth = tenth
+        tenth, now = 10 * done // max(1, total), monotonic()
+        if tenth > self._tenth and now - self._told >= self._pause:
+            self._tenth, self._told = tenth, now
             print(f"{self._title} {10 * tenth}%: {what}", file=self._stream, flush=True)
 
 
