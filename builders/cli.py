@@ -29,7 +29,7 @@ from builders.sources import model_name, read_config
 from edge_runtime.cli.output import Answer, profiles_answer, progress, run_command
 from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
-from edge_runtime.errors import BackendUnavailable, BadConfig, BuildError
+from edge_runtime.errors import BackendUnavailable, BadConfig, BuildError, QualityLimit
 
 _UNRECORDED = (
     *("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot"),
@@ -48,6 +48,14 @@ def run(args: argparse.Namespace) -> Answer:
         if not value:
             raise BadConfig(f"{option} is missing (see edge-build --help)")
     return dry_run(args, _request(args)) if args.dry_run else _build(args)
+
+
+def answer(args: argparse.Namespace) -> Answer:
+    """What `run` finds; where a limit stops a build, the figures that broke it beside the error."""
+    try:
+        return run(args)
+    except QualityLimit as error:
+        return report.broken_answer(error)
 
 
 def _fleet(args: argparse.Namespace) -> Answer:
@@ -231,7 +239,7 @@ def _pathless(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of edge-build; returns the exit code."""
-    return run_command(make_parser(), run, argv)
+    return run_command(make_parser(), answer, argv)
 
 
 if __name__ == "__main__":

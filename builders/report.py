@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 
 from builders.fitting import Change
-from builders.limits import ppl_increase
+from builders.limits import ppl_increase, report_of
 from builders.pipeline import Report
 from builders.planner import Plans, Request
 from builders.watcher import Watcher
-from edge_runtime.cli.output import Progress, progress, size, table
-from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, TaskQuality
+from edge_runtime.cli.output import Answer, Progress, progress, size, table
+from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, Quality, TaskQuality
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
-from edge_runtime.errors import Unsupported
+from edge_runtime.errors import QualityLimit, Unsupported
 
 _ROWS = (
     ("weights", "weights"),
@@ -82,9 +82,7 @@ class ProgressBar(Watcher):
             self._bar.update(self._task, advance=1, what=what)
         elif self._steps:
             progress(what)
-        elif (
-            self._total <= 10 * self._done < 10 * self._total
-        ):  # 0 and 100%: this phase's line, and the next's
+        elif self._total <= 10 * self._done < 10 * self._total:  # else it is this phase's line, or the next's
             self._log(self._done, self._total, what)
 
 
@@ -241,23 +239,36 @@ def build_text(report: Report) -> str:
     ]
     rows += [("adapter", f"{name}, {n} tensors") for name, n in carried["adapters"].items()]
     if quality is not None:
-        rise = ppl_increase(quality)
-        rows += [
-            ("text", f"{quality.text}, {quality.tokens} tokens predicted, {quality.backend} backend"),
-            ("perplexity", f"{quality.perplexity:.3f} (f32 {quality.perplexity_f32:.3f}, {rise:+.2f}%)"),
-            ("KL to f32", f"mean {quality.kl_mean:.5f}, 99th percentile {quality.kl_p99:.5f} nats"),
-            ("same top token", f"{100.0 * quality.top1_agreement:.2f}%"),
-        ]
-        if quality.layer_cosine:
-            cosine = min(quality.layer_cosine)
-            rows.append(("lowest cosine", f"{cosine:.6f} after layer {quality.layer_cosine.index(cosine)}"))
-        if quality.task is not None:
-            rows.append(("task", task_text(quality.task)))
-        worst = sorted(quality.sqnr_db.items(), key=lambda item: item[1])[:_WORST]
-        rows += [("lowest SQNR" if i == 0 else "", f"{db:6.2f} dB  {n}") for i, (n, db) in enumerate(worst)]
+        rows += _quality_rows(quality)
     rows += [("device code", device_code_text(entry)) for entry in manifest.device_code]
     rows.append(("time", ", ".join(f"{phase} {s:.1f} s" for phase, s in report.seconds.items())))
     return table(rows)
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, str]]:
+    """Figures, and the tensors that are worst off."""
+    rise = ppl_increase(quality)
+    rows = [
+        ("text", f"{quality.text}, {quality.tokens} tokens predicted, {quality.backend} backend"),
+        ("perplexity", f"{quality.perplexity:.3f} (f32 {quality.perplexity_f32:.3f}, {rise:+.2f}%)"),
+        ("KL to f32", f"mean {quality.kl_mean:.5f}, 99th percentile {quality.kl_p99:.5f} nats"),
+        ("same top token", f"{100.0 * quality.top1_agreement:.2f}%"),
+    ]
+    if quality.layer_cosine:
+        cosine = min(quality.layer_cosine)
+        rows.append(("lowest cosine", f"{cosine:.6f} after layer {quality.layer_cosine.index(cosine)}"))
+    if quality.task is not None:
+        rows.append(("task", task_text(quality.task)))
+    worst = sorted(quality.sqnr_db.items(), key=lambda item: item[1])[:_WORST]
+    return rows + [("lowest SQNR" if i == 0 else "", f"{db:6.2f} dB  {n}") for i, (n, db) in enumerate(worst)]
+
+
+def broken_answer(error: QualityLimit) -> Answer:
+    """A build that stopped at a limit: its quality report, to choose other formats by, beside the error."""
+    quality = report_of(error)
+    if quality is None:
+        return Answer(None, error=error)
+    return Answer({"quality": msgspec.to_builtins(quality)}, table(_quality_rows(quality)), error)
 
 
 def device_code_text(entry: DeviceCodeEntry) -> str:
