@@ -47,7 +47,7 @@ def engine(work: Path, model: Path, words: list[str]) -> dict[str, Any]:
     if code != 0:
         raise SystemExit(f"edge-build {' '.join(words)} failed")
     data: dict[str, Any] = json.loads(out.getvalue())
-    return data["quality"] or {"bytes": data["plan"]["memory"]["weights"]}
+    return (data["quality"] or {}) | {"bytes": data["plan"]["memory"]["weights"]}  # as stored
 
 
 def of_peer(exact: Weights, theirs: Weights, text: EvaluationText) -> float:

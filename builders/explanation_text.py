@@ -14,7 +14,7 @@ _BEST = 3  # of the next steps up, and of those down
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Layers next to each other whose tensors have the same formats."""
+    """Layers next to each other whose tensors have the same formats; bytes, and bits a weight, as stored."""
 
     label: str
     bits: float
@@ -37,7 +37,7 @@ def explanation_text(why: Explanation) -> str:
         "",
         table([_budget(use) for use in why.budgets], titles),
         "",
-        table(rows, ("layers", "bits", "size", "of loss", "formats"), right=(1, 2, 3)),
+        table(rows, ("layers", "stored bits", "size", "of loss", "formats"), right=(1, 2, 3)),
     ]
     lines += _steps(why.tensors)
     return "\n".join(lines)

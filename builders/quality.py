@@ -40,6 +40,9 @@ def measure_quality(
 ) -> Quality:
     """Figures on the text. eval_backend: "reference" computes with f32 activations, "native" as a backend of
     this machine does. Raises BackendUnavailable where none can run the engine.
+
+    Bytes, and bits per weight of them: matrices, scales included, padding not, as `--bits` counts them; what
+    memory holds is the plan's to say.
     """
     program, plan = subject.part.program, subject.plan
     restore = subject.part.weights.unturned if isinstance(subject.part.weights, RotatedWeights) else None
@@ -58,7 +61,7 @@ def measure_quality(
     else:
         found = compare_models(subject.checkpoint.weights, engine, plan.kv, text, restore=restore)
     matrices = {n for n, s in program.tensors.items() if s.role != "vector"}
-    bits = 8.0 * sum(subject.stored.true_nbytes(n) for n in matrices)
+    nbytes = sum(subject.stored.true_nbytes(n) for n in matrices)
     return Quality(
         text=text.name,
         tokens=found.tokens,
@@ -68,8 +71,8 @@ def measure_quality(
         kl_mean=found.kl_mean,
         kl_p99=found.kl_p99,
         top1_agreement=found.top1_agreement,
-        bits_per_weight=bits / sum(program.tensors[n].size for n in matrices),
-        bytes=plan.memory.weights,
+        bits_per_weight=8.0 * nbytes / sum(program.tensors[n].size for n in matrices),
+        bytes=nbytes,
         sqnr_db=dict(sqnr_db),
         layer_cosine=found.layer_cosine,
     )

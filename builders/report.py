@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from builders.fitting import Change
+from builders.fitting import Change, bits_per_weight
 from builders.limits import ppl_increase, report_of
 from builders.pipeline import Report
 from builders.planner import Plans, Request
 from builders.watcher import Watcher
 from edge_runtime.cli.output import Answer, Progress, progress, size, table
-from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, Quality, TaskQuality
+from edge_runtime.engine.manifest import LANGUAGE, DeviceCodeEntry, Manifest, PartEntry, Quality, TaskQuality
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.profile import Profile
 from edge_runtime.engine.program import Program
@@ -187,14 +187,17 @@ def _carried(manifest: Manifest) -> dict[str, Any]:
 
 
 def build_data(report: Report) -> dict[str, Any]:
-    """The finished build as one object of plain values; adapters with the number of tensors they change."""
+    """The finished build as one object of plain values; adapters with the number of tensors they change.
+
+    `bytes` is the file's size, `plan.memory.weights` what memory holds of weights, padding included.
+    """
     manifest = report.manifest
     entry = manifest.parts[LANGUAGE]
     memory = entry.plan.memory
     return {
         "path": str(report.path),
         "bytes": report.nbytes,
-        "bits_per_weight": bits_per_weight(report),
+        "matrices": _matrices(entry),
         "formats": dict(Counter(t.format for t in entry.plan.tensors.values())),
         **_carried(manifest),
         "quality": None if manifest.quality is None else msgspec.to_builtins(manifest.quality),
@@ -213,10 +216,11 @@ def build_data(report: Report) -> dict[str, Any]:
     }
 
 
-def bits_per_weight(report: Report) -> float:
-    """Bytes of the language part's weights as stored, over all its matrix weights."""
-    entry = report.manifest.parts[LANGUAGE]
-    return 8.0 * entry.plan.memory.weights / parameters(entry.program)
+def _matrices(entry: PartEntry) -> dict[str, Any]:
+    """All but the vectors: bytes, and bits per weight of them, scales included, padding not."""
+    params = parameters(entry.program)
+    bits = bits_per_weight(entry.program, {LANGUAGE: entry.plan})
+    return {"params": params, "bytes": round(bits * params / 8.0), "bits_per_weight": bits}
 
 
 def build_text(report: Report) -> str:
@@ -225,9 +229,12 @@ def build_text(report: Report) -> str:
     entry = manifest.parts[LANGUAGE]
     plan, quality = entry.plan, manifest.quality
     formats = ", ".join(f"{role} {fmt}" for role, fmt in formats_of(entry.program, plan).items())
+    matrices = _matrices(entry)
+    bits = f"{size(matrices['bytes'])} of matrices, {matrices['bits_per_weight']:.2f} bits per weight"
     rows = [
         ("engine", str(report.path)),
-        ("size", f"{size(report.nbytes)}, {bits_per_weight(report):.2f} bits per weight as stored"),
+        ("size", size(report.nbytes)),
+        ("weights", f"{bits}; {size(plan.memory.weights)} as stored, with padding and vectors"),
         ("formats", formats),
         ("memory", f"needs {size(plan.memory.need)} of {size(plan.memory.have)} on {plan.profile}"),
         ("predicted", f"{plan.predicted.decode_tokens_per_s:.1f} tokens/s in mode {plan.power_mode}"),

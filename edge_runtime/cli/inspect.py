@@ -15,6 +15,7 @@ from edge_runtime.cli.output import Answer, Parser, profiles_answer, run_command
 from edge_runtime.cli.quality_text import quality_text, report_text
 from edge_runtime.engine import packing
 from edge_runtime.engine.file import Engine, read_engine
+from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.manifest import AdapterEntry, Manifest, PartEntry
 from edge_runtime.engine.memory import stored_adapter_nbytes
 from edge_runtime.engine.plan import MemoryPlan
@@ -26,6 +27,8 @@ EXAMPLES = (
     "edge-inspect model.edge --tensors",
     "edge-inspect --profiles",
 )
+_SIZES = """stored: all tensors, with padding; matrices: without padding and vectors;
+bits/weight: of matrices, scales included, as edge-build --bits counts them"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +110,8 @@ def _part(part: PartEntry) -> dict[str, Any]:
         "tensors": len(rows),
         "params": params,
         "bytes": nbytes,
-        "bits_per_weight": round(8 * nbytes / params, 4),
+        "stored_bits_per_weight": round(8 * nbytes / params, 4),
+        "matrices": _matrices(rows),
         "formats": dict(Counter(r["format"] for r in rows).most_common()),
         "plan": {
             "profile": plan.profile,
@@ -122,6 +126,15 @@ def _part(part: PartEntry) -> dict[str, Any]:
             "predicted": msgspec.to_builtins(plan.predicted),
         },
     }
+
+
+def _matrices(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """All but the vectors: bytes, and bits per weight of them, scales included, padding not, as edge-build's
+    `--bits` counts them."""
+    matrices = [r for r in rows if r["role"] != "vector"]
+    params = sum(r["params"] for r in matrices)
+    nbytes = sum(get_format(r["format"]).nbytes(r["rows"], r["cols"]) for r in matrices)
+    return {"params": params, "bytes": nbytes, "bits_per_weight": round(8 * nbytes / max(1, params), 4)}
 
 
 def _adapter(adapter: AdapterEntry, part: PartEntry) -> dict[str, Any]:
@@ -178,13 +191,14 @@ def _parts_text(data: dict[str, Any]) -> str:
             p["tensors"],
             f"{p['params']:,}",
             size(p["bytes"]),
-            f"{p['bits_per_weight']:.2f}",
+            size(p["matrices"]["bytes"]),
+            f"{p['matrices']['bits_per_weight']:.2f}",
             ", ".join(f"{fmt} x{n}" for fmt, n in p["formats"].items()),
         )
         for name, p in data["parts"].items()
     ]
-    head = ("part", "ops", "tensors", "params", "bytes", "bits/weight", "formats")
-    return table(rows, head, right=(1, 2, 3, 4, 5))
+    head = ("part", "ops", "tensors", "params", "stored", "matrices", "bits/weight", "formats")
+    return f"{table(rows, head, right=(1, 2, 3, 4, 5, 6))}\n\n{_SIZES}"
 
 
 def _adapters_text(data: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_runtime.cli.output import size, table
+from edge_runtime.cli.output import table
 from edge_runtime.engine.manifest import Quality
 
 NOT_MEASURED = "quality: not measured (edge-build --eval TEXT measures it)"
@@ -44,7 +44,7 @@ def _rows(q: Quality) -> list[tuple[str, str]]:
         ("perplexity", f"{q.perplexity:.4f}, f32 {q.perplexity_f32:.4f} ({rise:+.2f} %)"),
         ("KL to f32", f"mean {q.kl_mean:.5f}, 99% below {q.kl_p99:.5f} nats"),
         ("same first choice", f"{100 * q.top1_agreement:.2f} %"),
-        ("stored", f"{size(q.bytes)}, {q.bits_per_weight:.2f} bits/weight"),
+        ("matrices", f"{q.bits_per_weight:.2f} bits/weight, scales included"),
     ]
     if q.task is not None:
         f32 = "" if q.task.accuracy_f32 is None else f", f32 {100 * q.task.accuracy_f32:.2f} %"

@@ -101,7 +101,12 @@ def test_build_prints_one_object_and_progress_on_stderr(model: Path, tmp_path: P
     found = json.loads(done.stdout)
     target = tmp_path / "toy-cpu-int4_g32.edge"
     assert found["path"] == target.name and found["bytes"] == target.stat().st_size
-    assert 4.5 < found["bits_per_weight"] < 40  # a toy: its padding weighs more than its numbers
+    matrices, quality = found["matrices"], found["quality"]
+    assert "bits_per_weight" not in found and 4.5 < matrices["bits_per_weight"] < 8.5
+    for pair in (matrices, quality):  # one meaning of the name, and bytes that it is of
+        assert pair["bits_per_weight"] == pytest.approx(8 * pair["bytes"] / matrices["params"], rel=1e-12)
+    assert quality["bits_per_weight"] == pytest.approx(matrices["bits_per_weight"], rel=1e-12)
+    assert quality["bytes"] < found["plan"]["memory"]["weights"]  # which has vectors, and padding
     assert found["quality"]["tokens"] > 400 and found["quality"]["sqnr_db"]
     assert "quantize" in done.stderr
     with read_engine(target) as engine:

@@ -17,6 +17,7 @@ from toy_engine import BLOBS, toy_parts, write_toy
 from edge_runtime.cli import inspect
 from edge_runtime.cli.output import Answer, Parser, run_command, size, table
 from edge_runtime.engine.file import read_engine
+from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.profile import list_profiles
 from edge_runtime.engine.writer import EngineWriter
 from edge_runtime.errors import BadEngineFile, DoesNotFit, EdgeError, QualityLimit, Unsupported
@@ -47,7 +48,10 @@ def test_the_tables_tell_everything(engine_path: Path, capsys: pytest.CaptureFix
         "engine toy",
         "digests match",
         "made for cpu, backend cpu",
-        "language 35 22 22,692 17.4 KiB 6.30 int4_g32 x14, f32 x6, int8_row x2",
+        "part ops tensors params stored matrices bits/weight formats",
+        "language 35 22 22,692 17.4 KiB 14.6 KiB 5.32 int4_g32 x14, f32 x6, int8_row x2",
+        "bits/weight: of matrices, scales included, as edge-build --bits counts them",
+        "matrices 5.20 bits/weight, scales included",
         "tidy language 3 4 2.0 KiB",
         "plan of language",
         "adapters 3.5 KiB",
@@ -80,7 +84,20 @@ def test_the_figures_of_the_table_are_those_of_the_file(engine_path: Path) -> No
         weights = engine.part("language").weights
         assert part["params"] == sum(t.rows * t.cols for t in weights.values())
         assert sum(part["formats"].values()) == part["tensors"] == len(weights)
-        assert part["bits_per_weight"] == pytest.approx(8 * part["bytes"] / part["params"], abs=1e-4)
+        stored = 8 * part["bytes"] / part["params"]
+        assert part["stored_bits_per_weight"] == pytest.approx(stored, abs=1e-4)
+        matrices, specs = part["matrices"], engine.manifest.parts["language"].program.tensors
+        true = {
+            n: get_format(t.format).nbytes(t.rows, t.cols)
+            for n, t in weights.items()
+            if specs[n].role != "vector"
+        }
+        assert matrices["bytes"] == sum(true.values())
+        assert matrices["params"] == sum(weights[n].rows * weights[n].cols for n in true)
+        assert matrices["bits_per_weight"] == pytest.approx(
+            8 * matrices["bytes"] / matrices["params"], abs=1e-4
+        )
+        assert "bits_per_weight" not in part
         assert data["file_bytes"] == engine_path.stat().st_size
 
 
@@ -115,7 +132,7 @@ def test_quality_alone(engine_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "text story, 300 tokens, f32 activations",
         "perplexity 12.5000, f32 12.0000 (+4.17 %)",
         "KL to f32 mean 0.01000, 99% below 0.09000 nats",
-        "stored 40.0 KiB, 5.20 bits/weight",
+        "matrices 5.20 bits/weight, scales included",
         "task t.jsonl: 75.00 % of 8 cases right, f32 87.50 % (cpu)",
         "broken limit accuracy is 0.7500 on t.jsonl, at least 0.8 is wanted",
         "after layer cosine to f32 1 - cosine",
