@@ -34,6 +34,7 @@ from builders.training import (
     state_nbytes,
     watch,
 )
+from builders.training_options import SetUp, time_rows
 from edge_runtime.cli.output import Answer, Parser, run_command, table
 from edge_runtime.engine.manifest import MAX_HEADS
 from edge_runtime.errors import BadConfig
@@ -112,12 +113,15 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def _run(args: argparse.Namespace, text: Path, out: TrainedFolder) -> Answer:
+    set_up = SetUp(2)
+    set_up(f"read {args.model.name}")
     base = Base(args.model)
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
     length = min(args.length, base.context)
+    set_up(f"read {text.name}")
     with base.text as words:
         lessons = read_lessons(text, words, length)
         heldout = [] if args.heldout is None else read_lessons(args.heldout, words, length)
@@ -134,6 +138,7 @@ def _run(args: argparse.Namespace, text: Path, out: TrainedFolder) -> Answer:
     heads.identity = identity_of(config, args.seed)
     if out.state.exists() and not args.fresh:
         restore_state(heads, out.state)
+    set_up("train")
     watch(heads, train(heads, base, lessons, args), lambda: save_state(heads, out.state))
     with out.replacing() as folder:
         write_heads(heads, folder, config)
@@ -142,10 +147,11 @@ def _run(args: argparse.Namespace, text: Path, out: TrainedFolder) -> Answer:
         "path": str(args.output),
         "steps": heads.step,
         "seconds": round(heads.seconds, 3),
+        "total_seconds": round(set_up.seconds, 3),
         "loss": heads.losses[-1] if heads.losses else None,
         "accuracy": found,
     }
-    rows = [("heads", f"{heads.count} in {args.output}"), ("steps", f"{heads.step}, {heads.seconds:.0f} s")]
+    rows = [("heads", f"{heads.count} in {args.output}"), *time_rows(heads, set_up.seconds)]
     rows += [(f"head {k}", f"{100 * share:.2f}% of held-out tokens") for k, share in enumerate(found, 1)]
     return Answer(data, table(rows))
 

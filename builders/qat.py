@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from builders.lessons import Lesson, batches, digest
@@ -21,6 +22,7 @@ from builders.trained_folder import TRAINED, TrainedFolder, trained_nbytes, writ
 from builders.training import Run, carry_out, need_torch, state_nbytes, take_step
 from builders.training_options import (
     HEAD_WEIGHTS,
+    SetUp,
     add_data_options,
     add_run_options,
     check_run,
@@ -81,9 +83,11 @@ def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.N
         next(source)
     while run.step < args.steps:
         asked = completions(next(source))
-        if args.refit and run.step % args.refit == 0:
+        began = monotonic()
+        if args.refit and run.step and run.step % args.refit == 0:  # before the first step they are fitted
             model.fit()
         model.requantize()
+        run.seconds += monotonic() - began
         take_step(run, args.rate, run.step / args.steps, lambda a=asked: loss(a))
         yield run.step / args.steps
 
@@ -91,6 +95,8 @@ def train(run: Run, model: QatModel, lessons: Sequence[Lesson], args: argparse.N
 def run(args: argparse.Namespace) -> Answer:
     check(args)
     need_torch()
+    set_up = SetUp(4 if args.heldout else 2)
+    set_up(f"read {args.model.name} and fit {args.weights} to its weights")
     import torch
 
     from builders.completions import measure
@@ -101,11 +107,14 @@ def run(args: argparse.Namespace) -> Answer:
     with TrainedFolder(args.output, TRAINED, args.model) as out, open_model(args.model) as source:
         formats = Formats(args.weights, args.head_weights)
         model = QatModel(source, formats, args.fit, learn_scales=args.learn_scales)
+        set_up(f"read {args.data.name}")
         with ModelText(source, read_vocabulary(source, model.program.program.vocab_size)) as text:
             lessons, heldout = read_data(args, text, model.context)
         found: dict[str, Measured] = {}
         if heldout:
+            set_up(f"measure f32 on {args.heldout.name}")
             found["f32"] = measure(teacher_of(model.weights), heldout, args.batch_tokens)
+            set_up(f"measure {args.weights} on {args.heldout.name}")
             model.requantize()
             found["before"] = measure(model.program, heldout, args.batch_tokens)
         training = Run(model.tensors, model.optimizer(args.rate), _identity(args, source.sha256(), lessons))
@@ -117,6 +126,7 @@ def run(args: argparse.Namespace) -> Answer:
         def keep_grids() -> None:
             training.kept = model.grids()
 
+        set_up("train")
         carry_out(
             training,
             train(training, model, lessons, args),
@@ -130,7 +140,7 @@ def run(args: argparse.Namespace) -> Answer:
         if heldout:
             model.requantize()
             found["after"] = measure(model.program, heldout, args.batch_tokens)
-    return _answer(args, training, found)
+    return _answer(args, training, found, set_up.seconds)
 
 
 def _identity(args: argparse.Namespace, digests: dict[str, str], lessons: Sequence[Lesson]) -> dict[str, Any]:
@@ -140,9 +150,9 @@ def _identity(args: argparse.Namespace, digests: dict[str, str], lessons: Sequen
     return {"kind": "qat", "model": digests, "data": digest(lessons), **given}
 
 
-def _answer(args: argparse.Namespace, training: Run, found: dict[str, Measured]) -> Answer:
-    rows = [("model", str(args.output)), *run_rows(training, found)]
-    return Answer(run_data(args, training, found), table(rows))
+def _answer(args: argparse.Namespace, training: Run, found: dict[str, Measured], total: float) -> Answer:
+    rows = [("model", str(args.output)), *run_rows(training, found, total)]
+    return Answer(run_data(args, training, found, total), table(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

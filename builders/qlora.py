@@ -21,6 +21,7 @@ from builders.trained_folder import Kind, TrainedFolder
 from builders.training import Run, carry_out, need_torch, state_nbytes, take_step
 from builders.training_options import (
     HEAD_WEIGHTS,
+    SetUp,
     add_data_options,
     add_run_options,
     check_run,
@@ -104,6 +105,8 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def _run(args: argparse.Namespace, out: TrainedFolder) -> Answer:
+    set_up = SetUp(3 if args.heldout else 2)
+    set_up(f"read {args.model.name}" + ("" if args.model.is_file() else " and round its weights"))
     base = open_base(args)
     import torch
 
@@ -114,10 +117,12 @@ def _run(args: argparse.Namespace, out: TrainedFolder) -> Answer:
         torch.set_num_threads(args.threads)
     targets = [name.strip() for name in args.targets.split(",") if name.strip()]
     model = LowRankProgram(base, targets, args.rank, args.alpha, args.seed)
+    set_up(f"read {args.data.name}")
     with ModelText(base.words, base.words.vocabulary) as text:
         lessons, heldout = read_data(args, text, model.context)
     found: dict[str, Measured] = {}
     if heldout:
+        set_up(f"measure on {args.heldout.name}")
         found["before"] = measure(model, heldout, args.batch_tokens)
     optimizer = torch.optim.AdamW(
         list(model.tensors.values()), lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -125,12 +130,13 @@ def _run(args: argparse.Namespace, out: TrainedFolder) -> Answer:
     training = Run(model.tensors, optimizer, _identity(args, base, lessons))
     halves = 2 * sum(tensor.numel() for tensor in model.tensors.values())
     out.prepare(halves, state_nbytes(training))
+    set_up("train")
     carry_out(training, train(training, model, lessons, args), out.state, fresh=args.fresh)
     with out.replacing() as folder:
         write_peft(folder, model, base.name)
     if heldout:
         found["after"] = measure(model, heldout, args.batch_tokens)
-    return _answer(args, training, base, found)
+    return _answer(args, training, base, found, set_up.seconds)
 
 
 def _identity(args: argparse.Namespace, base: PackedBase, lessons: Sequence[Lesson]) -> dict[str, Any]:
@@ -146,9 +152,11 @@ def _identity(args: argparse.Namespace, base: PackedBase, lessons: Sequence[Less
     }
 
 
-def _answer(args: argparse.Namespace, training: Run, base: PackedBase, found: dict[str, Measured]) -> Answer:
+def _answer(
+    args: argparse.Namespace, training: Run, base: PackedBase, found: dict[str, Measured], total: float
+) -> Answer:
     trained = sum(tensor.numel() for tensor in training.tensors.values())
-    data = run_data(args, training, found) | {
+    data = run_data(args, training, found, total) | {
         "trained": trained,
         "base_bytes": base.nbytes,
         "base_parameters": base.parameters,
@@ -156,7 +164,7 @@ def _answer(args: argparse.Namespace, training: Run, base: PackedBase, found: di
     rows = [
         ("adapter", f"{args.output}, {trained:,} trained values"),
         ("base", f"{size(base.nbytes)} in memory, {size(2 * base.parameters)} as f16"),
-        *run_rows(training, found),
+        *run_rows(training, found, total),
     ]
     return Answer(data, table(rows))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from builders.lessons import Lesson, read_lessons
 from builders.texts import ModelText
 from builders.training import Run, check_limits
-from edge_runtime.cli.output import Parser
+from edge_runtime.cli.output import Parser, Progress
 
 if TYPE_CHECKING:
     from builders.completions import Measured
@@ -63,12 +64,35 @@ def read_data(args: argparse.Namespace, text: ModelText, context: int) -> tuple[
     return lessons, [] if args.heldout is None else read_lessons(args.heldout, text, length)
 
 
-def run_data(args: argparse.Namespace, run: Run, found: Mapping[str, Measured]) -> dict[str, Any]:
-    """A finished run as plain values."""
+class SetUp:
+    """Tells on stderr what is under way before the first step, which may take longer than the steps."""
+
+    def __init__(self, phases: int) -> None:
+        self._began = monotonic()
+        self._told, self._phases = 0, phases
+        self._progress = Progress("set-up")
+
+    def __call__(self, what: str) -> None:
+        """The next phase begins; after the last of them, training."""
+        self._progress(self._told, self._phases, what)
+        self._told += 1
+
+    @property
+    def seconds(self) -> float:
+        """Since it began: at the end of a command, all that it took."""
+        return monotonic() - self._began
+
+
+def run_data(
+    args: argparse.Namespace, run: Run, found: Mapping[str, Measured], total: float
+) -> dict[str, Any]:
+    """A finished run as plain values. `seconds` are of its steps, in all processes that it took; `total`: of
+    this command, with set-up, measuring and writing."""
     return {
         "path": str(args.output),
         "steps": run.step,
         "seconds": round(run.seconds, 3),
+        "total_seconds": round(total, 3),
         "loss": run.recent if run.losses else None,
         "heldout": {
             name: {"loss": m.loss, "accuracy": m.accuracy, "tokens": m.tokens} for name, m in found.items()
@@ -76,9 +100,14 @@ def run_data(args: argparse.Namespace, run: Run, found: Mapping[str, Measured]) 
     }
 
 
-def run_rows(run: Run, found: Mapping[str, Measured]) -> list[tuple[str, str]]:
+def time_rows(run: Run, total: float) -> list[tuple[str, str]]:
+    """What its steps took, and all of this command."""
+    return [("steps", f"{run.step}, {run.seconds:.0f} s"), ("in all", f"{total:.0f} s with set-up")]
+
+
+def run_rows(run: Run, found: Mapping[str, Measured], total: float) -> list[tuple[str, str]]:
     """Rows of its table."""
-    rows = [("steps", f"{run.step}, {run.seconds:.0f} s")]
+    rows = time_rows(run, total)
     for name, m in found.items():
         rows.append((f"heldout {name}", f"loss {m.loss:.4f}, {100 * m.accuracy:.2f}% of {m.tokens} tokens"))
     return rows

@@ -183,7 +183,7 @@ def test_a_run_repeats_and_goes_on_where_it_stopped(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = train(model, tmp_path / "a", "--steps", "12")
-    assert first["steps"] == 12
+    assert first["steps"] == 12 and first["total_seconds"] > first["seconds"]
     train(model, tmp_path / "b", "--steps", "12")
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # a state after every step
     monkeypatch.setattr(medusa, "train_step", _dies_at(7))

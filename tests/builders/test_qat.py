@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,46 @@ def test_options_that_cannot_be_meant_are_refused(
 ) -> None:
     with pytest.raises(BadConfig, match=words):
         train(model, tmp_path / "o", *more)
+
+
+def test_all_of_its_time_is_told_and_what_it_is_spent_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = {"fit": 0, "requantize": 0}
+
+    def slow(name: str) -> None:
+        whole = getattr(QatModel, name)
+
+        def wrapped(self: QatModel) -> None:
+            calls[name] += 1
+            time.sleep(0.1)
+            whole(self)
+
+        monkeypatch.setattr(QatModel, name, wrapped)
+
+    slow("fit")
+    slow("requantize")
+    words = [str(model), "--data", str(tmp_path / "text.txt"), "--heldout", str(tmp_path / "text.txt")]
+    words += ["-o", str(tmp_path / "o"), "--weights", "int4_g32", "--steps", "4", "--refit", "2", "--json"]
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert qat.main(words) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert calls == {"fit": 2, "requantize": 4 + 2}  # fitted once for the first step, and anew at the third
+    assert found["seconds"] >= 0.1 + 4 * 0.1  # rounding anew is a part of a step
+    assert found["total_seconds"] >= found["seconds"] + 0.1 + 2 * 0.1
+    lines = [line for line in captured.err.splitlines() if line.startswith("set-up")]
+    assert lines == [
+        "set-up 0%: read learned and fit int4_g32 to its weights",
+        "set-up 20%: read text.txt",
+        "set-up 50%: measure f32 on text.txt",
+        "set-up 70%: measure int4_g32 on text.txt",
+        "set-up 100%: train",
+    ]
+    monkeypatch.undo()
+    words = [str(model), "--data", str(tmp_path / "text.txt"), "-o", str(tmp_path / "p"), "--steps", "1"]
+    assert qat.main([*words, "--weights", "int4_g32"]) == 0
+    assert " s with set-up" in capsys.readouterr().out
 
 
 def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:

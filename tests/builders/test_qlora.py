@@ -311,6 +311,20 @@ def test_options_that_cannot_be_meant_are_refused(
         train(model, tmp_path / "o", "--steps", "1", *more)
 
 
+def test_what_comes_before_the_steps_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = train(model, tmp_path / "o", "--steps", "1")
+    assert found["total_seconds"] > found["seconds"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("set-up")]
+    assert lines == [
+        "set-up 0%: read toy and round its weights",
+        "set-up 30%: read text.txt",
+        "set-up 60%: measure on text.txt",
+        "set-up 100%: train",
+    ]
+
+
 def test_an_adapter_is_replaced_whole_and_that_of_another_tool_is_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
