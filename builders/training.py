@@ -43,6 +43,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    whole: bool = True  # not while a step changes tensors and moments: that is no state to go on from
 
     @property
     def recent(self) -> float:
@@ -127,9 +128,11 @@ def take_step(run: Run, peak: float, done: float, loss: Callable[[], torch.Tenso
         )
     value.backward()
     torch.nn.utils.clip_grad_norm_(run.tensors.values(), 1.0)
+    run.whole = False
     run.optimizer.step()
     run.losses.append(float(value.detach()))
     run.step += 1
+    run.whole = True
     run.seconds += monotonic() - began
 
 
@@ -173,7 +176,8 @@ def carry_out(
     restored: Callable[[], None] = lambda: None,
     saving: Callable[[], None] = lambda: None,
 ) -> None:
-    """Take all steps, from the state on where there is one and not `fresh`; an interruption leaves a new one.
+    """Take all steps, from the state on where there is one and not `fresh`; an interruption leaves a new one,
+    or the last where it cut a step in two.
 
     `steps` must not have begun. restored: called when a state was read; saving: before one is written.
     """
@@ -189,7 +193,8 @@ def carry_out(
     try:
         watch(run, steps, save)
     except KeyboardInterrupt:
-        _saved(save)
+        if run.whole:
+            _saved(save)
         raise
 
 

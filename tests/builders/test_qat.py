@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -145,6 +146,28 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not(
     for name in ("model.safetensors", "edge_qat.safetensors", "edge_qat.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "two" / "training.safetensors").exists()
+
+
+def test_a_step_that_is_cut_in_two_leaves_the_state_before(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--weights", "int3_g32", "--steps", "6", "--rate", "0.003")
+    train(model, tmp_path / "whole", *options)
+    step, count = torch.optim.AdamW.step, itertools.count(1)
+
+    def interrupted(self: Any) -> None:
+        step(self)
+        if next(count) == 4:
+            raise KeyboardInterrupt  # the weights have changed, and the number of the step has not
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path / "two", *options)
+    monkeypatch.undo()
+    train(model, tmp_path / "two", *options)
+    name = "model.safetensors"
+    assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_learned_scales_survive_an_interruption(
