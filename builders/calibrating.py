@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 OWN_WORK = 20_000_000_000
 JOURNAL, TRIALS = "sensitivity-journal.jsonl", "sensitivity-trials.jsonl"  # in the calibration's folder
 
+FAR_FEWER = 4  # times
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRequest:
@@ -131,6 +133,17 @@ class Calibrations:
         """What the engine says of it."""
         found = self._parts.get(LANGUAGE)
         return None if found is None else CalibrationRecord(found.text, found.tokens, found.sha256)
+
+    def shortage(self) -> str | None:
+        """What to say of a text that gives far fewer windows than were asked for."""
+        assert self._corpus is not None  # run() made it
+        windows, asked = self._corpus.windows, self._request.corpus.samples
+        if len(windows) * FAR_FEWER > asked:
+            return None
+        return (
+            f"calibrated on {len(windows)} of {asked} windows of {windows.shape[1]} tokens: "
+            f"{self._corpus.name} gives no more (shorter ones: --sample-tokens)"
+        )
 
     def run(
         self, contents: Contents, request: CalibrationRequest, beside: Path, made: str, watcher: Watcher

@@ -20,7 +20,7 @@ from builders.limits import Limits
 from builders.pack import engine_name
 from builders.parts import Extras, read_companions, read_planned
 from builders.picture import check_picture, save_picture
-from builders.pipeline import Options, build
+from builders.pipeline import Options, build, settled
 from builders.plan_picture import plan_figure
 from builders.prefix import read_prefix, write_prefix
 from builders.runner import native_backend
@@ -77,8 +77,7 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     profile = load_profile(args.profile)
     architecture, kept = read_planned(Path(args.model), request.context)
     name = read_config(args.model)[1]
-    if request.weights == planner.DEFAULT:
-        request = replace(request, weights=planner.KEEP if kept else planner.DEFAULT_WEIGHTS)
+    request = settled(request, args.algorithm, quantized=bool(kept))
     if request.weights == planner.KEEP:
         request = replace(request, kept=kept)
     beside = read_companions(_extras(args), architecture, request.context)
