@@ -1,13 +1,14 @@
 """Phase 2 of a build: calibrate the model and its draft, and measure what each format costs each tensor.
 
 A calibration lies in a folder beside the engine until the build is done, so that one that was interrupted
-goes on where it stopped; with a folder of the user's it stays, for other builds of the same model.
+goes on where it stopped; with a folder of the user's it stays, for other builds of the same model. One build
+at a time has the folder, from before its text is made; nobody else changes anything there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from builders.calibration_folder import LOCK, FolderLock, forget
 from builders.corpus import Corpus, CorpusOptions, make_corpus
 from builders.equalize import ScaledWeights
 from builders.journal import Journal
@@ -30,6 +32,7 @@ from edge_runtime.engine.manifest import DRAFT, LANGUAGE, CalibrationRecord
 from edge_runtime.errors import BadConfig, Unsupported
 
 if TYPE_CHECKING:
+    from builders.calibrate import CalibrationOptions
     from builders.calibration import Calibration
     from builders.weights import Model
 
@@ -65,7 +68,7 @@ class Calibrations:
         self._parts: dict[str, Calibration] = {}
         self._stack = ExitStack()
         self._corpus: Corpus | None = None
-        self._own: Path | None = None
+        self._own: Path | None = None  # once it is locked
         self._weights: dict[str, Model] = {}
         self._importance: dict[str, Mapping[str, Array]] = {}
         self._request = CalibrationRequest()
@@ -149,23 +152,28 @@ class Calibrations:
         self, contents: Contents, request: CalibrationRequest, beside: Path, made: str, watcher: Watcher
     ) -> None:
         """Calibrate the language part and the draft. `beside`: the folder where the user gave none; `made`
-        says what was done to the language part's weights. Raises as calibrate() and make_corpus()."""
+        says what was done to the language part's weights. Raises as calibrate() and make_corpus(), and
+        BuildError where another build has the folder."""
+        from builders.calibrate import CalibrationOptions
+
         self.device = _device(request.device)
         self._request = request
-        watcher.phase("text", 1)
         folder = request.folder or beside
+        target, draft = contents.target, contents.folders.get(DRAFT)
+        digests = {LANGUAGE: target.source.sha256()}
+        if draft is not None:
+            digests[DRAFT] = draft.sha256()  # type: ignore[union-attr]
+        changes = {LANGUAGE: made, DRAFT: ""}
+        options = CalibrationOptions(seed=request.corpus.seed, device=request.device, memory=request.memory)
+        parts = [part for part in contents.parts if part.name in digests]
+        self._stack.callback(FolderLock(folder).close)
         self._own = None if request.folder else beside
-        self._corpus = make_corpus(
-            contents.target, request.source, request.corpus, request.device, folder / OWN_TEXT
-        )
+        watcher.phase("text", 1)
+        self._corpus = make_corpus(target, request.source, request.corpus, request.device, folder / OWN_TEXT)
         watcher.step(f"{self._corpus.name}, {self._corpus.tokens} tokens")
-        digests = contents.target.source.sha256()
-        for part in contents.parts:
-            if part.name not in (LANGUAGE, DRAFT):
-                continue
+        for part in parts:
             corpus = self._corpus
             if part.name == DRAFT:
-                digests = contents.folders[DRAFT].sha256()  # type: ignore[union-attr]
                 windows = corpus.windows[:, : part.program.max_context]
                 corpus = replace(corpus, windows=windows)
             self._weights[part.name] = part.model
@@ -173,9 +181,9 @@ class Calibrations:
                 part.model,
                 corpus,
                 folder / part.name,
-                digests,
-                made if part.name == LANGUAGE else "",
-                request,
+                digests[part.name],
+                changes[part.name],
+                options,
                 watcher,
             )
 
@@ -186,13 +194,10 @@ class Calibrations:
         folder: Path,
         digests: Mapping[str, str],
         made: str,
-        request: CalibrationRequest,
+        options: CalibrationOptions,
         watcher: Watcher,
     ) -> Calibration:
-        from builders.calibrate import CalibrationOptions, calibrate
-        from builders.calibration_folder import forget
-
-        options = CalibrationOptions(seed=request.corpus.seed, device=request.device, memory=request.memory)
+        from builders.calibrate import calibrate
 
         def run() -> Calibration:
             return calibrate(
@@ -252,17 +257,14 @@ class Calibrations:
     ) -> None:
         """Close all; remove the build's own folder, unless it was interrupted and will go on."""
         interrupted = kind is not None and not issubclass(kind, Exception)
-        if self._own is not None and not interrupted:
-            from builders.calibration_folder import forget
-
-            for found in self._parts.values():
-                found.close()
-            for name in (LANGUAGE, DRAFT):
-                forget(self._own / name)
-            (self._own / OWN_TEXT).unlink(missing_ok=True)
-            if self._own.is_dir() and not any(self._own.iterdir()):
-                self._own.rmdir()
-        self._stack.close()
+        with self._stack:  # which lets the folder go, the last of all
+            if self._own is not None and not interrupted:
+                for name in (LANGUAGE, DRAFT):
+                    forget(self._own / name)
+                for name in (OWN_TEXT, f"{OWN_TEXT}.part", LOCK):
+                    (self._own / name).unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in it
+                    self._own.rmdir()
         self._parts = {}
 
 

@@ -2,7 +2,8 @@
 
 Every file appears whole or not at all (written beside, synced, renamed), and in an order that lets a run that
 was killed at any point go on: rows of segment i, then its statistics, then the rows of i - 1 are removed.
-What the statistics are of stands in `calibration.json`; a folder of anything else is refused.
+What the statistics are of stands in `calibration.json`; a folder of anything else is refused. Rows that no
+later run goes on from lie in folders of known names, which go when the folder is opened again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +26,9 @@ from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, BadConfig, BuildError
 
 MANIFEST, DONE, LOCK = "calibration.json", "complete.json", "lock"
+FEEDBACK, IMPORTANCE = "feedback-rows", "importance-rows"  # folders of rows, see passing_rows
 SCHEMA = 1
+_BEFORE = (LOCK, f"{MANIFEST}.part", FEEDBACK, IMPORTANCE)  # what may be there with no manifest
 _DTYPES = {"float16": "F16", "float32": "F32"}
 
 
@@ -44,6 +48,31 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     torch: str
 
 
+class FolderLock:
+    """A folder, made where it is absent, that no other process has until `close`. Raises BuildError where
+    another has it, or it cannot be made."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._fd).st_nlink == 0:  # whoever had it removed it between the two calls above
+                raise BlockingIOError
+        except BlockingIOError:
+            self.close()
+            raise BuildError(f"{path} is being calibrated in by another process; wait for it") from None
+        except OSError as error:
+            self.close()
+            raise _unusable(path, error) from None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class CalibrationFolder:
     """An open folder, held by this process alone until `close`. Raises BadConfig where it is of another
     identity, naming the difference, and BuildError where it cannot be written or another process has it."""
@@ -51,28 +80,20 @@ class CalibrationFolder:
     def __init__(self, path: Path, identity: Identity) -> None:
         self.path = path
         self.identity = identity
-        self._lock = -1
+        refuse_other(path, {})
+        self._lock = FolderLock(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign()
-            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise BuildError(f"{path} is being calibrated in by another process; wait for it") from None
+            _wipe(path)
+            self._claim()
         except OSError as error:
             self.close()
-            raise BuildError(f"{path} cannot be used for a calibration: {error.strerror}") from None
-        try:
-            self._claim()
+            raise _unusable(path, error) from None
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     def __enter__(self) -> CalibrationFolder:
         return self
@@ -127,21 +148,13 @@ class CalibrationFolder:
                 "remove the folder and calibrate again"
             )
         for path in (*self.path.glob("rows-*.f32"), *self.path.glob("*.part")):
-            path.unlink()
+            path.unlink(missing_ok=True)
         return hashlib.sha256(msgspec.json.encode(self.identity) + data).hexdigest()
 
     def remove(self) -> None:
         """Delete everything that a calibration writes, and the folder if nothing else is in it."""
-        self.close()
         forget(self.path)
-
-    def _refuse_foreign(self) -> None:
-        """Nothing is written into a folder that somebody uses for something else."""
-        names = sorted(p.name for p in self.path.iterdir() if p.name not in (LOCK, f"{MANIFEST}.part"))
-        if names and MANIFEST not in names:
-            raise BadConfig(
-                f"{self.path} holds {names[0]!r} and no {MANIFEST}; give an empty or a new folder"
-            )
+        self.close()
 
     def _claim(self) -> None:
         """Write the identity, or compare it with the one that is there."""
@@ -150,17 +163,7 @@ class CalibrationFolder:
             with self.replacing(path) as file:
                 file.write(msgspec.json.format(msgspec.json.encode(self.identity), indent=1))
             return
-        try:
-            found = msgspec.json.decode(read_capped(path, MAX_INDEX), type=Identity)
-        except (msgspec.MsgspecError, BadCheckpoint) as error:
-            raise BadConfig(f"{path} is no manifest of a calibration: {error}") from None
-        for name in Identity.__struct_fields__:
-            have, want = getattr(found, name), getattr(self.identity, name)
-            if have != want:
-                raise BadConfig(
-                    f"{self.path} was made for another {name.replace('_', ' ')}: {_short(have, want)}; "
-                    "give another --calibration-folder, or remove this one"
-                )
+        refuse_other(self.path, msgspec.structs.asdict(self.identity))
 
     def _sync(self) -> None:
         fd = os.open(self.path, os.O_RDONLY)
@@ -168,6 +171,36 @@ class CalibrationFolder:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def refuse_other(path: Path, known: Mapping[str, object]) -> None:
+    """Raise BadConfig where a folder is of something else, so that nothing is written there: of no
+    calibration, or of one that differs in what is `known` of the Identity, by field."""
+    try:
+        names = sorted(p.name for p in path.iterdir() if p.name not in _BEFORE)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _unusable(path, error) from None
+    if MANIFEST not in names:
+        if names:
+            raise BadConfig(f"{path} holds {names[0]!r} and no {MANIFEST}; give an empty or a new folder")
+        return
+    try:
+        found = msgspec.json.decode(read_capped(path / MANIFEST, MAX_INDEX), type=Identity)
+    except (msgspec.MsgspecError, BadCheckpoint) as error:
+        raise BadConfig(f"{path / MANIFEST} is no manifest of a calibration: {error}") from None
+    for name in (field for field in Identity.__struct_fields__ if field in known):
+        have, want = getattr(found, name), known[name]
+        if have != want:
+            raise BadConfig(
+                f"{path} was made for another {name.replace('_', ' ')}: {_short(have, want)}; "
+                "give another --calibration-folder, or remove this one"
+            )
+
+
+def _unusable(path: Path, error: OSError) -> BuildError:
+    return BuildError(f"{path} cannot be used for a calibration: {error.strerror}")
 
 
 def _short(have: object, want: object) -> str:
@@ -197,9 +230,29 @@ def write_safetensors(file: BinaryIO, arrays: Mapping[str, Array]) -> None:
         file.write(memoryview(np.ascontiguousarray(array).data).cast("B"))
 
 
+@contextmanager
+def passing_rows(folder: Path, name: str) -> Iterator[Path]:
+    """A new folder, FEEDBACK or IMPORTANCE, in a calibration's, and gone afterwards: whoever opens the
+    calibration next removes what a killed process left of it."""
+    path = folder / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _wipe(path: Path) -> None:
+    for name in (FEEDBACK, IMPORTANCE):
+        if (path / name).exists():
+            shutil.rmtree(path / name)
+
+
 def forget(path: Path) -> None:
-    """Delete everything that a calibration writes in a folder that nobody holds, and the folder if nothing
-    else is in it."""
+    """Delete everything that a calibration writes in a folder that nobody else holds, and the folder if
+    nothing else is in it."""
+    _wipe(path)
     for pattern in (
         DONE,
         "segment-*.safetensors",
@@ -212,6 +265,6 @@ def forget(path: Path) -> None:
         LOCK,
     ):
         for file in path.glob(pattern):
-            file.unlink()
+            file.unlink(missing_ok=True)
     with suppress(OSError):
         path.rmdir()

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from builders.calibration import groups_of, unpacked
+from builders.calibration_folder import FEEDBACK, passing_rows
 from builders.kept_rows import RowsReader, RowsWriter
 from builders.moments import Moments, sample_tokens
 from builders.segment_runner import SegmentRunner, batches
@@ -78,10 +78,8 @@ def quantize_in_order(
     segments = cut(program)
     watcher.phase("quantize in order", len(segments))
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as rows, repeatable(device, options.cores) as workers:
-        run = _Run(
-            SerialWeights(weights), segments, windows, choose, known, Path(rows), options, device, workers
-        )
+    with passing_rows(folder, FEEDBACK) as rows, repeatable(device, options.cores) as workers:
+        run = _Run(SerialWeights(weights), segments, windows, choose, known, rows, options, device, workers)
         for i in range(len(segments)):
             run.segment(i)
             watcher.step(f"segment {i + 1} of {len(segments)}")

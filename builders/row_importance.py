@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from builders.calibration_folder import IMPORTANCE, passing_rows
 from builders.kept_rows import RowsReader, RowsWriter
 from builders.segment_runner import SegmentRunner, batches, kept_after, load
 from builders.segments import Segment, cut
@@ -53,8 +53,8 @@ def row_importance(
     (windows, length). folder: where rows may lie meanwhile. seed: of the answers. The same on any cores.
     Raises ValueOutOfRange for a gradient that is not finite."""
     few = windows[: max(1, TOKENS // windows.shape[1])]
-    with TemporaryDirectory(dir=folder) as rows, repeatable(device, cores) as workers:
-        run = _Run(SerialWeights(weights), few, Path(rows), device, seed, workers)
+    with passing_rows(folder, IMPORTANCE) as rows, repeatable(device, cores) as workers:
+        run = _Run(SerialWeights(weights), few, rows, device, seed, workers)
         for i in range(len(run.segments)):
             run.forward(i)
         gradient = run.answers()

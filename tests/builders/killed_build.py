@@ -1,4 +1,5 @@
-"""A build that kills itself by SIGKILL: `killed_build.py MODEL ENGINE STEP [--auto | --tune]`; 0 is never."""
+"""A build that kills itself by SIGKILL: `killed_build.py MODEL ENGINE STEP [OPTION]`; STEP 0 is never, OPTION
+is --auto, --tune or --feedback."""
 
 from __future__ import annotations
 
@@ -37,4 +38,5 @@ def options_of(model: Path, engine: Path, *, auto: bool) -> Options:
 if __name__ == "__main__":
     model, engine, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     options = options_of(model, engine, auto="--auto" in sys.argv)
+    options = replace(options, feedback="--feedback" in sys.argv)
     build(replace(options, tune=20 if "--tune" in sys.argv else None), Killer(step))

@@ -1,0 +1,159 @@
+"""The folder of a build's calibration: left clean however the build ends, and changed by one at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_folders import write_model
+from killed_build import options_of
+
+from builders.calibration_folder import FEEDBACK, IMPORTANCE, FolderLock, forget
+from builders.corpus import BUILTIN, SELF, Corpus
+from builders.parts import Extras, open_contents
+from builders.pipeline import build
+from builders.watcher import Watcher
+from edge_runtime.errors import BuildError
+
+pytest.importorskip("torch")
+
+from builders import feedback, row_importance
+from builders.calibrate import calibrate
+
+CHILD = Path(__file__).parent / "killed_build.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("folder") / "toy")
+
+
+def folder_of(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".calibration")
+
+
+def run_child(model: Path, engine: Path, step: int, *words: str) -> int:
+    command = [sys.executable, str(CHILD), str(model), str(engine), str(step), *words]
+    return subprocess.run(command, cwd=CHILD.parent, capture_output=True, timeout=240).returncode
+
+
+class At(Watcher):
+    """Does something once, when a phase begins or at the first step of it."""
+
+    def __init__(self, phase: str, step: bool, do: Callable[[], None]) -> None:
+        self._at, self._do, self._phase = (phase, step), do, ""
+
+    def phase(self, name: str, steps: int) -> None:
+        self._phase = name
+        self._now(step=False)
+
+    def step(self, what: str) -> None:
+        self._now(step=True)
+
+    def _now(self, *, step: bool) -> None:
+        if self._at == (self._phase, step):
+            self._at = ("", False)
+            self._do()
+
+
+def test_a_build_killed_among_rows_leaves_none_to_the_next(model: Path, tmp_path: Path) -> None:
+    whole, engine = tmp_path / "whole.edge", tmp_path / "m.edge"
+    assert run_child(model, whole, 0, "--feedback") == 0
+    assert run_child(model, engine, 9, "--feedback") == -signal.SIGKILL  # of 8 steps before and 4 segments
+    assert list((folder_of(engine) / "language").glob("*/*.rows"))
+    assert run_child(model, engine, 0, "--feedback") == 0
+    assert not folder_of(engine).exists()
+    assert engine.read_bytes() == whole.read_bytes()
+
+
+def test_rows_of_a_killed_run_go_when_the_folder_is_opened(model: Path, tmp_path: Path) -> None:
+    corpus = Corpus("noise", np.random.default_rng(0).integers(3, 250, (4, 24)).astype(np.int32))
+    folder = tmp_path / "c"
+
+    def leave() -> None:
+        for name in (FEEDBACK, IMPORTANCE):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "0.rows").write_bytes(bytes(8))
+
+    leave()  # nothing else is there
+    with open_contents(model, Extras(), None) as contents:
+        target = contents.target
+        for _ in range(2):
+            calibrate(target.weights, corpus, folder, digests=target.source.sha256()).close()
+            assert not [p for p in folder.iterdir() if p.is_dir()]
+            leave()
+    forget(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", [FEEDBACK, IMPORTANCE])
+def test_rows_lie_where_the_folder_knows_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    windows = np.random.default_rng(0).integers(3, 250, (4, 24)).astype(np.int32)
+    seen: list[str] = []
+
+    def stop(*_: object) -> None:
+        seen.extend(p.name for p in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feedback.SegmentRunner, "run", stop)
+    with open_contents(model, Extras(), None) as contents, pytest.raises(KeyboardInterrupt):
+        weights = contents.target.weights
+        if name == FEEDBACK:
+            options = feedback.FeedbackOptions(device="cpu")
+            feedback.quantize_in_order(weights, windows, lambda n, _: weights(n), tmp_path, options)
+        else:
+            row_importance.row_importance(weights, windows, tmp_path, "cpu")
+    assert seen[0] == name and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", [BUILTIN, SELF])
+@pytest.mark.parametrize(
+    ("phase", "step"), [("text", False), ("text", True), ("calibrate", True), ("quantize", True)]
+)
+def test_of_two_builds_to_one_engine_the_second_is_refused_and_the_first_goes_on(
+    model: Path, tmp_path: Path, source: str, phase: str, step: bool
+) -> None:
+    options = options_of(model, tmp_path / "m.edge", auto=False)
+    options = replace(options, calibration=replace(options.calibration, source=source))
+    refused = []
+
+    def second() -> None:
+        before = {p: p.read_bytes() for p in folder_of(options.output).rglob("*") if p.is_file()}
+        with pytest.raises(
+            BuildError, match="is being calibrated in by another process; wait for it"
+        ) as error:
+            build(options)
+        refused.append(str(error.value))
+        assert {p: p.read_bytes() for p in folder_of(options.output).rglob("*") if p.is_file()} == before
+
+    done = build(options, At(phase, step, second))
+    assert len(refused) == 1 and "\n" not in refused[0]
+    assert done.manifest.provenance.calibration is not None
+    assert not folder_of(options.output).exists()
+
+
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, opened = FolderLock(tmp_path / "c"), os.open
+
+    def late(*args: object, **named: object) -> int:
+        found = opened(*args, **named)  # type: ignore[arg-type]
+        forget(tmp_path / "c")
+        first.close()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", late)
+        with pytest.raises(BuildError, match="another process"):
+            FolderLock(tmp_path / "c")
+    FolderLock(tmp_path / "c").close()
