@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -67,17 +68,11 @@ def calibrate(
     device = resolve_device(options.device)
     segments = cut(program)
     identity = Identity(
-        schema=SCHEMA,
-        model_sha256=dict(digests),
-        program_sha256=hashlib.sha256(msgspec.json.encode(program)).hexdigest(),
-        weights=made,
+        **known_before(weights, digests, made, options),
         text=corpus.name,
         text_sha256=corpus.sha256,
         samples=corpus.windows.shape[0],
         length=corpus.windows.shape[1],
-        seed=options.seed,
-        device=device.partition(":")[0],
-        torch=str(torch.__version__),
     )
     held = CalibrationFolder(folder, identity)
     try:
@@ -89,6 +84,21 @@ def calibrate(
         held.close()
         raise
     return Calibration(held, program, segments, sha256)
+
+
+def known_before(
+    weights: Model, digests: Mapping[str, str], made: str, options: CalibrationOptions
+) -> dict[str, Any]:
+    """What of a calibration's Identity does not depend on its text, by field."""
+    return {
+        "schema": SCHEMA,
+        "model_sha256": dict(digests),
+        "program_sha256": hashlib.sha256(msgspec.json.encode(weights.program)).hexdigest(),
+        "weights": made,
+        "seed": options.seed,
+        "device": resolve_device(options.device).partition(":")[0],
+        "torch": str(torch.__version__),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from builders.calibration_folder import LOCK, FolderLock, forget
-from builders.corpus import Corpus, CorpusOptions, make_corpus
+from builders.calibration_folder import LOCK, FolderLock, forget, refuse_other
+from builders.corpus import Corpus, CorpusOptions, corpus_name, make_corpus
 from builders.equalize import ScaledWeights
 from builders.journal import Journal
 from builders.kept_corpus import OWN_TEXT
@@ -154,7 +154,7 @@ class Calibrations:
         """Calibrate the language part and the draft. `beside`: the folder where the user gave none; `made`
         says what was done to the language part's weights. Raises as calibrate() and make_corpus(), and
         BuildError where another build has the folder."""
-        from builders.calibrate import CalibrationOptions
+        from builders.calibrate import CalibrationOptions, known_before
 
         self.device = _device(request.device)
         self._request = request
@@ -166,6 +166,11 @@ class Calibrations:
         changes = {LANGUAGE: made, DRAFT: ""}
         options = CalibrationOptions(seed=request.corpus.seed, device=request.device, memory=request.memory)
         parts = [part for part in contents.parts if part.name in digests]
+        if request.folder is not None:  # a text may take minutes, and what it is called is known
+            name = corpus_name(target.program, request.source, request.corpus)
+            for part in parts:
+                known = known_before(part.model, digests[part.name], changes[part.name], options)
+                refuse_other(folder / part.name, {"text": name, **known})
         self._stack.callback(FolderLock(folder).close)
         self._own = None if request.folder else beside
         watcher.phase("text", 1)

@@ -81,6 +81,15 @@ def default_source(program: Program, options: CorpusOptions) -> str:
     return SELF if work * options.samples * length <= SELF_FLOPS else BUILTIN
 
 
+def corpus_name(program: Program, source: str | Path | None, options: CorpusOptions) -> str:
+    """What the corpus of make_corpus() is called, known before any of its text is. Raises BadConfig."""
+    if source is None:
+        source = default_source(program, options)
+    if source == BUILTIN:
+        return calibration_text.NAME
+    return SELF if source == SELF else Path(source).name
+
+
 def make_corpus(
     checkpoint: Checkpoint,
     source: str | Path | None,
@@ -97,6 +106,7 @@ def make_corpus(
     length = window_length(options, checkpoint.program.max_context)
     if source is None:
         source = default_source(checkpoint.program, options)
+    name = corpus_name(checkpoint.program, source, options)
     if source == SELF:
         subject = {
             "model": checkpoint.source.sha256(),
@@ -105,12 +115,8 @@ def make_corpus(
             "length": length,
             "seed": options.seed,
         }
-        return Corpus(SELF, kept(keep, subject, lambda: _own_text(checkpoint, options, length, device)))
-    if source == BUILTIN:
-        name, passages = calibration_text.NAME, [Passage(calibration_text.NAME, calibration_text.TEXT)]
-    else:
-        path = Path(source)
-        name, passages = path.name, read_passages(path)
+        return Corpus(name, kept(keep, subject, lambda: _own_text(checkpoint, options, length, device)))
+    passages = [Passage(name, calibration_text.TEXT)] if source == BUILTIN else read_passages(Path(source))
     with ModelText(checkpoint.source, checkpoint.vocabulary) as text:
         documents = _documents(text, passages, options, length)
     windows = _choose(_pack(documents, checkpoint.vocabulary, length, name), options)

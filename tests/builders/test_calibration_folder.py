@@ -15,12 +15,15 @@ import pytest
 from hf_folders import write_model
 from killed_build import options_of
 
+from builders.calibrating import CalibrationRequest
 from builders.calibration_folder import FEEDBACK, IMPORTANCE, FolderLock, forget
-from builders.corpus import BUILTIN, SELF, Corpus
+from builders.corpus import BUILTIN, SELF, Corpus, CorpusOptions, corpus_name, make_corpus
+from builders.kept_corpus import OWN_TEXT
 from builders.parts import Extras, open_contents
 from builders.pipeline import build
+from builders.planner import Request
 from builders.watcher import Watcher
-from edge_runtime.errors import BuildError
+from edge_runtime.errors import BadConfig, BuildError
 
 pytest.importorskip("torch")
 
@@ -157,3 +160,36 @@ def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(
         with pytest.raises(BuildError, match="another process"):
             FolderLock(tmp_path / "c")
     FolderLock(tmp_path / "c").close()
+
+
+def test_a_folder_of_another_text_is_refused_before_a_text_is_made(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(source: str | None, folder: str, seed: int = 1) -> CalibrationRequest:
+        return CalibrationRequest(source, CorpusOptions(4, 32, seed), "cpu", folder=tmp_path / folder)
+
+    options = replace(options_of(model, tmp_path / "m.edge", auto=False), calibration=asked(BUILTIN, "c"))
+    build(options)
+    build(replace(options, calibration=asked(SELF, "own")))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("builders.self_text.write_samples", None)
+    monkeypatch.setattr("builders.corpus.read_passages", None)
+    for source in (SELF, None):
+        with pytest.raises(BadConfig, match=r"another text: 'builtin-.*', and this is 'self'"):
+            build(replace(options, calibration=asked(source, "c")))
+    with pytest.raises(BadConfig, match=r"another text: 'self', and this is 'a\.txt'"):
+        build(replace(options, calibration=asked(str(tmp_path / "a.txt"), "own")))
+    with pytest.raises(BadConfig, match="another seed: '1', and this is '2'"):
+        build(replace(options, calibration=asked(SELF, "own", seed=2)))
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "own" / OWN_TEXT).is_file()
+    build(replace(options, calibration=asked(SELF, "own"), request=Request(weights="int3_g32")))
+
+
+def test_a_corpus_is_called_as_was_said_before(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("the robot opens the door. " * 20)
+    options = CorpusOptions(2, 16)
+    with open_contents(model, Extras(), None) as contents:
+        target = contents.target
+        for source in (None, SELF, BUILTIN, tmp_path / "story.txt", str(tmp_path)):
+            said = corpus_name(target.program, source, options)
+            assert make_corpus(target, source, options).name == said
