@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hf_folders import write_model
+from hf_folders import llama_config, write_model
 from killed_build import options_of
 
 from builders.calibrating import CalibrationRequest
@@ -30,6 +31,7 @@ pytest.importorskip("torch")
 from builders import feedback, row_importance
 from builders.calibrate import calibrate
 
+ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).parent / "killed_build.py"
 
 
@@ -193,3 +195,40 @@ def test_a_corpus_is_called_as_was_said_before(model: Path, tmp_path: Path) -> N
         for source in (None, SELF, BUILTIN, tmp_path / "story.txt", str(tmp_path)):
             said = corpus_name(target.program, source, options)
             assert make_corpus(target, source, options).name == said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_that_is_told_to_end_clears_away_what_it_began(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    write_model(tmp_path / "ant", llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=8))
+    engine = tmp_path / "m.edge"
+    words = ["--profile", "cpu", "--weights", "int4_g32", "--algorithm", "gptq", "--feedback"]
+    words += ["--calibration", "builtin", "--samples", "16", "--sample-tokens", "64", "-o", str(engine)]
+
+    def defaults() -> None:  # a test run in the background has SIGINT ignored, and a child inherits that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    child = subprocess.Popen(
+        [sys.executable, "-m", "builders.cli", *words, str(tmp_path / "ant")],
+        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=defaults,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("*/language/*/*.1.rows")) and time.monotonic() < until:
+            assert child.poll() is None
+            time.sleep(0.01)
+        assert list(tmp_path.glob(".m.edge.*.tmp"))
+        child.send_signal(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)  # as timeout(1) does
+        _, said = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 128 + number and said.endswith("interrupted\n")
+    assert not list(tmp_path.glob(".m.edge*")) and not engine.exists()
+    kept = {p.name.split("-")[0] for p in (folder_of(engine) / "language").iterdir()}
+    assert kept == {"calibration.json", "complete.json", "lock", "segment"}  # for a build that goes on
