@@ -151,7 +151,12 @@ def _documents(
     seen: set[tuple[int, ...]] = set()
     total = 0
     for i in np.random.default_rng(options.seed).permutation(len(passages)).tolist():
-        before, after = text.split(passages[i])
+        try:
+            before, after = text.split(passages[i])
+        except BadConfig:
+            for passage in passages[:i]:  # the first that is wrong is told, whichever was drawn first
+                text.split(passage)
+            raise
         ids = (*before, *after)
         if ids and ids not in seen:
             seen.add(ids)

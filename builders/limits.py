@@ -68,15 +68,14 @@ def figures(quality: Quality) -> dict[str, float]:
 
 def broken_limits(quality: Quality) -> QualityLimit:
     """The error for the limits that an engine of this quality breaks; `report_of` finds the quality in it."""
-    error = QualityLimit(
+    return QualityLimit(
         f"{'; '.join(quality.broken)}; nothing was written; use a format with more bits or smaller groups, "
         "or --force to write it all the same",
         figures(quality),
+        quality,
     )
-    error.quality = quality  # type: ignore[attr-defined]
-    return error
 
 
 def report_of(error: QualityLimit) -> Quality | None:
     """All that was measured of the engine that was not written."""
-    return getattr(error, "quality", None)
+    return error.report if isinstance(error.report, Quality) else None

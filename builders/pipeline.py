@@ -229,9 +229,7 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     if options.rotate is not None:
         turned = rotate(contents.target.weights, options.rotate)
         if len(turned.program.tensors) > len(contents.language.program.tensors):
-            contents.notices.append(
-                "--rotate makes two tables of one that is embedding and head at once"
-            )
+            contents.notices.append("--rotate makes two tables of one that is embedding and head at once")
         contents = contents.with_language(Part(LANGUAGE, turned.program, turned))
     if options.activations is not None:
         part = contents.language
@@ -267,9 +265,14 @@ def measured_sensitivity(
     watcher: Watcher,
 ) -> Sensitivity | None:
     """What the planner spends bytes by: the file given; measured, where the build calibrates and chooses
-    formats, or where asked for; else None for the model of losses.py. Refined, where formats are chosen."""
-    if options.sensitivity is not None or not calibrations.made:
+    formats, or where asked for; else None for the model of losses.py. Refined, where formats are chosen.
+
+    Raises BadConfig for a file of another model's losses."""
+    if options.sensitivity is not None:
+        options.sensitivity.check_model(contents.target.source.sha256())
         return options.sensitivity
+    if not calibrations.made:
+        return None
     if request.weights != planner.AUTO and options.calibration.sensitivity is None:
         return None
     program = contents.language.program
@@ -285,6 +288,7 @@ def measured_sensitivity(
         question = Question(program, profile, resolved, contents.companions())
         rounding = Rounding(options.algorithm, options.observer, options.feedback)
         found = refined(question, contents.language, found, calibrations, rounding, watcher)
+    found = found.of_model(contents.target.source.sha256())
     _keep(options, "sensitivity", found)
     if options.keep_json is not None and importlib.util.find_spec("matplotlib") is not None:
         draw(found, options.keep_json / "sensitivity.png")

@@ -69,13 +69,17 @@ class BuildError(EdgeError):
 
 
 class QualityLimit(EdgeError):
-    """A quality limit given by the user is broken. `figures`: what was measured, by name."""
+    """A quality limit given by the user is broken. `figures`: what was measured, by name; `report`: all of
+    it, as the engine would have held it."""
 
     exit_code = 3
 
-    def __init__(self, message: str, figures: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, message: str, figures: Mapping[str, float] | None = None, report: object = None
+    ) -> None:
         super().__init__(message)
         self.figures = dict(figures or {})
+        self.report = report
 
 
 class DoesNotFit(EdgeError):

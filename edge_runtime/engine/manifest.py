@@ -143,7 +143,8 @@ class Quality(_Strict, frozen=True):
 
     KL in nats. backend: "reference" computed the engine's logits with f32 activations, another one as it
     serves them. layer_cosine: by layer, cosine of the two models' residual streams after it, mean over
-    tokens. broken: one clause for each limit that --force overrode.
+    tokens. bytes, bits_per_weight: of matrices, scales included and padding not. broken: one clause for each
+    limit that --force overrode.
     """
 
     text: str

@@ -168,11 +168,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds its figures."""
+    """Shares of the peak, and microseconds a kernel launch; `edge-bench --calibrate` adds its figures.
+
+    formats: shares of `bandwidth` that formats reach whose codes take longer to decode than to fetch.
+    """
 
     bandwidth: Share
     compute: Share
     launch_overhead_us: Positive
+    formats: dict[str, Share] = {}
     measured: Measured | None = None
 
 
@@ -426,7 +430,7 @@ def _named(kind: Any, value: object, where: str, file: str) -> dict[str, Any]:
     items = _mapping(value, where, file)
     if kind is PowerMode:
         return {n: _struct(PowerMode, v, f"{where}.{n}", file, {"mode_name": n}) for n, v in items.items()}
-    known = FORMATS if kind is FormatSpeed else K_FORMATS
+    known = K_FORMATS if kind is Rest else FORMATS
     for name in items:
         if name not in known:
             raise BadConfig(f"{file}: {where}.{name}: unknown format; {nearest(name, known)}")

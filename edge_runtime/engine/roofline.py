@@ -130,9 +130,8 @@ class Roofline:
         outputs = spec.rows * tokens * each * 1e-9 / self._measured.threads
         speed = self._measured.speed(fmt)
         if speed is None:
-            read = self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
             rate = _rate(fmt, self._mode) * self._efficiency.compute
-            return max(nbytes / read, 2.0 * spec.size * tokens / rate) + outputs
+            return max(nbytes / self._read_rate(fmt), 2.0 * spec.size * tokens / rate) + outputs
         compute = 2.0 * spec.size * tokens / (speed.gops * 1e9) if tokens > 1 else 0.0
         return max(nbytes / self._read_rate(fmt), compute) + outputs
 
@@ -140,7 +139,8 @@ class Roofline:
         """Bytes per second."""
         speed = None if self._measured is None else self._measured.speed(fmt)
         if speed is None:
-            return self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth
+            share = self._efficiency.formats.get(fmt, 1.0)
+            return self._mode.bandwidth_gbps * 1e9 * self._efficiency.bandwidth * share
         return 1e9 / (self._cached / speed.cached_gbps + (1.0 - self._cached) / speed.gbps)
 
     def _attention(self, kv: KvPlan, s: Step) -> float:

@@ -181,6 +181,9 @@ def test_a_mixed_plan_leaves_what_it_was_made_by(model: Path, tmp_path: Path) ->
     again = replace(options_of(model, tmp_path / "again.edge", auto=True), algorithm="rtn", sensitivity=found)
     done = build(again)
     assert {n: t.format for n, t in done.manifest.parts["language"].plan.tensors.items()} == chosen
+    # but not one of other weights, though its tensors have the same names
+    with pytest.raises(BadConfig, match="was measured on other weights than this model's"):
+        build(replace(again, model=write_model(tmp_path / "other", seed=9)))
 
 
 def test_the_command_line_calibrates(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,12 @@ def test_wrong_name_and_mode_name_the_nearest() -> None:
         ("gpu_mhz: 408", "gpu_mhz: 408.5", ("power_modes.7W.gpu_mhz",)),
         ("int8: 6.68", "int88: 6.68", ("power_modes.7W.compute.int88", "'int8'")),
         ("bandwidth: 0.7", "bandwidth: 1.5", ("efficiency.bandwidth", "<= 1")),
+        (
+            "  bandwidth: 0.7",
+            "  formats: {q8_k: 0.5}\n  bandwidth: 0.7",
+            ("efficiency.formats.q8_k", "'q6_k'"),
+        ),
+        ("  bandwidth: 0.7", "  formats: {q6_k: 2}\n  bandwidth: 0.7", ("efficiency.formats.q6_k", "<= 1")),
         ('compute_capability: "8.7"', "compute_capability: 8.7", ("compute_capability", "put it in quotes")),
         ('compute_capability: "8.7"', "", ("compute_capability", "backend cuda")),
         ("backend: cuda", "backend: cud", ("backend", "'cud'", "'cuda'")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from toy_engine import toy_program
 
@@ -12,7 +13,7 @@ from edge_runtime.engine.formats import FORMATS, get_format
 from edge_runtime.engine.ops import Attention, Linear
 from edge_runtime.engine.packing import cpu_packing, packed_nbytes
 from edge_runtime.engine.plan import KvPlan, StepShape, TensorPlan
-from edge_runtime.engine.profile import FormatSpeed, load_profile
+from edge_runtime.engine.profile import Efficiency, FormatSpeed, load_profile
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.roofline import (
     Roofline,
@@ -235,3 +236,19 @@ def test_a_format_that_was_not_measured_has_the_peak_s_share() -> None:
     nbytes = packed_nbytes("f16", "n16", 64, 64)
     found = roofline.tensor("layers.0.q", TensorPlan("f16", "n16"), [Step(1, 0, True)])
     assert found == pytest.approx(nbytes / rate)
+
+
+def test_a_format_that_takes_long_to_decode_reads_at_its_share_of_the_bandwidth() -> None:
+    """Until it is measured; and others at all of it."""
+    profile = load_profile("cpu")
+    slow = msgspec.structs.replace(profile.efficiency, formats={"tcq4_g64": 0.25})
+
+    def seconds(fmt: str, efficiency: Efficiency) -> float:
+        device = msgspec.structs.replace(profile, efficiency=efficiency)
+        roofline = Roofline(PROGRAM, device, device.mode())
+        return roofline.tensor("layers.0.q", TensorPlan(fmt, "n16k4"), [Step(1, 0, True)])
+
+    even = msgspec.structs.replace(profile.efficiency, formats={})
+    assert seconds("tcq4_g64", slow) == pytest.approx(4 * seconds("tcq4_g64", even))
+    assert seconds("int4_g64", slow) == seconds("int4_g64", even)
+    assert profile.efficiency.formats["tcq2_g64"] < 1
