@@ -140,9 +140,15 @@ def _reach(address: str) -> None:
 def _send(sender: Connection, words: tuple[str, ...], force: bool, log: str) -> None:
     """Body of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the parent's, which ends its processes
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a build clears away what it began
+    signal.signal(signal.SIGTERM, _stop)
     sender.send(build_cell(words, force, log))
     sender.close()
+
+
+def _stop(number: int, _: object) -> None:
+    """So that a build clears away what it began, undisturbed by a second signal."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _outcome(one: _Running) -> Outcome:
