@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,12 +26,11 @@ from builders.prefix import read_prefix, write_prefix
 from builders.runner import native_backend
 from builders.sensitivity import read_sensitivity
 from builders.sources import model_name, read_config
-from edge_runtime.cli.output import INTERRUPTED, Answer, profiles_answer, progress, run_command
+from edge_runtime.cli.output import Answer, profiles_answer, progress, run_command
 from edge_runtime.engine.kv import kv_pair
 from edge_runtime.engine.profile import load_profile
 from edge_runtime.errors import BackendUnavailable, BadConfig, BuildError, QualityLimit
 
-TERMINATED = 143  # 128 + SIGTERM, as shells have it
 _UNRECORDED = (
     *("model", "output", "json", "force", "profiles", "dry_run", "keep_json", "plot"),
     *("matrix", "jobs", "ray", "calibration_folder"),
@@ -242,30 +238,7 @@ def _pathless(value: object) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of edge-build; returns the exit code."""
-    with _terminable() as told:
-        code = run_command(make_parser(), answer, argv)
-        return TERMINATED if told and code == INTERRUPTED else code
-
-
-@contextmanager
-def _terminable() -> Iterator[list[int]]:
-    """SIGTERM ends the work here as Ctrl-C does, with all that is cleared away then; it is also yielded."""
-    told: list[int] = []
-
-    def end(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # timeout(1) sends two; the second must not stop the clearing
-        told.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGTERM)
-    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield told  # somebody else's to treat
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return run_command(make_parser(), answer, argv)
 
 
 if __name__ == "__main__":

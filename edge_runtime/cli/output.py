@@ -1,7 +1,7 @@
 """One manner for all commands: options, exit codes, --json, tables.
 
-Exit codes: 0 done, 1 bad input, 2 does not fit, 3 a quality limit is broken, 130 interrupted. With --json
-exactly one object goes to stdout, also when the command fails; progress and errors go to stderr.
+Exit codes: 0 done, 1 bad input, 2 does not fit, 3 a quality limit is broken, 130 interrupted, 143 terminated.
+With --json exactly one object goes to stdout, also when the command fails; progress and errors go to stderr.
 
     def main(argv: Sequence[str] | None = None) -> int:
         return run_command(make_parser(), run, argv)      # run(args: Namespace) -> Answer
@@ -22,10 +22,11 @@ from typing import Any, NoReturn, TextIO
 
 import msgspec
 
+from edge_runtime.cli.termination import terminable
 from edge_runtime.engine.profile import Profile, list_profiles
 from edge_runtime.errors import BadConfig, EdgeError, nearest
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, + SIGTERM, as shells have it
 _BAR = 24  # characters of a progress bar
 
 
@@ -79,18 +80,20 @@ def run_command(
     """Parse, run, print; returns the exit code. Typed errors become one line, without a traceback."""
     words = sys.argv[1:] if argv is None else list(argv)
     as_json = "--json" in words
+    told: list[int] = []
     try:
-        try:
-            answer = run(parser.parse_args(words))
-        except EdgeError as error:
-            answer = Answer(None, error=error)
-        _show(answer, as_json)
-        sys.stdout.flush()
+        with terminable() as told:
+            try:
+                answer = run(parser.parse_args(words))
+            except EdgeError as error:
+                answer = Answer(None, error=error)
+            _show(answer, as_json)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         if as_json:
             print('{"error":{"type":"KeyboardInterrupt","message":"interrupted"}}')
-        return INTERRUPTED
+        return TERMINATED if told else INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit flush is quiet
         return 0

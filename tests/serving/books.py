@@ -45,7 +45,7 @@ def check_tree(tree: PrefixTree, pool: PagePool) -> dict[int, tuple[str | None, 
         for tokens, node in above.children.items():
             assert node.tokens == tokens and len(tokens) == pool.page_tokens
             assert node.parent is above and node.page not in found
-            assert pool.references(node.page) <= (pool.references(above.page) if path else pool.pages)
+            assert not path or pool.references(node.page) <= pool.references(above.page)
             if node.page in age and above.page in age:
                 assert age[node.page] < age[above.page]
             found[node.page] = (name, [*path, node])
