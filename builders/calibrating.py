@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 # a minute or two of GPTQ. On llama2xs a plan of 4 bits then has 44% less KL than one by rtn's losses.
 OWN_WORK = 20_000_000_000
 JOURNAL, TRIALS = "sensitivity-journal.jsonl", "sensitivity-trials.jsonl"  # in the calibration's folder
-
-FAR_FEWER = 4  # times
+# A text that gives so many times fewer windows than were asked for is told of
+FAR_FEWER = 4
 
 
 @dataclass(frozen=True, slots=True)

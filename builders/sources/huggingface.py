@@ -18,7 +18,6 @@ from edge_runtime.engine.folder import (
     contained,
     parse_object,
     read_capped,
-    sha256_of,
 )
 from edge_runtime.engine.shard import Array
 from edge_runtime.errors import BadCheckpoint
@@ -41,7 +40,6 @@ class HuggingFaceSource(Source):
         self.name = model_name(self.folder)
         self.notices: list[str] = []
         self._files: list[str] = []
-        self._digests: dict[str, str] = {}
         if not self.folder.is_dir():
             raise BadCheckpoint(
                 f"{folder} is not a folder; give a Hugging Face model folder (with config.json)"
@@ -81,11 +79,8 @@ class HuggingFaceSource(Source):
     def float_format(self, key: str) -> str:
         return {"F16": "f16", "BF16": "bf16"}.get(self._shards.entry(key).dtype, "f32")
 
-    def sha256(self) -> dict[str, str]:
-        if not self._digests:
-            names = sorted({*self._files, *self._shards.files})
-            self._digests = {name: sha256_of(contained(self.folder, name)) for name in names}
-        return dict(self._digests)
+    def files(self) -> dict[str, Path]:
+        return {name: contained(self.folder, name) for name in sorted({*self._files, *self._shards.files})}
 
     def close(self) -> None:
         self._shards.close()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from builders.sources.matrix import Home, Matrix, Stored
+from edge_runtime.engine.folder import sha256_of
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, nearest
 
@@ -83,8 +86,17 @@ class Source(ABC):
         """f32, f16 or bf16: the format that holds a tensor that is not quantized exactly."""
 
     @abstractmethod
+    def files(self) -> dict[str, Path]:
+        """Every file that the build reads, by file name."""
+
     def sha256(self) -> dict[str, str]:
-        """Hex digest of every file that the build reads, by file name."""
+        """Hex digest of every one of `files`, by file name."""
+        return dict(self._digests)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """Several phases of a build ask, and a checkpoint of gigabytes is to be read for it once."""
+        return {name: sha256_of(path) for name, path in self.files().items()}
 
     @abstractmethod
     def close(self) -> None: ...

@@ -15,7 +15,7 @@ from builders.sources.gguf.names import CONSUMED, Place, pair_order, places
 from builders.sources.gguf.tokenizer import read_tokenizer
 from builders.sources.matrix import Matrix
 from builders.sources.source import Source
-from edge_runtime.engine.folder import open_regular, sha256_of
+from edge_runtime.engine.folder import open_regular
 from edge_runtime.engine.formats import Array
 from edge_runtime.errors import BadCheckpoint, Unsupported
 
@@ -69,8 +69,8 @@ class GgufSource(Source):
     def float_format(self, key: str) -> str:
         return TYPES[self._info(key).kind].format
 
-    def sha256(self) -> dict[str, str]:
-        return {self._path.name: sha256_of(self._path)}
+    def files(self) -> dict[str, Path]:
+        return {self._path.name: self._path}
 
     def close(self) -> None:
         if self._fd >= 0:
