@@ -1,4 +1,4 @@
-"""Peak memory of refusals by the kernel's own count (VmHWM), and the audit events they cause.
+"""Peak memory of refusals, by Python's allocators (exact) and by the kernel (VmHWM), and their audit events.
 
 Each file is made in one forked process and read in another, both from a small parent: memory that making it
 left free in the allocator would hide what reading it takes.
@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from edge_runtime.engine.header import HEADER_LIMIT, SLACK, memory_bound
 from edge_runtime.errors import BadEngineFile
 
 RUNS_CODE = ("exec", "compile", "import", "subprocess", "socket", "os.system", "ctypes", "pickle", "marshal")
-TRIES = 3
 SIZES = (20_000, 200_000, 1_200_000)
 BEFORE_TENSORS = b'"plan":{"profile":"cpu","power_mode":"default","tensors":{'
 # What fills the section that opens so: the most objects in the least text, for each kind of field.
@@ -126,34 +126,50 @@ def in_child(work: Callable[[], object]) -> Any:
     return json.loads(text)
 
 
-def measure(specimen: Specimen, good: Path, trim: Callable[[int], int]) -> dict[str, object]:
+def refusal(path: Path) -> str:
+    try:
+        read_engine(path)
+    except BadEngineFile as error:
+        return str(error)[-80:]
+    return ""
+
+
+def resident(specimen: Specimen, good: Path, trim: Callable[[int], int]) -> dict[str, object]:
+    """Growth of the pages that the process holds, its code's pages and the allocators' room included."""
     for verify in (True, False):  # a forked process maps the interpreter's code anew, page by page
         read_engine(good, verify)
     events: list[str] = []
     sys.addaudithook(lambda event, _: events.append(event) if event.startswith(RUNS_CODE) else None)
-    message = ""
     gc.collect()
     trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     events.clear()
-    try:
-        read_engine(specimen.path)
-    except BadEngineFile as error:
-        message = str(error)[-80:]
+    message = refusal(specimen.path)
     seen = list(events)
-    return {"growth": status("VmHWM") - before, "message": message, "events": seen}
+    return {"resident": status("VmHWM") - before, "message": message, "events": seen}
+
+
+def allocated(specimen: Specimen, good: Path) -> dict[str, object]:
+    """Growth of what Python's allocators have handed out, numpy's and msgspec's share included."""
+    read_engine(good)
+    gc.collect()
+    tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    refusal(specimen.path)
+    return {"allocated": tracemalloc.get_traced_memory()[1] - before}
 
 
 def main(folder: Path) -> None:
     trim = ctypes.CDLL(None).malloc_trim
-    # The kernel counts a process's pages in batches of 32 on each core: on one, the sum is off by one batch
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     names = ["flipped", "data", "spaces", "quotes", "backslashes", "deep", "text"]
     names += [f"{kind} {nbytes}{end}" for kind in DENSE for nbytes in SIZES for end in ("", " padded")]
     names = [name for name in names if not name.endswith("20000 padded")]  # what is small needs no padding
     rows = []
     with Specimen(folder) as specimen:
+        good = folder / "specimen.edge"
         read_engine(specimen.path)
 
         def put(name: str) -> int:
@@ -163,23 +179,13 @@ def main(folder: Path) -> None:
             specimen.put(raw)
             return int.from_bytes(raw[:8], "little") + 8
 
-        def least(header: int) -> dict[str, object]:
-            """The least growth of a few, as the kernel's count is off by a batch of pages."""
-            found = in_child(lambda: measure(specimen, folder / "specimen.edge", trim))
-            for _ in range(TRIES - 1):
-                if found["growth"] <= SLACK + 2 * header:
-                    break
-                again = in_child(lambda: measure(specimen, folder / "specimen.edge", trim))
-                found |= {
-                    "growth": min(found["growth"], again["growth"]),
-                    "events": found["events"] + again["events"],
-                }
-            return found
-
         for name in names:
             header = in_child(lambda name=name: put(name))
             if header:
-                rows.append({"name": name, "header": header} | least(header))
+                row = {"name": name, "header": header}
+                row |= in_child(lambda: resident(specimen, good, trim))
+                row |= in_child(lambda: allocated(specimen, good))
+                rows.append(row)
     print(json.dumps(rows))
 
 

@@ -257,15 +257,19 @@ def test_a_header_beyond_the_limit_is_not_even_read(specimen: Specimen) -> None:
 
 
 def test_memory_of_a_refusal_is_bounded_and_no_code_runs(tmp_path: Path) -> None:
-    """In a child: peak growth of each refusal stays within 1 MiB and twice the header."""
+    """In a child: what a refusal takes at its peak stays within 1 MiB and twice the header."""
     rows = json.loads(_child("memory_child.py", str(tmp_path)))
-    worst = max(rows, key=lambda row: row["growth"] - 2 * row["header"])
+    worst = max(rows, key=lambda row: row["allocated"] - 2 * row["header"])
     print(f"{len(rows)} refusals; tightest: {worst}")
     for row in rows:
-        assert row["growth"] <= (1 << 20) + 2 * row["header"], row
+        bound = (1 << 20) + 2 * row["header"]
+        assert row["allocated"] <= bound, row
+        # The kernel counts code that is first run too, and is off by batches of pages: 32 a core, kind and reading
+        assert row["resident"] <= bound + (1 << 20), row
         assert row["events"] == [], row
     assert max(row["header"] for row in rows) == HEADER_LIMIT
-    assert max(row["growth"] for row in rows) > HEADER_LIMIT  # the measure sees what it should
+    for measure in ("allocated", "resident"):  # each sees what it should
+        assert max(row[measure] for row in rows) > HEADER_LIMIT
 
 
 def test_optimised_python_agrees(tmp_path: Path) -> None:
