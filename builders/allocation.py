@@ -148,6 +148,9 @@ def state(given: Inputs, *, cached: bool = False, tied: bool = False) -> Allocat
 
     units = [_together([singles[n] for n in of], broken) for of in names]
     shares = {r: 0.0 if tied else _breaks(roofline, runs, steps[r]) for r in (DECODE, FIRST)}
+    apart = ("f16", "int8_row") * len(program.heads)  # blocks of the logits, no two neighbours alike
+    for r in shares:
+        shares[r] += roofline.head_breaks(apart[: len(program.heads)], steps[r])
     names.append(())
     caches = []
     for pair, plan in plans.items():

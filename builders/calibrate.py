@@ -28,6 +28,7 @@ from builders.segment_runner import SegmentRunner, batches
 from builders.segments import Segment, cut
 from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
+from builders.vocabulary_blocks import joined
 from builders.watcher import Watcher
 from builders.weights import Model, Weights
 from edge_runtime.engine.formats import Array
@@ -93,7 +94,7 @@ def known_before(
     return {
         "schema": SCHEMA,
         "model_sha256": dict(digests),
-        "program_sha256": hashlib.sha256(msgspec.json.encode(weights.program)).hexdigest(),
+        "program_sha256": hashlib.sha256(msgspec.json.encode(joined(weights.program))).hexdigest(),
         "weights": made,
         "seed": options.seed,
         "device": resolve_device(options.device).partition(":")[0],

@@ -11,7 +11,6 @@ from builders.calibration_folder import CalibrationFolder
 from builders.segments import Segment, linear_groups
 from builders.statistics import InputStatistics
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.program import Program
 from edge_runtime.engine.shard import Shard
 
@@ -72,9 +71,8 @@ class Calibration:
 def groups_of(program: Program, segments: list[Segment], i: int) -> list[tuple[str, ...]]:
     """Weights of segment i that read the same values, group by group; the head comes last of all."""
     groups = linear_groups(program, segments[i])
-    head = program.ops[-1]
-    if i == len(segments) - 1 and isinstance(head, Logits):
-        groups.append((head.weight,))
+    if i == len(segments) - 1:
+        groups.append(tuple(op.weight for op in program.heads))
     return groups
 
 

@@ -75,7 +75,8 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     if args.plot is not None:
         check_picture(args.plot)
     profile = load_profile(args.profile)
-    architecture, kept = read_planned(Path(args.model), request.context)
+    blocks = args.rotate is None and request.in_blocks
+    architecture, kept = read_planned(Path(args.model), request.context, blocks=blocks)
     name = read_config(args.model)[1]
     request = settled(request, args.algorithm, quantized=bool(kept))
     if request.weights == planner.KEEP:

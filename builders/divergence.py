@@ -10,7 +10,6 @@ from torch import Tensor
 from builders.segment_runner import load
 from builders.torch_program import TorchProgram
 from builders.weights import Weights, row_blocks
-from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 
@@ -20,9 +19,8 @@ _Each = Callable[[Callable[[Span], float], Iterable[Span]], Iterable[float]]
 
 
 def load_head(weights: Weights, device: str) -> dict[str, Tensor]:
-    head = weights.program.ops[-1]
-    assert isinstance(head, Logits)  # Program.check proved it
-    return {name: load(weights, name, device) for name in names_of(head)}
+    names = (name for op in weights.program.heads for name in names_of(op))
+    return {name: load(weights, name, device) for name in names}
 
 
 class Answers:

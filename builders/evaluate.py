@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from builders import evaluation_text
 from builders.comparison import BLOCK_ITEMS, Comparison, Positions, logits, measure, summarise
-from builders.hidden import Restore, compare_hidden, head_of
+from builders.hidden import Restore, compare_hidden
 from builders.runner import Runner
 from builders.sources import Source
 from builders.texts import ModelText, read_passages
@@ -116,19 +117,23 @@ def _logit_blocks(
     f: Weights, x_f: Array, engine: tuple[Weights, Array] | Array
 ) -> Iterator[tuple[int, Array, Array]]:
     """Blocks of the vocabulary for `measure`; of the engine weights and hidden states, or finished logits."""
-    op = head_of(f.program)
-    spec = f.program.tensors[op.weight]
-    # Blocks are bounded both in logits and in weights.
-    for start, stop in row_blocks(spec.rows, max(len(x_f), spec.cols), BLOCK_ITEMS):
-        logits_f = _logits(f, x_f, start, stop)
-        yield (
-            start,
-            logits_f,
-            _logits(*engine, start, stop) if isinstance(engine, tuple) else engine[:, start:stop],
-        )
+    heads = [f.program.heads] + ([engine[0].program.heads] if isinstance(engine, tuple) else [])
+    ends = sorted({op.first for ops in heads for op in ops} | {f.program.vocab_size})
+    for first, end in pairwise(ends):
+        # Blocks are bounded both in logits and in weights, and lie in one matrix of either.
+        for a, b in row_blocks(end - first, max(len(x_f), f.program.hidden_width), BLOCK_ITEMS):
+            start, stop = first + a, first + b
+            logits_f = _logits(f, x_f, start, stop)
+            yield (
+                start,
+                logits_f,
+                _logits(*engine, start, stop) if isinstance(engine, tuple) else engine[:, start:stop],
+            )
 
 
 def _logits(weights: Weights, x: Array, start: int, stop: int) -> Array:
-    op = head_of(weights.program)
-    bias = None if op.bias is None else weights(op.bias)[0, start:stop]
-    return logits(op, x, weights.block(op.weight, start, stop), bias)
+    """Of ids that lie in one matrix."""
+    op = next(op for op in reversed(weights.program.heads) if op.first <= start)
+    a, b = start - op.first, stop - op.first
+    bias = None if op.bias is None else weights(op.bias)[0, a:b]
+    return logits(op, x, weights.block(op.weight, a, b), bias)

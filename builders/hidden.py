@@ -16,20 +16,13 @@ from builders.weights import Weights
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.backends.reference import ReferenceExecutor
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Add, KvAppend, Logits
+from edge_runtime.engine.ops import Add, KvAppend
 from edge_runtime.engine.plan import KvPlan, StepShape
 from edge_runtime.engine.program import Program
 
 Restore = Callable[[Array], Array]
 Windows = tuple[Array, ...]  # token ids int32 (n,) of texts that have nothing to do with each other
 STEP_TOKENS = 2048  # of one evaluation step: buffers stay small, weights are read seldom
-
-
-def head_of(program: Program) -> Logits:
-    """The op that ends a program."""
-    op = program.ops[-1]
-    assert isinstance(op, Logits)  # Program.check has proved it
-    return op
 
 
 def layer_ends(program: Program) -> list[tuple[int, str]]:
@@ -92,8 +85,8 @@ def _walk(weights: Weights, kv: KvPlan, windows: Windows) -> Iterator[tuple[list
 
 def _states(executor: ReferenceExecutor, program: Program, batch: StepBatch) -> Iterator[Array]:
     ends = dict(layer_ends(program))
-    final = head_of(program).x
-    last = len(program.ops) - 2
+    final = program.heads[0].x
+    last = len(program.body) - 1
     for index, buffers in executor.walk_hidden(batch):
         if index in ends:
             yield buffers[ends[index]]

@@ -29,7 +29,7 @@ _CACHE = 1 << 25  # logits of the model that are kept for all lanes, in f64: 256
 @dataclass(frozen=True, slots=True)
 class Lane:
     """The model with `tensor` replaced. `make(None)` gives its f32 values (rows, cols), and `make(ids)` those
-    of some rows: of an embedding only the rows of the tokens at hand are asked for."""
+    of some rows: of an embedding, or a block of one, only the rows of the tokens at hand are asked for."""
 
     tensor: str
     label: str
@@ -108,7 +108,9 @@ class LaneRunner:
         replaced: dict[str, Tensor] = {}
         tables: dict[str, Callable[[Array], Array]] = {}
         if lane is not None and lane.tensor in runner.tables:
-            ids = np.unique(self._windows)
+            first = runner.tables[lane.tensor]
+            ids = np.unique(self._windows) - first
+            ids = ids[(ids >= 0) & (ids < self._program.tensors[lane.tensor].rows)]
             values = lane.make(ids)
             tables[lane.tensor] = lambda some: np.asarray(values[np.searchsorted(ids, some)])
         elif lane is not None:

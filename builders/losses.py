@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 
 from builders.sensitivity import Sensitivity
+from builders.vocabulary_blocks import for_program, joined
 from edge_runtime.engine.formats import get_format
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, nearest
@@ -70,11 +72,13 @@ class Losses:
     """Predicted loss of each (tensor, format) and cache pair, in one unit.
 
     unit: "nats, modelled", or the sensitivity file's: "kl" in nats, "hessian" a relative output error.
+    tensors: how many were measured, blocks of a vocabulary counted as one.
     """
 
     unit: str
     shares: Mapping[str, float]  # of each tensor, where nothing is measured
     measured: Sensitivity | None = None
+    tensors: int = 0
 
     def of(self, tensor: str, fmt: str) -> float | None:
         """The loss of a tensor in a format; None where a sensitivity file does not say."""
@@ -103,27 +107,37 @@ class Losses:
         """Units of the losses a nat: "hessian" adds up relative errors of all its tensors."""
         if self.measured is None or self.measured.unit == "kl":
             return 1.0
-        return len(self.measured.losses) / NATS
+        return self.tensors / NATS
 
 
 def losses_of(program: Program, sensitivity: Sensitivity | None, formats: Sequence[str]) -> Losses:
     """Raises BadConfig where a sensitivity file is another model's, or says nothing of a matrix."""
     if sensitivity is None:
-        specs = {n: s for n, s in program.tensors.items() if s.role != "vector"}
-        weights = {n: ROLE_WEIGHT[s.role] * math.sqrt(s.size) for n, s in specs.items()}
-        total = sum(weights.values())
-        return Losses("nats, modelled", {n: w / total for n, w in weights.items()})
-    for name in sensitivity.losses:
+        specs = {n: s for n, s in joined(program).tensors.items() if s.role != "vector"}
+        weights = {n: {"": ROLE_WEIGHT[s.role] * math.sqrt(s.size)} for n, s in specs.items()}
+        total = sum(w[""] for w in weights.values())
+        shares = {n: w[""] / total for n, w in for_program(weights, program).items()}
+        return Losses("nats, modelled", shares)
+    found = measured_losses(program, sensitivity)
+    losses = {} if found.measured is None else found.measured.losses
+    for name in losses:
         if name not in program.tensors:
             raise BadConfig(
                 f"the sensitivity file has losses of {name!r}, which this model lacks; "
                 f"{nearest(name, program.tensors)}"
             )
     for name, spec in program.tensors.items():
-        known = sensitivity.losses.get(name, {})
+        known = losses.get(name, {})
         if spec.role == "matrix" and not set(known) & set(formats):
             raise BadConfig(
                 f"the sensitivity file has no loss of {name!r} in any of {', '.join(formats)}; "
                 "measure it again with these formats, or choose others with --formats"
             )
-    return Losses(sensitivity.unit, {}, sensitivity)
+    return found
+
+
+def measured_losses(program: Program, sensitivity: Sensitivity) -> Losses:
+    """As measured, by the program's names of its tensors."""
+    losses = for_program(sensitivity.losses, program)
+    tensors = len(for_program(sensitivity.losses, joined(program)))
+    return Losses(sensitivity.unit, {}, msgspec.structs.replace(sensitivity, losses=losses), tensors)

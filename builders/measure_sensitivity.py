@@ -28,10 +28,11 @@ from builders.segments import cut
 from builders.sensitivity import Sensitivity
 from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
+from builders.vocabulary_blocks import levelled, vocabularies
 from builders.watcher import Watcher
 from builders.weights import Model
 from edge_runtime.engine.formats import Array, get_format
-from edge_runtime.engine.ops import Embed, Logits
+from edge_runtime.engine.ops import Embed
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 from edge_runtime.errors import BadConfig, Unsupported, ValueOutOfRange
@@ -111,10 +112,9 @@ def lane_flops(program: Program) -> dict[str, float]:
         )
         for s in segments
     ]
-    head = program.ops[-1]
-    assert isinstance(head, Logits)  # Program.check proved it
-    costs.append(4.0 * program.tensors[head.weight].size)
-    first: dict[str, int] = {head.weight: len(segments)}
+    heads = [op.weight for op in program.heads]
+    costs.append(4.0 * sum(program.tensors[n].size for n in heads))
+    first = dict.fromkeys(heads, len(segments))
     for i in reversed(range(len(segments))):
         first.update({n: i for op in segments[i].ops(program) for n in names_of(op)})
     return {n: sum(costs[i:]) for n, i in first.items() if program.tensors[n].role != "vector"}
@@ -140,7 +140,7 @@ class _Search:
         errors = self._errors(names, watcher)
         measured: tuple[str, ...] = ()
         if unit == "hessian":
-            tokens, losses = self.calibration.tokens, errors
+            tokens, losses = self.calibration.tokens, self._by_use(errors)
         else:
             windows = self._windows(flops)
             tokens = int(windows.size)
@@ -152,9 +152,20 @@ class _Search:
             algorithm=self.options.algorithm,
             text=self.corpus.name,
             tokens=tokens,
-            losses=losses,
+            losses=levelled(losses, program),
             measured=measured,
         )
+
+    def _by_use(self, errors: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Errors of blocks of a vocabulary, each times the share of the text's tokens that are in it: all
+        blocks together then count as one tensor."""
+        found = dict(errors)
+        for blocks in vocabularies(self.weights.program):
+            for name, first in blocks.items():
+                ids = self.corpus.windows
+                inside = (ids >= first) & (ids < first + self.weights.program.tensors[name].rows)
+                found[name] = {fmt: share * float(inside.mean()) for fmt, share in errors[name].items()}
+        return found
 
     def _rounder(self) -> Rounder:
         return Rounder(
@@ -168,12 +179,17 @@ class _Search:
         ids, counts = np.unique(self.corpus.windows, return_counts=True)
         some = sampled(len(ids), SAMPLED_TOKENS)
         ids, counts = ids[some], counts[some]
-        embeddings = {op.weight for op in self.weights.program.ops if isinstance(op, Embed)}
+        program = self.weights.program
+        firsts = {op.weight: op.first for op in program.ops if isinstance(op, Embed)}
         found: dict[str, dict[str, float]] = {}
         for name in names:
             found[name] = {}
             wanted = [f for f in self.formats if self.notes.get("error", name, f) is None]
-            shares = self._shares(name, wanted, ids if name in embeddings else None, counts)
+            looked_up = None
+            if name in firsts:
+                here = (ids >= firsts[name]) & (ids < firsts[name] + program.tensors[name].rows)
+                looked_up = ids[here] - firsts[name], counts[here]
+            shares = self._shares(name, wanted, looked_up)
             for fmt in self.formats:
                 share = shares.get(fmt, self.notes.get("error", name, fmt))
                 if share is not None and share >= 0.0:
@@ -182,14 +198,14 @@ class _Search:
         return found
 
     def _shares(
-        self, name: str, formats: Sequence[str], ids: Array | None, counts: Array
+        self, name: str, formats: Sequence[str], looked_up: tuple[Array, Array] | None
     ) -> dict[str, float]:
         """Of one tensor, written down; -1 for a format that cannot hold it. A tensor that is both embedding
-        and head suffers in both places."""
+        and head suffers in both places. looked_up: rows of an embedding, and how often."""
         if not formats:
             return {}
         inputs = self.calibration.statistics(name)
-        if inputs is None and ids is None:
+        if inputs is None and looked_up is None:
             raise Unsupported(f"tensor {name!r} has no statistics; calibrate this program again")
         rounder, found = self._rounder(), {}
         rows = sampled(self.weights.program.tensors[name].rows)
@@ -197,7 +213,8 @@ class _Search:
         if inputs is not None:
             w = self.weights.rows(name, rows)
             hessian = torch.from_numpy(inputs.hessian).to(self.device, copy=True)
-        table = None if ids is None else self.weights.rows(name, ids)
+        ids, counts = looked_up or (np.empty(0, np.int64), np.empty(0, np.int64))
+        table = self.weights.rows(name, ids) if len(ids) else None
         whole = [
             1.0 if w is None or hessian is None else weighted_square(w, hessian),
             1.0 if table is None else occurrences(table, counts),

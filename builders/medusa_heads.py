@@ -19,7 +19,6 @@ from builders.sources import open_source, read_vocabulary
 from builders.sources.medusa import CONFIG, WEIGHTS, MedusaConfig, tensor_keys
 from builders.texts import ModelText
 from builders.training import Run
-from edge_runtime.engine.ops import Logits
 from edge_runtime.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ class Base:
         self.hidden_size = program.hidden_width
         self.vocab_size = program.vocab_size
         self.context = program.max_context
-        last = program.ops[-1]
-        assert isinstance(last, Logits)  # Program.check proved it
+        last = program.heads[0]
         # A head has no scale of its own, so the model's (Granite) goes into the weights; a soft cap
         # (Gemma 2) keeps the order of the logits and is left out.
         self.head = self.model.get_output_embeddings().weight * last.scale

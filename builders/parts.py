@@ -21,6 +21,7 @@ from builders.reorder import order_inputs
 from builders.sources import Source, open_source, read_config, read_vocabulary
 from builders.sources.medusa import MedusaConfig, MedusaHeads, head_program, read_medusa_config
 from builders.sources.vocabulary import token_ids
+from builders.vocabulary_blocks import in_blocks
 from builders.weights import Blocks, CheckpointWeights, Model
 from edge_runtime.engine import peft
 from edge_runtime.engine.adapter import Adapter
@@ -110,13 +111,16 @@ class Contents:
 
 
 @contextmanager
-def open_contents(model: Path, extras: Extras, context: int | None) -> Iterator[Contents]:
-    """Read everything that an engine is made of. `context` is the one asked for, in tokens.
+def open_contents(
+    model: Path, extras: Extras, context: int | None, *, blocks: bool = False
+) -> Iterator[Contents]:
+    """Read everything that an engine is made of. `context` is the one asked for, in tokens. blocks: the
+    model's vocabulary in blocks, where its weights are not quantized yet.
 
     Raises BadCheckpoint, BadConfig, Unsupported or ValueOutOfRange, which names the folder at fault.
     """
     with ExitStack() as stack:
-        target = _checkpoint(stack, model, context)
+        target = _checkpoint(stack, model, context, blocks=blocks)
         program = target.program
         planned = default_context(program.max_context, context)
         parts = [target.part(LANGUAGE)]
@@ -169,16 +173,18 @@ def read_architecture(config: dict[str, Any], context: int | None) -> Architectu
     return architecture
 
 
-def read_planned(model: Path, context: int | None) -> tuple[Architecture, dict[str, str]]:
+def read_planned(
+    model: Path, context: int | None, *, blocks: bool = False
+) -> tuple[Architecture, dict[str, str]]:
     """What a plan without a build needs: the architecture, and tensor -> format of a checkpoint that is
-    already quantized and there with its weights ({} for any other). Raises as `open_contents`.
+    already quantized and there with its weights ({} for any other). blocks and errors as `open_contents`.
     """
     architecture = read_architecture(read_config(model)[0], context)
     if model.name == "config.json" or (model.is_dir() and not any(model.glob("*.safetensors"))):
-        return architecture, {}
+        return in_blocks(architecture) if blocks else architecture, {}
     with open_source(model) as source:
         if not source.quantized:
-            return architecture, {}
+            return in_blocks(architecture) if blocks else architecture, {}
         ordered = order_inputs(architecture, source.orders())
         return ordered, CheckpointWeights(ordered, source).kept()[0]
 
@@ -214,9 +220,11 @@ def check_same_vocabulary(target: Checkpoint, draft: Checkpoint) -> None:
         )
 
 
-def _checkpoint(stack: ExitStack, folder: Path, context: int | None) -> Checkpoint:
+def _checkpoint(stack: ExitStack, folder: Path, context: int | None, *, blocks: bool = False) -> Checkpoint:
     source = stack.enter_context(open_source(folder))
     architecture = order_inputs(read_architecture(source.config, context), source.orders())
+    if blocks and not source.quantized:
+        architecture = in_blocks(architecture)
     weights = CheckpointWeights(architecture, source)
     return Checkpoint(source, architecture, weights, read_vocabulary(source, architecture.program.vocab_size))
 

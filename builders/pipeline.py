@@ -206,7 +206,10 @@ def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Cont
     What is already quantized is kept as it is unless other weights are asked for.
     """
     request = options.request
-    contents = stack.enter_context(open_contents(options.model, options.extras, request.context))
+    blocks = options.rotate is None and request.in_blocks  # a rotation knows one table and one head
+    contents = stack.enter_context(
+        open_contents(options.model, options.extras, request.context, blocks=blocks)
+    )
     quantized = bool(contents.target.source.matrices)
     request = settled(request, options.algorithm, quantized=quantized)
     if request.weights == planner.KEEP and quantized:

@@ -97,6 +97,11 @@ class Request:
     formats: tuple[str, ...] = ()
     kv_choices: tuple[Pair, ...] = ()
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether blocks of the vocabulary have formats of their own."""
+        return self.weights == AUTO and self.head_weights is None
+
 
 def default_context(longest: int, asked: int | None) -> int:
     """The context asked for, or what is planned when nobody asked."""

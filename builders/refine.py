@@ -26,7 +26,7 @@ import msgspec
 from builders.companions import ALONE, Companions
 from builders.fitting import unmet
 from builders.journal import Journal
-from builders.losses import Losses
+from builders.losses import measured_losses
 from builders.planner import Plans, Request, choose, fits
 from builders.sensitivity import Sensitivity, Tried
 from builders.shrinkage import only, shaken, shrunk, uniform_formats
@@ -123,7 +123,7 @@ class _Search:
         kl = self._measured(plan, key)
         request = self.question.request
         if len(request.kv_choices) > 1:  # a cheaper cache leaves bytes to the weights, and costs
-            kl += Losses(losses.unit, {}, losses).kv(plan.kv.k, plan.kv.v)
+            kl += measured_losses(self.question.program, losses).kv(plan.kv.k, plan.kv.v)
         if kl < math.inf:
             self.tried.append(Tried(plan=label, kl=kl))
         if kl < self.least:

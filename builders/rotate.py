@@ -261,13 +261,12 @@ class _Planner:
         program = self._program
         if _HEAD not in self.changes:
             return program
-        head = program.ops[-1]
-        assert isinstance(head, Logits)  # Program.check proved it
+        head = program.heads[0]
         tensors = dict(program.tensors)
         spec = tensors[head.weight]
         tensors[head.weight] = msgspec.structs.replace(spec, role="embedding")
         tensors[_HEAD] = msgspec.structs.replace(spec, role="head")
-        ops: Sequence[AnyOp] = (*program.ops[:-1], msgspec.structs.replace(head, weight=_HEAD))
+        ops: Sequence[AnyOp] = (*program.body, msgspec.structs.replace(head, weight=_HEAD))
         return msgspec.structs.replace(program, ops=tuple(ops), tensors=tensors)
 
 

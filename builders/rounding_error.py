@@ -39,6 +39,8 @@ class Rounder:
     ) -> Array:
         """f32 values of the tensor (or of its rows `ids`) after a round trip. Raises ValueOutOfRange."""
         program, alone = self._weights.program, False
+        if ids is not None and not len(ids):
+            return np.empty((0, program.tensors[name].cols), np.float32)
         stored = self._weights.stored(name, fmt.name)
         if ids is not None and stored is None and not any(p.per == "tensor" for p in fmt.planes):
             alone = self.algorithm.ROW_WISE  # rows do not know of each other: others need no rounding

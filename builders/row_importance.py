@@ -27,16 +27,17 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from builders.calibration_folder import IMPORTANCE, passing_rows
+from builders.divergence import load_head
 from builders.kept_rows import RowsReader, RowsWriter
-from builders.segment_runner import SegmentRunner, batches, kept_after, load
+from builders.segment_runner import SegmentRunner, batches, kept_after
 from builders.segments import Segment, cut
 from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable
 from builders.torch_program import TorchProgram
+from builders.vocabulary_blocks import cut_rows, join_rows
 from builders.weights import Model, Weights, row_blocks
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Logits
-from edge_runtime.engine.ops import weights as names_of
+from edge_runtime.engine.ops import Embed
 from edge_runtime.errors import BadConfig, ValueOutOfRange
 
 KEPT = "row-importance.safetensors"  # in the calibration's folder
@@ -49,9 +50,9 @@ PRIOR = 64
 def row_importance(
     weights: Model, windows: Array, folder: Path, device: str, seed: int = 1, cores: int = 0
 ) -> dict[str, Array]:
-    """Matrix, embedding and head -> f32 (rows,), the mean over tokens of the first windows of token ids
-    (windows, length). folder: where rows may lie meanwhile. seed: of the answers. The same on any cores.
-    Raises ValueOutOfRange for a gradient that is not finite."""
+    """Matrix, embedding and head, their blocks joined -> f32 (rows,), the mean over tokens of the first
+    windows of token ids (windows, length). folder: where rows may lie meanwhile. seed: of the answers. The
+    same on any cores. Raises ValueOutOfRange for a gradient that is not finite."""
     few = windows[: max(1, TOKENS // windows.shape[1])]
     with passing_rows(folder, IMPORTANCE) as rows, repeatable(device, cores) as workers:
         run = _Run(SerialWeights(weights), few, rows, device, seed, workers)
@@ -61,9 +62,10 @@ def row_importance(
         for i in reversed(range(len(run.segments))):
             gradient = run.backward(i, gradient)
     found = {}
-    for name, total in run.sums.items():
+    sums = {name: total.cpu().numpy() for name, total in run.sums.items()}
+    for name, total in join_rows(sums, weights.program).items():
         alike = PRIOR * total.mean() / few.size
-        found[name] = ((total + alike) / (few.size + PRIOR)).cpu().numpy()
+        found[name] = (total + alike) / (few.size + PRIOR)
     damaged = [name for name, each in found.items() if not np.isfinite(each).all()]
     if damaged:
         raise ValueOutOfRange(
@@ -76,14 +78,14 @@ def row_importance(
 def kept_row_importance(
     weights: Model, windows: Array, folder: Path, device: str, seed: int
 ) -> Mapping[str, Array]:
-    """The same, once for a calibration's folder: what is there is of the same model and text."""
+    """The same by tensor, once for a calibration's folder: what is there is of the same model and text."""
     path = folder / KEPT
     if not path.is_file():
         part = path.with_suffix(".part")
         save_file(row_importance(weights, windows, folder, device, seed), part)
         os.replace(part, path)
     try:
-        return load_file(path)
+        return cut_rows(load_file(path), weights.program)
     except SafetensorError as error:
         raise BadConfig(f"{path} is damaged ({error}); remove it") from None
 
@@ -121,9 +123,7 @@ class _Run:
     def answers(self) -> Array:
         """The gradient by what the last segment leaves (windows, length, hidden), for answers drawn."""
         program = self.weights.program
-        head = program.ops[-1]
-        assert isinstance(head, Logits)  # Program.check proved it
-        held = {name: load(self.weights, name, self.device) for name in names_of(head)}
+        held = load_head(self.weights, self.device)
         model = TorchProgram(program, held.__getitem__, checked=True)
         with ExitStack() as stack:
             last = self._left(stack, len(self.segments) - 1)
@@ -140,13 +140,14 @@ class _Run:
             p = z.detach().double().exp()
             answer = (p.cumsum(-1) < drawn).sum(-1, keepdim=True).clamp_(max=p.shape[-1] - 1)
             (gradient,) = torch.autograd.grad(z.gather(-1, answer).sum(), x)
-            size = x.detach().double().square().mean(-1, keepdim=True) * head.scale**2
+            size = x.detach().double().square().mean(-1, keepdim=True) * program.heads[0].scale ** 2
             return gradient, (p * (1 - p) * size).sum(0)
 
         parts = []
         for gradient, share in self.workers.map(work, row_blocks(len(flat), program.vocab_size)):
             parts.append(gradient.cpu().numpy())
-            self._add(head.weight, share)
+            for head in program.heads:
+                self._add(head.weight, share[head.first : head.first + program.tensors[head.weight].rows])
         return np.concatenate(parts).reshape(hidden.shape)
 
     def backward(self, i: int, gradient: Array) -> Array:
@@ -175,8 +176,12 @@ class _Run:
     def _of_tokens(self, name: str, tokens: Array, slope: Tensor) -> Tensor:
         """Squares of an embedding's rows, each where its token stands."""
         squares = slope.flatten(0, 1).double().square().mean(-1).cpu().numpy()
-        rows = self.weights.program.tensors[name].rows
-        return torch.from_numpy(np.bincount(tokens.reshape(-1), squares, rows)).to(self.device)
+        program = self.weights.program
+        rows = program.tensors[name].rows
+        first = next(op.first for op in program.ops if isinstance(op, Embed) and op.weight == name)
+        ids = tokens.reshape(-1) - first
+        here = (ids >= 0) & (ids < rows)
+        return torch.from_numpy(np.bincount(ids[here], squares[here], rows)).to(self.device)
 
     def _add(self, name: str, share: Tensor) -> None:
         self.sums[name] = share if name not in self.sums else self.sums[name] + share

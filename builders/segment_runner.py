@@ -7,13 +7,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from builders.segments import Segment
 from builders.torch_program import Buffers, Hook, TorchProgram, Weight
 from builders.weights import Weights, row_blocks
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Embed, Linear, Logits
+from edge_runtime.engine.ops import AnyOp, Embed, Linear, Logits
 from edge_runtime.engine.ops import weights as names_of
 from edge_runtime.engine.program import Program
 
@@ -31,9 +32,7 @@ def kept_after(program: Program, segments: Sequence[Segment], i: int) -> tuple[s
     """Buffers that live on after segment i: what the next one reads, or the logits' input."""
     if i + 1 < len(segments):
         return segments[i + 1].reads
-    head = program.ops[-1]
-    assert isinstance(head, Logits)  # Program.check proved it
-    return (head.x,)
+    return (program.heads[0].x,)
 
 
 def load(weights: Weights, name: str, device: str) -> Tensor:
@@ -53,7 +52,7 @@ class SegmentRunner:
         self._weights, self._device = weights, device
         self._ops = segments[i].ops(program)
         self._reads, self._keeps = segments[i].reads, kept_after(program, segments, i)
-        self.tables = {op.weight for op in self._ops if isinstance(op, Embed)}
+        self.tables = {op.weight: op.first for op in self._ops if isinstance(op, Embed)}
         needed = {name for op in self._ops if not isinstance(op, Embed) for name in names_of(op)}
         self.held = {name: load(weights, name, device) for name in sorted(needed)}
 
@@ -73,11 +72,12 @@ class SegmentRunner:
         """Rows that the segment leaves, (windows, length, width), for token ids (windows, length) and rows
         that the one before left.
 
-        `replaced` weights take the place of its own; `tables` give f32 rows by id in place of an embedding.
+        `replaced` weights take the place of its own; `tables` give f32 rows by number in place of an
+        embedding.
         """
-        held, ids, buffers = self._ready(tokens, rows, replaced, tables)
+        ops, held, ids, buffers = self._ready(tokens, rows, replaced, tables)
         with torch.no_grad():
-            TorchProgram(self.program, held.__getitem__, checked=True).run(self._ops, buffers, ids, hook)
+            TorchProgram(self.program, held.__getitem__, checked=True).run(ops, buffers, ids, hook)
             return self._left(buffers)
 
     def slopes(
@@ -85,12 +85,12 @@ class SegmentRunner:
     ) -> tuple[list[tuple[str, Tensor, Tensor]], list[tuple[str, Tensor]], Tensor | None]:
         """From the gradient by the rows that the segment leaves, by calculus backwards: of every linear
         (weight, its input, the gradient by its output), of every embedding (weight, the gradient by the rows
-        looked up), and the gradient by the rows that the one before left."""
-        held, ids, buffers = self._ready(tokens, rows)
+        of all tokens), and the gradient by the rows that the one before left."""
+        ops, held, ids, buffers = self._ready(tokens, rows)
         before = [b.requires_grad_() for b in buffers.values()]
         program = _Recorded(self.program, held.__getitem__)
         with torch.enable_grad():  # each thread has its own switch
-            program.run(self._ops, buffers, ids)
+            program.run(ops, buffers, ids)
             wanted = [*(y for _, _, y in program.products), *(e for _, e in program.rows), *before]
             found = torch.autograd.grad(self._left(buffers), wanted, gradient, materialize_grads=True)
         slopes = iter(found)
@@ -104,22 +104,28 @@ class SegmentRunner:
         rows: Array | None,
         replaced: Mapping[str, Tensor] | None = None,
         tables: Mapping[str, Callable[[Array], Array]] | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor, Buffers]:
-        """Weights, places of the tokens in the tables' rows, and buffers to begin with."""
+    ) -> tuple[list[AnyOp], dict[str, Tensor], Tensor, Buffers]:
+        """Ops that look the tokens up in the rows that are held of each table, weights with these, places of
+        the tokens among all such rows, and buffers to begin with."""
         held = {**self.held, **(replaced or {})}
         ids = torch.empty(0)
+        firsts: dict[str, int] = {}
         if self.tables:
             unique, places = np.unique(tokens, return_inverse=True)
-            for name in self.tables:
+            for name, first in self.tables.items():
                 rows_of = (tables or {}).get(name) or partial(self._weights.rows, name)
-                held[name] = torch.from_numpy(rows_of(unique)).to(self._device, copy=True)
+                start, stop = np.searchsorted(unique, [first, first + self.program.tensors[name].rows])
+                values = rows_of(unique[start:stop] - first)
+                held[name] = torch.from_numpy(values).to(self._device, copy=True)
+                firsts[name] = int(start)
             ids = torch.from_numpy(places.reshape(tokens.shape).astype(np.int64)).to(self._device)
         buffers: Buffers = {}
         if rows is not None:
             widths = [self.program.buffers[name] for name in self._reads]
             whole = torch.from_numpy(rows).to(self._device, copy=True)  # aligned as torch has it
             buffers = dict(zip(self._reads, torch.split(whole, widths, dim=-1), strict=True))
-        return held, ids, buffers
+        ops = [replace(op, first=firsts[op.weight]) if isinstance(op, Embed) else op for op in self._ops]
+        return ops, held, ids, buffers
 
     def _left(self, buffers: Buffers) -> Tensor:
         kept = [buffers[name] for name in self._keeps]

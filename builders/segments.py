@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edge_runtime.engine.layout import live_segments
-from edge_runtime.engine.ops import AnyOp, Attention, KvAppend, Linear, weights, writes
+from edge_runtime.engine.ops import AnyOp, Attention, Embed, KvAppend, Linear, weights, writes
 from edge_runtime.engine.program import Program
 
 
@@ -32,14 +32,18 @@ def cut(program: Program) -> list[Segment]:
     The first is the embedding alone. A cache slot is written and read inside one segment wherever the program
     allows it.
     """
-    last = len(program.ops) - 1  # the logits op
+    last = len(program.body)
     spans = live_segments(program)
     alive = [
         tuple(sorted(n for n, ranges in spans.items() if any(a <= i < b for a, b in ranges)))
         for i in range(last)
     ]
     fewest = min(map(len, alive))
-    bounds = [i + 1 for i in range(last) if len(alive[i]) == fewest and not _cache_open(program, i)]
+    bounds = [
+        i + 1
+        for i in range(last)
+        if len(alive[i]) == fewest and not _cache_open(program, i) and not _looked_up(program, i)
+    ]
     if not bounds or bounds[-1] != last:
         bounds.append(last)
     segments, start = [], 0
@@ -67,6 +71,12 @@ def linear_groups(program: Program, segment: Segment) -> list[tuple[str, ...]]:
         for name in writes(op):
             version[name] = version.get(name, 0) + 1
     return [tuple(group) for group in groups]
+
+
+def _looked_up(program: Program, i: int) -> bool:
+    """Whether the next op looks up more of the same tokens."""
+    op = program.ops[i + 1]
+    return isinstance(op, Embed) and op.first > 0
 
 
 def _cache_open(program: Program, i: int) -> bool:

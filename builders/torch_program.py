@@ -93,16 +93,18 @@ class TorchProgram:
         With `past` the tokens continue it, and it holds them afterwards.
         """
         buffers: Buffers = {}
-        self.run(self.program.ops[:-1], buffers, tokens, hook, past)
+        self.run(self.program.body, buffers, tokens, hook, past)
         if past is not None:
             past.tokens += tokens.shape[1]
-        return buffers[self._head.x]
+        return buffers[self.program.heads[0].x]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab) of hidden rows (..., hidden)."""
-        op = self._head
-        z = self.product(op, hidden) * op.scale
-        return z if op.softcap is None else op.softcap * torch.tanh(z / op.softcap)
+        heads = self.program.heads
+        blocks = [self.product(op, hidden) * op.scale for op in heads]
+        z = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+        softcap = heads[0].softcap
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (batch, length, vocab) of token ids (batch, length)."""
@@ -113,14 +115,14 @@ class TorchProgram:
         return F.linear(x, self.weight(op.weight), self._vector(op.bias))
 
     def embedded(self, op: Embed, tokens: Tensor) -> Tensor:
-        """Rows of the embedding, (..., hidden), unscaled."""
-        return F.embedding(tokens, self.weight(op.weight))
-
-    @property
-    def _head(self) -> Logits:
-        op = self.program.ops[-1]
-        assert isinstance(op, Logits)  # program.check() proved it
-        return op
+        """Rows of the embedding, (..., hidden), unscaled; zeros for tokens of other blocks."""
+        table = self.weight(op.weight)
+        if self.program.tensors[op.weight].rows == self.program.vocab_size:
+            return F.embedding(tokens, table)
+        row = tokens - op.first
+        here = (row >= 0) & (row < len(table))
+        rows = F.embedding(torch.where(here, row, 0), table) if len(table) else table.new_zeros(())
+        return torch.where(here[..., None], rows, 0.0)
 
     def _vector(self, name: str | None) -> Tensor | None:
         return None if name is None else self.weight(name)[0]
@@ -137,7 +139,8 @@ class TorchProgram:
         match op:
             case Embed():
                 assert tokens is not None  # a caller's mistake, not a user's
-                b[op.out] = self.embedded(op, tokens) * op.scale
+                rows = self.embedded(op, tokens) * op.scale
+                b[op.out] = rows if op.first == 0 else b[op.out] + rows
             case Norm():
                 b[op.out] = _norm(b[op.x], self.weight(op.weight)[0], self._vector(op.bias), op)
             case Linear():
@@ -161,7 +164,8 @@ class TorchProgram:
             case Round():
                 b[op.out] = _Rounded.apply(b[op.x], op.format, op.scale)
             case Logits():
-                b["logits"] = self.logits(b[op.x])
+                if op.first == 0:  # and those of all blocks
+                    b["logits"] = self.logits(b[op.x])
             case Input():
                 if op.out not in b:
                     raise Unsupported(f"this program begins with rows of {op.out!r}, which were not given")

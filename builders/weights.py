@@ -139,6 +139,8 @@ class CheckpointWeights:
 
     def rows(self, name: str, ids: Array) -> Array:
         unique, places = np.unique(ids, return_inverse=True)
+        if not len(unique):
+            return self.block(name, 0, 0)
         return np.concatenate([self.block(name, int(i), int(i) + 1) for i in unique])[places]
 
     def _check(self) -> None:

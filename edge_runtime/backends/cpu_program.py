@@ -183,6 +183,7 @@ def _op(
                 out_width=width[op.out],
                 weight=weights.matrix(op.weight),
                 scale=op.scale,
+                first=op.first,
             )
         case Input():
             return rec.Op(kind=rec.INPUT, out=buffer(op.out), out_width=width[op.out])
@@ -279,7 +280,7 @@ def _op(
             return rec.Op(
                 kind=rec.LOGITS,
                 x=buffer(op.x),
-                out=arena.scratch_address("logits"),
+                out=arena.scratch_address("logits") + 4 * op.first,
                 x_width=width[op.x],
                 out_width=part.program.vocab_size,
                 weight=weights.matrix(op.weight),

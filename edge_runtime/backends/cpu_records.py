@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 
-VERSION = 8  # EDGE_CPU_VERSION
+VERSION = 9  # EDGE_CPU_VERSION
 
 SCALE_PER = {None: 0, "group": 1, "row": 2, "tensor": 3}
 SIMD = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3, "neon": 4}
@@ -93,6 +93,8 @@ class Op(Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("angles", c_int32),
+        ("first", c_int32),
+        ("unused", c_int32),
     ]
 
 

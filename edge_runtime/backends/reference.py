@@ -108,7 +108,7 @@ class ReferenceExecutor(HostLogits):
         With `logits`, an evaluation takes the logits of a long text in pieces that fit into memory.
         """
         _, buffers = deque(self.walk_hidden(batch), maxlen=1)[0]
-        hidden = buffers[self._head.x]
+        hidden = buffers[self._program.heads[0].x]
         _finite(hidden, "the final hidden state")
         return hidden
 
@@ -121,7 +121,7 @@ class ReferenceExecutor(HostLogits):
         check_adapters(batch.adapters, self._adapters)
         refuse_tree(batch, self._kv)
         self._buffers = {}
-        for index, op in enumerate(self._program.ops[:-1]):
+        for index, op in enumerate(self._program.body):
             # Overflow is found by the finite checks, not by a warning
             with np.errstate(over="ignore", invalid="ignore"):
                 self._run(op, batch, arena)
@@ -135,13 +135,14 @@ class ReferenceExecutor(HostLogits):
 
         Raises NumericError on NaN/Inf.
         """
-        op = self._head
+        used = np.full(len(hidden), -1) if adapters is None else adapters
+        heads = self._program.heads
         with np.errstate(over="ignore", invalid="ignore"):
-            out = self._product(hidden, op, np.full(len(hidden), -1) if adapters is None else adapters)
-            out *= np.float32(op.scale)
+            blocks = [self._product(hidden, op, used) * np.float32(op.scale) for op in heads]
+        out = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
         _finite(out, "the logits")  # before a soft cap, which would make Inf finite
-        if op.softcap is not None:
-            out = numpy_ops.capped(out, op.softcap)
+        if heads[0].softcap is not None:
+            out = numpy_ops.capped(out, heads[0].softcap)
         return np.asarray(out, np.float32)
 
     def copy_page(self, source: int, target: int) -> None:
@@ -202,21 +203,19 @@ class ReferenceExecutor(HostLogits):
             raise BackendUnavailable("this executor is closed")
         return self._arena
 
-    @property
-    def _head(self) -> Logits:
-        op = self._program.ops[-1]
-        assert isinstance(op, Logits)  # program.check() proved it
-        return op
-
     def _run(self, op: AnyOp, batch: StepBatch, arena: KvArena) -> None:
         b, weight = self._buffers, self._provider
         match op:
             case Embed():
+                if op.first == 0:
+                    b[op.out] = np.empty((len(batch.tokens), self._program.buffers[op.out]), np.float32)
+                ids = batch.tokens - op.first
+                here = (ids >= 0) & (ids < self._program.tensors[op.weight].rows)
                 if isinstance(weight, RowProvider):
-                    rows = weight.rows(op.weight, batch.tokens)
+                    rows = weight.rows(op.weight, ids[here])
                 else:
-                    rows = weight(op.weight)[batch.tokens]
-                b[op.out] = rows * np.float32(op.scale)
+                    rows = weight(op.weight)[ids[here]]
+                b[op.out][here] = rows * np.float32(op.scale)
             case Input():
                 inputs = host_inputs(batch)
                 assert inputs is not None  # check_batch proved it

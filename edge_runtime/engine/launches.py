@@ -21,6 +21,7 @@ class EmbedLaunch:
     weight: str
     out: str
     scale: float
+    first: int = 0  # the token id of the weight's first row
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,10 @@ class PrepareLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One matrix of a launch: out = scale * (W x + bias), or add + add_scale * (W x + bias)."""
+    """One matrix of a launch: out = scale * (W x + bias), or add + add_scale * (W x + bias).
+
+    first: where its outputs begin in a row of LOGITS.
+    """
 
     weight: str
     bias: str | None
@@ -50,6 +54,7 @@ class Product:
     scale: float = 1.0
     add: str | None = None
     add_scale: float = 1.0
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class Update:
     weight: str
     out: str
     scale: float
+    first: int = 0  # of its outputs in a row of LOGITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,12 +64,10 @@ def lower(program: Program, formats: dict[str, str], kv: KvPlan) -> Lowered:
     plain, adapting = (_Lowering(program, formats, kv, adapters=adapters) for adapters in (False, True))
     plain.run()
     adapting.run()
-    head = program.ops[-1]
-    assert isinstance(head, Logits)  # program.check() proved it
     return Lowered(
         tuple(plain.launches),
         tuple(adapting.launches),
-        SampleLaunches(*code.sample_kernels(), softcap=head.softcap or 0.0),
+        SampleLaunches(*code.sample_kernels(), softcap=program.heads[0].softcap or 0.0),
         tuple(code.move_kernel(kv, slot.head_dim) for slot in program.cache),
         tuple(angle_tables(program)),
     )
@@ -128,7 +126,8 @@ class _Lowering:
         self._fresh: set[str] = set()
         match op:
             case Embed():
-                self.launches.append(EmbedLaunch(self._matrix(op.weight).embed, op.weight, op.out, op.scale))
+                kernel = self._matrix(op.weight).embed
+                self.launches.append(EmbedLaunch(kernel, op.weight, op.out, op.scale, op.first))
             case Input():
                 self.launches.append(
                     RowLaunch(code.input_kernel(), "values", width[op.out], width[op.out], op.out)
@@ -188,7 +187,7 @@ class _Lowering:
                     )
                 )
             case Logits():
-                self._logits(op, op.x)
+                return self._logits(ops, at, "plain", op.x)
         return 1
 
     def _matrix(self, name: str) -> MatrixKernels:
@@ -206,9 +205,7 @@ class _Lowering:
         source = {"y": None, "weight": op.weight, "bias": op.bias, "eps": op.eps}
         kind = "rms" if op.kind == "rms" else "layer"
         if isinstance(following, Logits) and following.x == op.out:
-            self._prepare(kind, self._matrix(following.weight).kind, op.x, ROWS, rows="logits", **source)
-            self._product(following, self._matrix(following.weight))
-            return 2
+            return 1 + self._logits(ops, at + 1, kind, op.x, **source)
         if isinstance(following, Linear) and following.x == op.out:
             inputs = self._matrix(following.weight).kind
             self._prepare(kind, inputs, op.x, self._others(ops, at, op.out, inputs), **source)
@@ -298,7 +295,7 @@ class _Lowering:
         """Append the launch of products of the ops at `at` and after it. Inputs x are read before outputs
         are written, which may lie on their bytes."""
         updates = tuple(
-            Update(self._numbers[at + i], p.weight, p.out, p.scale * p.add_scale)
+            Update(self._numbers[at + i], p.weight, p.out, p.scale * p.add_scale, p.first)
             for i, p in enumerate(launch.products)
         )
         into, out = code.low_rank_kernels()
@@ -378,12 +375,23 @@ class _Lowering:
     def _table(self, op: Rope) -> int:
         return self._tables.index((op.inv_freq, op.scale))
 
-    def _logits(self, op: Logits, x: str) -> None:
-        kernels = self._matrix(op.weight)
-        self._prepare("plain", kernels.kind, x, ROWS, rows="logits")
-        self._product(op, kernels)
-
-    def _product(self, op: Logits, kernels: MatrixKernels) -> None:
-        product = Product(op.weight, op.bias, LOGITS, scale=op.scale)
-        launch = LinearLaunch(kernels, (product,), self._program.tensors[op.weight].cols, "logits")
-        self._multiply(launch, ROWS, len(self._program.ops) - 1)
+    def _logits(self, ops: Sequence[AnyOp], at: int, source: str, x: str, **more: object) -> int:
+        """The blocks of the logits: inputs of one kind made once, those of one format in one launch."""
+        heads = [op for op in ops[at:] if isinstance(op, Logits)]
+        kind: str | None = None
+        done = 0
+        while done < len(heads):
+            kernels = self._matrix(heads[done].weight)
+            if kernels.kind != kind:
+                kind = kernels.kind
+                self._prepare(source, kind, x, ROWS, rows="logits", **more)
+            fmt = self._formats[heads[done].weight]
+            products: list[Product] = []
+            for op in heads[done : done + MATRICES]:
+                if self._formats[op.weight] != fmt:
+                    break
+                products.append(Product(op.weight, op.bias, LOGITS, scale=op.scale, first=op.first))
+            cols = self._program.tensors[heads[done].weight].cols
+            self._multiply(LinearLaunch(kernels, tuple(products), cols, "logits"), ROWS, at + done)
+            done += len(products)
+        return done

@@ -15,7 +15,7 @@ from msgspec import Meta, field
 from edge_runtime.engine.plan import Plan
 from edge_runtime.engine.program import Program
 
-SCHEMA = 4
+SCHEMA = 5
 # Parts with a meaning of their own; any other name is a model that stands for itself.
 LANGUAGE = "language"  # the target: the model that answers
 DRAFT = "draft"  # a smaller model with the same vocabulary, which proposes tokens to the target

@@ -55,16 +55,16 @@ def attention_floats(heads_per_kv: int, head_dim: int) -> int:
 def low_rank_layout(program: Program, ranks: Mapping[str, int]) -> tuple[dict[int, int], int]:
     """Where A x of each updated op lies in a token's row of an adapter's scratch, and the row's f32 values.
 
-    Linears that follow each other and read the same buffer run together, so each has its own place.
-    `ranks`: tensor -> rank; the offsets are by index of the op.
+    Linears, or blocks of logits, that follow each other and read the same buffer run together, so each has
+    its own place. `ranks`: tensor -> rank; the offsets are by index of the op.
     """
     offsets: dict[int, int] = {}
-    before: Linear | None = None
+    before: Linear | Logits | None = None
     at = stride = 0
     for i, op in enumerate(program.ops):
-        if not (isinstance(op, Linear) and before is not None and op.x == before.x):
-            at = 0
-        before = op if isinstance(op, Linear) else None
+        joins = isinstance(op, Linear | Logits) and type(op) is type(before) and op.x == before.x
+        at = at if joins else 0
+        before = op if isinstance(op, Linear | Logits) else None
         if isinstance(op, Linear | Logits) and op.weight in ranks:
             offsets[i] = at
             at += -(-ranks[op.weight] // RANK_ROWS) * RANK_ROWS

@@ -17,11 +17,16 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
 
 
 class Embed(Op, frozen=True, kw_only=True, tag="embed"):
-    """out[t] = weight[token_id[t]] * scale."""
+    """out[t] = weight[token_id[t] - first] * scale, for the tokens that weight has rows of.
+
+    A vocabulary may lie in several matrices, one block of ids after another: an op for each, in order, all
+    with one `out` and `scale`. The rows of out whose tokens are in other blocks stay as they are.
+    """
 
     out: str
     weight: str
     scale: float = 1.0
+    first: int = 0
 
 
 class Input(Op, frozen=True, kw_only=True, tag="input"):
@@ -137,13 +142,18 @@ class Round(Op, frozen=True, kw_only=True, tag="round"):
 
 
 class Logits(Op, frozen=True, kw_only=True, tag="logits"):
-    """For the step's chosen rows: logits = softcap(scale * (weight @ x + bias)). Ends a Program."""
+    """For the step's chosen rows: logits = softcap(scale * (weight @ x + bias)). Ends a Program.
+
+    Those of the ids from `first` on, as many as weight has rows: where the vocabulary lies in several
+    matrices a Program ends with an op for each, in order, that differ in weight, bias and first alone.
+    """
 
     x: str
     weight: str
     scale: float = 1.0
     softcap: float | None = None
     bias: str | None = None
+    first: int = 0
 
 
 AnyOp = (
@@ -154,8 +164,10 @@ AnyOp = (
 def reads(op: AnyOp) -> tuple[str, ...]:
     """Names of the buffers an op reads."""
     match op:
-        case Embed() | Input():
+        case Embed(first=0) | Input():
             return ()
+        case Embed():
+            return (op.out,)
         case Norm() | Linear() | Logits() | Rope() | Gather() | Round():
             return (op.x,)
         case KvAppend():

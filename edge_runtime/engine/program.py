@@ -71,11 +71,24 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return self.buffers[first.out] if isinstance(first, Input) else None
 
     @property
+    def body(self) -> tuple[AnyOp, ...]:
+        """The ops before the logits."""
+        end = len(self.ops)
+        while end > 0 and isinstance(self.ops[end - 1], Logits):
+            end -= 1
+        return self.ops[:end]
+
+    @property
+    def heads(self) -> tuple[Logits, ...]:
+        """The logits ops that end the program, one for each block of the vocabulary."""
+        heads = tuple(op for op in self.ops[len(self.body) :] if isinstance(op, Logits))
+        assert heads  # check() proved it
+        return heads
+
+    @property
     def hidden_width(self) -> int:
-        """Width of the rows that the logits op reads."""
-        last = self.ops[-1]
-        assert isinstance(last, Logits)  # check() proved it
-        return self.buffers[last.x]
+        """Width of the rows that the logits read."""
+        return self.buffers[self.heads[0].x]
 
     def check(self) -> None:
         """Prove every op's shape rule. Raises BadConfig naming the op; nothing runs before this passed."""
@@ -93,8 +106,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             _dim(slot.head_dim, f"cache slot {i} head_dim")
             if slot.window is not None:
                 _dim(slot.window, f"cache slot {i} window")
-        if not isinstance(self.ops[-1], Logits) or sum(isinstance(o, Logits) for o in self.ops) != 1:
-            raise BadConfig("program: exactly one logits op is expected, at the end")
+        if not isinstance(self.ops[-1], Logits) or any(isinstance(o, Logits) for o in self.body):
+            raise BadConfig("program: logits ops are expected at the end, and only there")
         if isinstance(self.ops[0], Input) and any(isinstance(o, Embed | Input) for o in self.ops[1:]):
             raise BadConfig("program: one that begins with an input op has no embedding and no second input")
         written: set[str] = set()
@@ -109,6 +122,28 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     raise BadConfig(f"{where}: names tensor {name!r}, which the program does not declare")
             self._check_op(op, where, appended)
             written.update(op_table.writes(op))
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        """Prove that each run of blocks, of an embedding or of the logits, has one row for every token id."""
+        before: Embed | Logits | None = None
+        end = self.vocab_size  # of the ids that the run has rows for; all, outside of one
+        for i, op in enumerate(self.ops):
+            where = f"op {i} ({type(op).__name__.lower()})"
+            if end < self.vocab_size and not (
+                type(op) is type(before) and msgspec.structs.replace(op, **_rows_of(before)) == before
+            ):
+                raise BadConfig(f"{where}: expected a block like op {i - 1} with the ids from {end} on")
+            if not isinstance(op, Embed | Logits):
+                continue
+            again = isinstance(op, Logits) and op.first == 0 and i > len(self.body)
+            if op.first != end % self.vocab_size or again:
+                raise BadConfig(f"{where}: begins with the id {op.first}, expected {end % self.vocab_size}")
+            before, end = op, op.first + self.tensors[op.weight].rows
+            if end > self.vocab_size:
+                raise BadConfig(f"{where}: has rows up to id {end - 1} of a vocabulary of {self.vocab_size}")
+        if end < self.vocab_size:
+            raise BadConfig(f"program: logits of the ids from {end} on are missing")
 
     def _check_op(self, op: AnyOp, where: str, appended: set[int]) -> None:
         def width(name: str) -> int:
@@ -136,7 +171,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
         match op:
             case Embed():
-                matrix(op.weight, self.vocab_size, width(op.out))
+                matrix(op.weight, self.tensors[op.weight].rows, width(op.out))
             case Input():
                 need(op is self.ops[0], "an input op must be the first")
                 width(op.out)
@@ -194,9 +229,17 @@ class Program(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                     f"scale {op.scale} is outside {LEAST_SCALE:.6g} to {GREATEST_SCALE:.6g}",
                 )
             case Logits():
-                matrix(op.weight, self.vocab_size, width(op.x))
-                vector(op.bias, self.vocab_size)
+                rows = self.tensors[op.weight].rows
+                matrix(op.weight, rows, width(op.x))
+                vector(op.bias, rows)
                 need(op.softcap is None or op.softcap > 0, f"softcap {op.softcap} must be positive")
+
+
+def _rows_of(op: Embed | Logits | None) -> dict[str, object]:
+    """What blocks of one vocabulary differ in."""
+    assert op is not None  # a run has begun
+    found: dict[str, object] = {"weight": op.weight, "first": op.first}
+    return found | ({"bias": op.bias} if isinstance(op, Logits) else {})
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -94,8 +94,8 @@ class Roofline:
                 case Logits():
                     heads = sum(s.head for s in steps)
                     seconds += heads * self._product(chosen.format, nbytes, spec, 1)
-                case _:  # a row of the table a token
-                    row = get_format(chosen.format).nbytes(1, spec.cols)
+                case _:  # a row a token, of a block of the vocabulary in proportion to its ids
+                    row = get_format(chosen.format).nbytes(1, spec.cols) * spec.rows / self.program.vocab_size
                     seconds += sum(s.tokens for s in steps) * row / self._read_rate(chosen.format)
         return seconds
 
@@ -118,6 +118,10 @@ class Roofline:
         stages = (products + quantized) * len(steps) * self._measured.stage_us
         units = quantized * sum(s.tokens - 1 for s in steps) * self._measured.unit_us
         return 1e-6 * (stages + units)
+
+    def head_breaks(self, formats: Sequence[str], steps: Sequence[Step]) -> float:
+        """The same of the blocks of the logits, for the one row that a step may end in."""
+        return self.breaks(formats, [Step(1, s.before, True) for s in steps if s.head])
 
     def _product(self, fmt: str, nbytes: int, spec: TensorSpec, tokens: int) -> float:
         """One linear over `tokens` rows. Compute binds only beyond one row where rates are measured: at one
@@ -225,10 +229,12 @@ def timer(
     roofline = Roofline(program, profile, mode, cached=cached)
     names = {op.weight for op in program.ops if isinstance(op, Linear | Logits | Embed)}
     runs = [[tensors[n].format for n in run] for run in linear_runs(program)]
+    heads = [tensors[op.weight].format for op in program.heads]
 
     def seconds(steps: Sequence[Step]) -> float:
         weights = sum(roofline.tensor(n, tensors[n], steps) for n in sorted(names))
-        return weights + roofline.rest(kv, steps) + sum(roofline.breaks(run, steps) for run in runs)
+        broken = sum(roofline.breaks(run, steps) for run in runs) + roofline.head_breaks(heads, steps)
+        return weights + roofline.rest(kv, steps) + broken
 
     return seconds
 
@@ -295,13 +301,13 @@ def linear_runs(program: Program) -> Iterator[tuple[str, ...]]:
 def unbroken_stages(program: Program) -> int:
     """Stages of the cpu backend's thread pool in a step whose runs of linears are all unbroken: one for each
     run, attention and the logits, and one for what is done token by token before each of them."""
-    stages, source = 0, ""
+    stages = 0
+    before: AnyOp | None = None
     for op in program.ops:
-        if isinstance(op, Linear) and op.x == source:
-            continue
-        if isinstance(op, Linear | Attention | Logits):
+        joins = isinstance(op, Linear | Logits) and type(op) is type(before) and op.x == before.x
+        if isinstance(op, Linear | Attention | Logits) and not joins:
             stages += 2
-        source = op.x if isinstance(op, Linear) else ""
+        before = op
     return stages
 
 

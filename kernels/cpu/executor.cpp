@@ -182,9 +182,11 @@ void Executor::run_op(const edge_op& op, int64_t t) {
     const float* x = op.x + t * op.x_width;
     float* out = op.out + t * op.out_width;
     switch (op.kind) {
-        case EDGE_OP_EMBED:
-            read_row(op.weight, batch_->tokens[t], op.scale, out);
+        case EDGE_OP_EMBED: {
+            const int64_t row = batch_->tokens[t] - op.first;
+            if (row >= 0 && row < op.weight.rows) read_row(op.weight, row, op.scale, out);
             break;
+        }
         case EDGE_OP_INPUT: {
             const float* input = batch_->inputs + t * op.out_width;
             if (!all_finite(input, op.out_width)) return fail(EDGE_NOT_FINITE);

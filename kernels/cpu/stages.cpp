@@ -17,7 +17,7 @@ bool same_outliers(const edge_matrix& a, const edge_matrix& b) {
 
 // Whether `b` reads the same activations as `a`, in the same codes.
 bool shares_input(const edge_op& a, const edge_op& b) {
-    if (b.kind != EDGE_OP_LINEAR || b.x != a.x) return false;
+    if (b.kind != a.kind || b.x != a.x) return false;
     if (quantizes(a.weight.encoding) != quantizes(b.weight.encoding)) return false;
     return !quantizes(a.weight.encoding) ||
            (a.weight.group == b.weight.group && a.weight.encoding == b.weight.encoding &&
@@ -120,7 +120,10 @@ std::vector<Stage> compile(const edge_program& program, const std::vector<edge_o
             rows.steps.push_back({TokenStep::kGather, op});
             if (quantized) rows.steps.push_back({TokenStep::kQuantize, op});
             stages.push_back(std::move(rows));
-            push_linear(&stages, op, op + 1, program.threads, kernels);
+            const edge_op* last = op + 1;
+            while (last < end && shares_input(*op, *last)) ++last;
+            push_linear(&stages, op, last, program.threads, kernels);
+            op = last - 1;
         } else {  // matrices that read the same codes, or none, run together
             const edge_op* last = op + 1;
             std::vector<Region> outs = {region(program, op->out, op->out_width)};

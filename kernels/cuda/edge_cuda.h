@@ -93,6 +93,7 @@ struct EdgeMatrix {
     const float* add;           /* or NULL: out = add + add_scale * (W x + bias) */
     float add_scale, scale_all; /* scale_all multiplies W x + bias (the logits op's scale) */
     int32_t rows, first_panel;  /* the launch's panels before this matrix's first */
+    int32_t stride, unused;     /* values from one row of `out` and `add` to the next */
 };
 
 #define EDGE_MATRICES 4
@@ -121,10 +122,11 @@ struct EdgeUpdate {
 
 /* The updates of a linear launch's matrices, see low_rank.cuh. */
 struct EdgeUpdated {
-    float* out; /* (rows of x, rows) */
+    float* out; /* (rows of x, stride), of which `rows` from here on */
     float scale;
     int32_t op;                /* number of the op among the program's linear and logits ops */
     int32_t rows, first_panel; /* panels of 32 rows, of the launch, before this matrix's first */
+    int32_t stride, unused;
 };
 struct EdgeLowRank {
     EdgeStep step;
@@ -142,7 +144,7 @@ struct EdgeEmbed {
     float* out;
     int32_t cols, units;
     float scale;
-    int32_t unused;
+    int32_t first; /* the id of the matrix's first row; rows of other ids stay as they are */
 };
 
 /* norm without linear readers, activation, add, gather, round: one row of out from one row of x and y. */

@@ -171,7 +171,7 @@ EDGE_DEVICE void finish(const EdgeLinear& args, const EdgeMatrix& m, int row, in
             args.inputs.scales[token / kTokenBlock * kTokenBlock * args.inputs.groups + token % kTokenBlock];
     if (m.bias != nullptr) v = v + m.bias[row];
     v = v * m.scale_all;
-    const int64_t at = static_cast<int64_t>(token) * m.rows + row;
+    const int64_t at = static_cast<int64_t>(token) * m.stride + row;
     if (m.add != nullptr) v = m.add[at] + m.add_scale * v;
     m.out[at] = v;
 }
@@ -291,7 +291,8 @@ template <class W>
 EDGE_DEVICE void embed(const EdgeEmbed& args) {
     const int token = static_cast<int>(blockIdx.x);
     if (token >= args.step.counts[EDGE_TOKENS]) return;
-    const int row = args.step.tokens[token];
+    const int row = args.step.tokens[token] - args.first;
+    if (row < 0 || row >= args.matrix.rows) return;
     float* out = args.out + static_cast<int64_t>(token) * args.cols;
     for (int k = static_cast<int>(threadIdx.x); k < args.cols; k += static_cast<int>(blockDim.x))
         out[k] = W::value(args.matrix, row, k, args.units) * args.scale;

@@ -157,7 +157,7 @@ EDGE_DEVICE void low_rank_out(const EdgeLowRank& p) {
 #pragma unroll
         for (int t = 0; t < kLowRankTokens; ++t) {
             if (t >= n) continue;
-            float& out = m.out[static_cast<int64_t>(at + t) * m.rows + row];
+            float& out = m.out[static_cast<int64_t>(at + t) * m.stride + row];
             out = fused(m.scale, product(update.scale, acc[t]), out);
         }
     });

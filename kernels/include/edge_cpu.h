@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define EDGE_CPU_VERSION 8 /* of these records; a change of a field or of what it points to raises it */
+#define EDGE_CPU_VERSION 9 /* of these records; a change of a field or of what it points to raises it */
 
 /* What one scale covers. Row and tensor scales are f32. */
 enum edge_scale { EDGE_SCALE_NONE, EDGE_SCALE_GROUP, EDGE_SCALE_ROW, EDGE_SCALE_TENSOR };
@@ -110,6 +110,7 @@ typedef struct edge_op {
     int32_t window, freqs;     /* window 0 = none */
     float eps, scale, softcap; /* softcap 0 = none */
     int32_t angles;            /* rope: index of the cos/sin table in scratch.angles */
+    int32_t first, unused;     /* embed: the id of the weight's first row; other ids leave out as it is */
 } edge_op;
 
 /* Regions of engine/memory.py's scratch_regions; all 64-byte aligned. */

@@ -81,6 +81,12 @@ class World:
     def vector(self, name: str | None) -> Array:
         return np.zeros(1) if name is None else self.values[name][0]
 
+    def looked_up(self, weight: str, first: int) -> tuple[Array, Array]:
+        """Which tokens a block of the vocabulary has rows for, and the rows."""
+        table, ids = self.values[weight], self.tokens - first
+        here = (ids >= 0) & (ids < len(table))
+        return here, table[ids[here]]
+
     def attend(self, op: Attention, q: Array) -> Array:
         k, v = (side.reshape(TOKENS, op.kv_heads, op.head_dim) for side in self.cache[op.layer])
         out = np.empty((TOKENS, op.heads, op.head_dim))
@@ -122,10 +128,14 @@ def rotated(x: Array, freqs: Array, head_dim: int, scale: float) -> Array:
 def plain(world: World) -> tuple[Array, Array]:
     """Logits and hidden rows of the ops, one after the other."""
     b: dict[str, Array] = {}
+    logits = []
     for op in world.program.ops:
         match op:
             case Embed():
-                b[op.out] = world.values[op.weight][world.tokens] * op.scale
+                if op.first == 0:
+                    b[op.out] = np.empty((TOKENS, world.program.buffers[op.out]))
+                here, rows = world.looked_up(op.weight, op.first)
+                b[op.out][here] = rows * op.scale
             case Input():
                 b[op.out] = world.inputs
             case Norm():
@@ -150,9 +160,8 @@ def plain(world: World) -> tuple[Array, Array]:
                 b[op.out] = np.sin(b[op.x])  # any function of a row will do
             case Logits():
                 hidden = b[op.x][LOGIT_ROWS]
-                logits = op.scale * (hidden @ world.values[op.weight].T + world.vector(op.bias))
-                return logits, hidden
-    raise AssertionError("no logits op")
+                logits.append(op.scale * (hidden @ world.values[op.weight].T + world.vector(op.bias)))
+    return np.concatenate(logits, axis=1), hidden
 
 
 class Device:
@@ -165,7 +174,8 @@ class Device:
         self.widths = world.program.buffers
         self.at = {name: offset // 4 for name, offset in layout.offsets.items()}
         self.memory = np.full(layout.nbytes // 4, np.nan, WIDE)
-        self.own: dict[str, Array] = {}  # rows and logits
+        # Rows and logits
+        self.own = {LOGITS: np.full((len(LOGIT_ROWS), world.program.vocab_size), np.nan, WIDE)}
         self.inputs: tuple[str, Array] | None = None  # of linears: kind and values
 
     def get(self, name: str | None) -> Array:
@@ -175,8 +185,11 @@ class Device:
             return self.own[name]
         return self.memory[self._range(name)].reshape(TOKENS, -1).copy()
 
-    def put(self, name: str, values: Array) -> None:
-        if name in (ROWS, LOGITS):
+    def put(self, name: str, values: Array, first: int = 0) -> None:
+        """first: of the columns, in the logits."""
+        if name == LOGITS:
+            self.own[name][:, first : first + values.shape[1]] = values
+        elif name == ROWS:
             self.own[name] = values
         else:
             self.memory[self._range(name)] = values.reshape(-1)
@@ -204,7 +217,10 @@ class Device:
         world = self.world
         match launch:
             case EmbedLaunch():
-                self.put(launch.out, world.values[launch.weight][world.tokens] * launch.scale)
+                out = self.get(launch.out)
+                here, rows = world.looked_up(launch.weight, launch.first)
+                out[here] = rows * launch.scale
+                self.put(launch.out, out)
             case PrepareLaunch():
                 self.prove([launch.x, launch.y], [launch.out], by_value=True)
                 self.prepare(launch)
@@ -270,7 +286,7 @@ class Device:
             y = p.scale * (x @ self.world.values[p.weight].T + self.world.vector(p.bias))
             outs.append(y if p.add is None else self.get(p.add) + p.add_scale * y)
         for p, y in zip(launch.products, outs, strict=True):
-            self.put(p.out, y)
+            self.put(p.out, y, p.first)
 
     def row(self, launch: RowLaunch) -> None:
         symbol = launch.kernel.symbol

@@ -78,8 +78,15 @@ class Drawing:
             self.embed(self.target())
 
     def embed(self, out: str) -> None:
-        weight = self.matrix(VOCAB, BUFFERS[out], "embedding")
-        self.add(Embed(out=out, weight=weight, scale=self.pick(1.0, 2.0)), out)
+        scale = self.pick(1.0, 2.0)
+        for first, rows in self.blocks():
+            weight = self.matrix(rows, BUFFERS[out], "embedding")
+            self.add(Embed(out=out, weight=weight, scale=scale, first=first), out)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(first id, rows) of the matrices that a vocabulary lies in."""
+        ends = self.pick((VOCAB,), (VOCAB,), (4, VOCAB), (1, 3, 6, 7, 10, VOCAB))
+        return [(first, end - first) for first, end in zip((0, *ends), ends, strict=False)]
 
     def norm(self, x: str) -> str:
         out, group = self.target(BUFFERS[x]), self.pick(0, 0, 8, BUFFERS[x])
@@ -170,10 +177,11 @@ class Drawing:
         assert x is not None
         if self.pick(False, True):
             x = self.norm(x)
-        bias = self.vector(VOCAB) if self.pick(False, True) else None
-        softcap = self.pick(None, 3.0)
-        weight = self.matrix(VOCAB, BUFFERS[x], "head")
-        self.add(Logits(x=x, weight=weight, scale=self.pick(1.0, 0.7), softcap=softcap, bias=bias), None)
+        biased, softcap, scale = self.pick(False, True), self.pick(None, 3.0), self.pick(1.0, 0.7)
+        for first, rows in self.blocks():
+            bias = self.vector(rows) if biased else None
+            weight = self.matrix(rows, BUFFERS[x], "head")
+            self.add(Logits(x=x, weight=weight, scale=scale, softcap=softcap, bias=bias, first=first), None)
         program = Program(
             ops=tuple(self.ops),
             tensors=self.tensors,

@@ -161,7 +161,7 @@ class Case:
     def matrix(self, out: int) -> rec.Matrix:
         planes = {"codes": self.at(next(iter(self.packed.values())))}
         planes |= {FIELDS[name]: self.at(a) for name, a in self.packed.items() if name in FIELDS}
-        return rec.Matrix(**planes, out=out, scale_all=1.0, rows=self.rows)
+        return rec.Matrix(**planes, out=out, scale_all=1.0, rows=self.rows, stride=self.rows)
 
     def split(self, blocks: int, count: int, **more: bool) -> Array:
         grid = (-(-self.rows // 16), -(-self.tokens // (TOKEN_BLOCK * blocks)))

@@ -82,7 +82,7 @@ class Updated:
         )  # fmt: skip
         panels = 0
         for m, size in enumerate(self.sizes):
-            record.matrix[m] = rec.Updated(held[f"out{m}"].address, 0.5 + m, 2 * m + 1, size, panels)
+            record.matrix[m] = rec.Updated(held[f"out{m}"].address, 0.5 + m, 2 * m + 1, size, panels, size)
             panels += -(-size // 32)
         record.panels = panels
         tokens = -(-(count + 3) // 4)  # and a block with nothing to do
@@ -193,7 +193,8 @@ class Adapting(Device):
             self.prove([], [update.out for update in launch.updates], by_value=False)
             for update, u in zip(launch.updates, self.u[1], strict=True):
                 _, b, scale = self.low[update.op]
-                self.put(update.out, self.get(update.out) + update.scale * (scale * (u @ b.T)))
+                before = self.get(update.out)[:, update.first : update.first + len(b)]
+                self.put(update.out, before + update.scale * (scale * (u @ b.T)), update.first)
 
 
 def check_adapting(program: Program, formats: dict[str, str]) -> None:

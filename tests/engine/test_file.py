@@ -243,10 +243,10 @@ def test_rewriting_nothing_keeps_the_file_readable(engine_path: Path) -> None:
 
 
 REFUSALS = {
-    '"schema":4,': ('"schema":5,', "made by a newer version .schema 5, this one reads 4.; update"),
-    '"schema":4,"name"': (
-        '"schema":3,"name"',
-        "an older version .schema 3, this one reads 4.; build it again",
+    '"schema":5,': ('"schema":6,', "made by a newer version .schema 6, this one reads 5.; update"),
+    '"schema":5,"name"': (
+        '"schema":4,"name"',
+        "an older version .schema 4, this one reads 5.; build it again",
     ),
     '"name":"toy",': ('"name":"toy","nmae":"x",', "unknown field `nmae`"),
     '"name":"toy",\n': ('"name":"to\\ny",', "the manifest is not valid"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from edge_runtime.engine.layout import lay_out
 from edge_runtime.engine.ops import (
@@ -67,7 +68,7 @@ def test_a_good_program_passes_and_survives_json() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (OPS[:-1], "exactly one logits op"),
+        (OPS[:-1], "at the end, and only there"),
         (OPS[1:], "reads buffer 'hidden' before"),
         (replaced(2, Linear(x="normed", out="q", weight="nothing")), "names tensor 'nothing'"),
         (replaced(2, Linear(x="normed", out="normed", weight="square")), "must be different buffers"),
@@ -95,6 +96,45 @@ def test_a_good_program_passes_and_survives_json() -> None:
 def test_a_broken_rule_is_named(broken: tuple[AnyOp, ...], message: str) -> None:
     with pytest.raises(BadConfig, match=message):
         program(broken).check()
+
+
+BLOCKS = {"low": TensorSpec(30, 32, "head"), "high": TensorSpec(70, 32, "head"), **TENSORS}
+LOW, HIGH = Embed(out="hidden", weight="low"), Embed(out="hidden", weight="high", first=30)
+LAST = (Logits(x="hidden", weight="low"), Logits(x="hidden", weight="high", first=30))
+
+
+def test_a_vocabulary_may_lie_in_blocks() -> None:
+    good = program((LOW, HIGH, *OPS[1:-1], *LAST), tensors=BLOCKS)
+    good.check()
+    assert msgspec.json.decode(msgspec.json.encode(good), type=Program) == good
+    assert (good.body, good.heads) == (good.ops[:-2], LAST)
+    assert (program().body, program().heads) == (OPS[:-1], OPS[-1:])
+    # A second embedding, of another buffer, begins anew
+    program((LOW, HIGH, Embed(out="k", weight="embedding"), *OPS[1:-1], *LAST), tensors=BLOCKS).check()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ((LOW, *OPS[1:]), "op 1 .norm.: expected a block like op 0 with the ids from 30 on"),
+        ((HIGH, *OPS[1:]), "reads buffer 'hidden' before"),
+        ((LOW, LOW, *OPS[1:]), "op 1 .embed.: begins with the id 0, expected 30"),
+        ((LOW, HIGH, HIGH, *OPS[1:]), "op 2 .embed.: begins with the id 30, expected 0"),
+        ((LOW, replace(HIGH, first=40), *OPS[1:]), "begins with the id 40, expected 30"),
+        ((LOW, replace(HIGH, weight="embedding"), *OPS[1:]), "rows up to id 129 of a vocabulary of 100"),
+        ((LOW, replace(HIGH, scale=2.0), *OPS[1:]), "expected a block like op 0"),
+        ((Embed(out="k", weight="embedding"), LOW, replace(HIGH, out="k"), *OPS[1:]), "a block like op 1"),
+        ((*OPS[:-1], LAST[0]), "logits of the ids from 30 on are missing"),
+        ((*OPS[:-1], *LAST, *LAST), "op 11 .logits.: begins with the id 0"),
+        ((*OPS[:-1], OPS[-1], OPS[-1]), "op 10 .logits.: begins with the id 0"),
+        ((*OPS[:-1], LAST[0], replace(LAST[1], softcap=3.0)), "expected a block like op 9"),
+        ((*OPS[:-1], LAST[0], replace(LAST[1], first=-30)), "begins with the id -30, expected 30"),
+        ((*OPS[:-1], LAST[0], OPS[8], LAST[1]), "at the end, and only there"),
+    ],
+)
+def test_a_broken_block_is_named(broken: tuple[AnyOp, ...], message: str) -> None:
+    with pytest.raises(BadConfig, match=message):
+        program(broken, tensors=BLOCKS).check()
 
 
 HEAD = (

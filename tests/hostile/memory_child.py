@@ -65,7 +65,7 @@ def make(specimen: Specimen, name: str) -> bytes | None:
         case ["deep"]:
             raw = specimen.forged(b"[" * limit + b"}", rows=b'"}')
         case ["text"]:
-            raw = specimen.forged(b'{"schema":4,"name":"' + b"x" * limit + b'"}', rows=b'"}')
+            raw = specimen.forged(b'{"schema":5,"name":"' + b"x" * limit + b'"}', rows=b'"}')
         case [kind, nbytes]:
             raw = specimen.forged(dense(specimen.text, kind, int(nbytes)))
         case [kind, nbytes, _]:  # with spaces for as much as `check_text` asks for, so that it is decoded

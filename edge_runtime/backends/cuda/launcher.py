@@ -25,6 +25,7 @@ from edge_runtime.engine.launches import (
     PrepareLaunch,
     RotateLaunch,
     RowLaunch,
+    Rows,
     kernels_of,
 )
 from edge_runtime.engine.mma_order import PANEL
@@ -152,6 +153,7 @@ class Launcher:
             cols=cols,
             units=-(-cols // kernels.unit),
             scale=launch.scale,
+            first=launch.first,
         )
 
     def _inputs(self, kind: str, width: int) -> rec.Inputs:
@@ -197,7 +199,8 @@ class Launcher:
         for i, product in enumerate(launch.products):
             matrix = self._place.matrix(product.weight)
             matrix.bias = self._place.vector(product.bias)
-            matrix.out = self._place.buffer(product.out)
+            matrix.out = self._place.buffer(product.out) + 4 * product.first
+            matrix.stride = self._stride(launch.rows, matrix.rows)
             matrix.add = self._optional(product.add)
             matrix.add_scale, matrix.scale_all = product.add_scale, product.scale
             matrix.first_panel = panels
@@ -208,6 +211,10 @@ class Launcher:
             kernel = kernels.deep if form == "deep" else kernels.split[blocks]
             return kernel, (panels, -(-rows // (blocks * code.TOKEN_BLOCK)), 1), record
         return kernels.tile, (panels // tile, -(-rows // code.TILE_TOKENS), 1), record
+
+    def _stride(self, rows: Rows, outputs: int) -> int:
+        """Values from one row of a product's results to the next."""
+        return self._part.program.vocab_size if rows == "logits" else outputs
 
     def _low_rank(self, launch: LowRankLaunch, rows: int) -> Step:
         """For so many rows of x."""
@@ -224,11 +231,12 @@ class Launcher:
         for i, update in enumerate(launch.updates):
             size = self._part.program.tensors[update.weight].rows
             record.matrix[i] = rec.Updated(
-                out=self._place.buffer(update.out),
+                out=self._place.buffer(update.out) + 4 * update.first,
                 scale=update.scale,
                 op=update.op,
                 rows=size,
                 first_panel=panels,
+                stride=self._stride(launch.rows, size),
             )
             panels += -(-size // code.RANK_PANEL)
         record.panels = panels

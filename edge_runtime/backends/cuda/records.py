@@ -67,6 +67,8 @@ class Matrix(Structure):
         ("scale_all", c_float),
         ("rows", c_int32),
         ("first_panel", c_int32),
+        ("stride", c_int32),
+        ("unused", c_int32),
     ]
 
 
@@ -111,6 +113,8 @@ class Updated(Structure):
         ("op", c_int32),
         ("rows", c_int32),
         ("first_panel", c_int32),
+        ("stride", c_int32),
+        ("unused", c_int32),
     ]
 
 
@@ -139,7 +143,7 @@ class Embed(Structure):
         ("cols", c_int32),
         ("units", c_int32),
         ("scale", c_float),
-        ("unused", c_int32),
+        ("first", c_int32),
     ]
 
 
