@@ -264,7 +264,8 @@ def test_memory_of_a_refusal_is_bounded_and_no_code_runs(tmp_path: Path) -> None
     for row in rows:
         bound = (1 << 20) + 2 * row["header"]
         assert row["allocated"] <= bound, row
-        # The kernel counts code that is first run too, and is off by batches of pages: 32 a core, kind and reading
+        # The kernel counts code that is first run too, and is off by batches of pages: 32 a core, kind and
+        # reading
         assert row["resident"] <= bound + (1 << 20), row
         assert row["events"] == [], row
     assert max(row["header"] for row in rows) == HEADER_LIMIT
