@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Tests share two cores: one BLAS thread each keeps them steady.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hundreds of children import the project: the first leaves it compiled to the others
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

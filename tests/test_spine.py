@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +39,63 @@ def edge_build(model: Path, out: Path, *options: str) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def f16_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
+    """The engine of a model with a cache, built once."""
+    folder = tmp_path_factory.mktemp("f16")
+
+    def made(model: Path, kv: str) -> Path:
+        path = folder / f"{model.name}-{kv}.edge"
+        if not path.is_file():
+            edge_build(model, path, "--weights", "f16", "--kv", kv, "--no-eval")
+        return path
+
+    return made
+
+
+class Transformers:
+    """A model as transformers runs it: greedy tokens after each prompt, asked for once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind = transformers.AutoModelForCausalLM
+        self.model = kind.from_pretrained(folder, dtype=self._torch.float16).float()
+        self.ids = {prompt: tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS}
+        with self._torch.no_grad():
+            self.whole = {
+                prompt: self.model.generate(ids, max_new_tokens=100, do_sample=False)
+                for prompt, ids in self.ids.items()
+            }
+
+    def answer(self, prompt: str) -> list[int]:
+        found: list[int] = self.whole[prompt][0, self.ids[prompt].shape[1] :].tolist()
+        return found
+
+    def logits(self, prompt: str, at: int) -> Any:
+        """Of the token at a place of the answer."""
+        with self._torch.no_grad():
+            return self.model(self.whole[prompt][:, : self.ids[prompt].shape[1] + at]).logits[0, -1]
+
+
+transformers_of = functools.cache(Transformers)
+
 # Logits closer than this are a tie that the rounding of a cache of f16 may decide either way
 TIE = 0.02
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_greedy_text_equals_transformers(real_model: Path, tmp_path: Path, backend: str, kv: str) -> None:
+def test_greedy_text_equals_transformers(
+    real_model: Path, f16_engine: Callable[[Path, str], Path], backend: str, kv: str
+) -> None:
     """f16 weights on both sides. With an exact cache every token is equal; with an f16 cache up to a tie."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    edge_build(real_model, tmp_path / "m.edge", "--weights", "f16", "--kv", kv, "--no-eval")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(real_model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float16).float()
+    theirs = transformers_of(real_model)
     equal = 0
-    with open_engine(tmp_path / "m.edge", backend=backend) as session:
+    with open_engine(f16_engine(real_model, kv), backend=backend) as session:
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt").input_ids
-            with torch.no_grad():
-                whole = model.generate(ids, max_new_tokens=100, do_sample=False)
-            want = whole[0, ids.shape[1] :].tolist()
+            want = theirs.answer(prompt)
             got = session.complete(prompt, Sampling(temperature=0.0), max_tokens=100)
             if list(got.tokens) == want:
                 assert got.finish_reason == ("stop" if want[-1] in EOS else "length")
@@ -64,8 +103,7 @@ def test_greedy_text_equals_transformers(real_model: Path, tmp_path: Path, backe
                 continue
             assert kv == "f16", prompt
             at = next(i for i, (g, w) in enumerate(zip(got.tokens, want, strict=False)) if g != w)
-            with torch.no_grad():
-                logits = model(whole[:, : ids.shape[1] + at]).logits[0, -1]
+            logits = theirs.logits(prompt, at)
             assert logits[want[at]] - logits[got.tokens[at]] <= TIE, prompt
     assert equal >= 9
 

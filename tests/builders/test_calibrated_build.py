@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hf_folders import write_model
-from killed_build import options_of
+from killed_build import Forks, forks, options_of, options_with
 
 from builders.cli import main as edge_build
 from builders.pipeline import build
@@ -24,7 +23,6 @@ from edge_runtime.engine.ops import Round
 from edge_runtime.errors import BadConfig, Unsupported
 
 pytest.importorskip("torch")
-CHILD = Path(__file__).parent / "killed_build.py"
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("calibrated") / "toy")
 
 
-def run_child(model: Path, engine: Path, step: int, *words: str) -> int:
-    command = [sys.executable, str(CHILD), str(model), str(engine), str(step), *words]
-    return subprocess.run(command, cwd=CHILD.parent, capture_output=True, timeout=240).returncode
+@pytest.fixture(scope="module")
+def children() -> Iterator[Forks]:
+    with forks() as found:
+        yield found
 
 
 def folder_of(engine: Path) -> Path:
@@ -43,11 +42,11 @@ def folder_of(engine: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Engines of builds that nobody interrupted."""
+    """Engines of builds that nobody interrupted, in this process: of another hash seed than the children."""
     found = {}
     for words in ((), ("--auto",), ("--tune",)):
         engine = tmp_path_factory.mktemp("whole") / "m.edge"
-        assert run_child(model, engine, 0, *words) == 0
+        build(options_with(model, engine, *words))
         assert not folder_of(engine).exists()
         found["".join(words)] = engine.read_bytes()
     return found
@@ -55,7 +54,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 @pytest.mark.parametrize(
     ("words", "step"),
-    [((), 3), ((), 7), ((), 14), (("--auto",), 16), (("--auto",), 41), (("--auto",), 52), (("--tune",), 47)],
+    [((), 3), ((), 7), ((), 14), (("--auto",), 16), (("--auto",), 45), (("--auto",), 56), (("--tune",), 47)],
     ids=[
         "calibrating",
         "late in it",
@@ -67,17 +66,17 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     ],
 )
 def test_a_build_that_was_killed_goes_on_to_the_same_engine(
-    model: Path, whole: dict[str, bytes], tmp_path: Path, words: tuple[str, ...], step: int
+    model: Path, whole: dict[str, bytes], children: Forks, tmp_path: Path, words: tuple[str, ...], step: int
 ) -> None:
     engine = tmp_path / "m.edge"
-    assert run_child(model, engine, step, *words) == -signal.SIGKILL
+    assert children.build(model, engine, step, *words) == -signal.SIGKILL
     assert not engine.exists()
     kept = {p: p.stat().st_mtime_ns for p in folder_of(engine).rglob("segment-*.safetensors")}
     assert kept or step < 4  # what was finished is on the disk
     if step > 40 and "--auto" in words:  # and so is what the plan was made by
         figures = (folder_of(engine) / "language" / "sensitivity-trials.jsonl").read_text()
         assert figures.count('"trial"') >= 4
-    assert run_child(model, engine, 0, *words) == 0
+    assert children.build(model, engine, 0, *words) == 0
     assert engine.read_bytes() == whole["".join(words)]
     assert not folder_of(engine).exists()
 
@@ -104,12 +103,14 @@ def test_a_folder_of_the_users_stays_and_serves_the_next_build(model: Path, tmp_
         build(replace(options, model=other))
 
 
-def test_a_folder_that_another_build_left_here_is_no_obstacle(model: Path, tmp_path: Path) -> None:
+def test_a_folder_that_another_build_left_here_is_no_obstacle(
+    model: Path, children: Forks, tmp_path: Path
+) -> None:
     engine = tmp_path / "m.edge"
     other = write_model(tmp_path / "other", seed=5)
-    assert run_child(other, engine, 3) == -signal.SIGKILL
+    assert children.build(other, engine, 3) == -signal.SIGKILL
     assert folder_of(engine).exists()
-    assert run_child(model, engine, 0) == 0
+    assert children.build(model, engine, 0) == 0
     assert not folder_of(engine).exists()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hf_folders import llama_config, write_model
-from killed_build import options_of
+from killed_build import forks, options_of, options_with
 
 from builders.calibrating import CalibrationRequest
 from builders.calibration_folder import FEEDBACK, IMPORTANCE, FolderLock, forget
@@ -32,7 +32,6 @@ from builders import feedback, row_importance
 from builders.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parents[2]
-CHILD = Path(__file__).parent / "killed_build.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def folder_of(engine: Path) -> Path:
     return engine.with_name(engine.name + ".calibration")
-
-
-def run_child(model: Path, engine: Path, step: int, *words: str) -> int:
-    command = [sys.executable, str(CHILD), str(model), str(engine), str(step), *words]
-    return subprocess.run(command, cwd=CHILD.parent, capture_output=True, timeout=240).returncode
 
 
 class At(Watcher):
@@ -70,10 +64,11 @@ class At(Watcher):
 
 def test_a_build_killed_among_rows_leaves_none_to_the_next(model: Path, tmp_path: Path) -> None:
     whole, engine = tmp_path / "whole.edge", tmp_path / "m.edge"
-    assert run_child(model, whole, 0, "--feedback") == 0
-    assert run_child(model, engine, 9, "--feedback") == -signal.SIGKILL  # of 8 steps before and 4 segments
-    assert list((folder_of(engine) / "language").glob("*/*.rows"))
-    assert run_child(model, engine, 0, "--feedback") == 0
+    build(options_with(model, whole, "--feedback"))
+    with forks() as children:  # step 9 of 8 before and 4 segments
+        assert children.build(model, engine, 9, "--feedback") == -signal.SIGKILL
+        assert list((folder_of(engine) / "language").glob("*/*.rows"))
+        assert children.build(model, engine, 0, "--feedback") == 0
     assert not folder_of(engine).exists()
     assert engine.read_bytes() == whole.read_bytes()
 

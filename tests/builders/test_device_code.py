@@ -181,7 +181,7 @@ def built(model: Path, target: Path, profile: str, *more: str) -> int:
     return main([*options, *more, str(model)])
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", ["orin", "thor"])  # one for each compiler
 def test_edge_build_puts_the_code_into_the_engine(
     model: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,9 +211,9 @@ def test_edge_build_puts_the_code_into_the_engine(
 def test_the_same_build_gives_the_same_engine(model: Path, tmp_path: Path) -> None:
     digests = set()
     for name in ("a", "b"):
+        device_code._compiled.cache_clear()
         assert built(model, tmp_path / f"{name}.edge", "orin") == 0
         digests.add(hashlib.sha256((tmp_path / f"{name}.edge").read_bytes()).hexdigest())
-        device_code._compiled.cache_clear()
     assert len(digests) == 1
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import pytest
 import yaml
 from hf_folders import llama_config, write_model
 
+from builders import fleet_crews
 from builders.cli import main, make_parser
 from builders.fleet import _startable, build_fleet
 from builders.fleet_crews import Processes
@@ -56,6 +61,22 @@ def run(path: Path, capsys: Captured, *words: str, code: int = 0) -> dict[str, A
     return {row["name"]: row for row in found["rows"]}
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[BaseContext]:
+    """Of a fresh process that has imported what cells need, and forks for each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["builders.fleet_cell", "builders.calibrate", "builders.quantize.gptq"])
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def forked(server: BaseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells are forks; in the other tests each is spawned anew, as it is for users."""
+    monkeypatch.setattr(fleet_crews.multiprocessing, "get_context", lambda method: server)
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_fleet_is_built_and_then_left_alone(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "text.txt").write_text("the quick brown fox " * 20)
     options = {"weights": "int4_g32", "eval-tokens": 64, "eval": "text.txt", "no-device-code": True}
@@ -98,6 +119,7 @@ def test_a_fleet_is_built_and_then_left_alone(tmp_path: Path, capsys: Captured) 
     assert [r["status"] for r in run(path, capsys).values()] == [*["unchanged"] * 2, "built", "unchanged"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_one_failed_cell_stops_no_other_and_the_worst_code_counts(tmp_path: Path, capsys: Captured) -> None:
     empty_model(tmp_path)
     path = write_fleet(
@@ -139,6 +161,7 @@ def test_one_failed_cell_stops_no_other_and_the_worst_code_counts(tmp_path: Path
     assert [r["status"] for r in rows.values()] == ["unchanged", "failed", "failed", "failed"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_cells_of_one_calibration_share_it(tmp_path: Path, capsys: Captured) -> None:
     """Two devices at once on one folder: the second finds the statistics there; the bytes are the same."""
     pytest.importorskip("torch")

@@ -60,21 +60,23 @@ def divergence(exact: MadeWeights, values: dict[str, Array], windows: Array) -> 
 
 
 @pytest.mark.parametrize(
-    ("fmt", "tied"),
+    ("fmt", "tied", "steps"),
     [
-        ("int3_g32", False),
-        ("int3_g32", True),
-        ("nf4_g64_dq", True),
-        ("int4_g32_zp", False),
-        ("q2_k", True),
-        ("tcq2_g64", True),
+        ("int3_g32", False, 40),
+        ("int3_g32", True, 40),
+        ("nf4_g64_dq", True, 40),
+        ("int4_g32_zp", False, 40),
+        ("q2_k", True, 60),
+        ("tcq2_g64", True, 60),
     ],
 )
-def test_divergence_falls_by_what_the_reference_says(fmt: str, tied: bool, tmp_path: Path) -> None:
+def test_divergence_falls_by_what_the_reference_says(
+    fmt: str, tied: bool, steps: int, tmp_path: Path
+) -> None:
     config = TIED if tied else CONFIG
     weights = made_weights(config)
     formats, planes = rounded(weights, fmt)
-    found = tuned(weights, fmt, tmp_path, 60)
+    found = tuned(weights, fmt, tmp_path, steps)
     assert found.after < 0.9 * found.before
     judged = WINDOWS[:: tune_module.JUDGED]
     for planes_now, said in ((planes, found.before), (planes | found.planes, found.after)):
@@ -91,7 +93,7 @@ def test_divergence_falls_by_what_the_reference_says(fmt: str, tied: bool, tmp_p
 @pytest.mark.parametrize("fmt", ["int4_g32", "tcq3_g64"])
 def test_the_number_of_cores_changes_no_bit(fmt: str, tmp_path: Path) -> None:
     weights = made_weights(CONFIG)
-    one, two = (tuned(weights, fmt, tmp_path, 12, cores=cores) for cores in (1, 2))
+    one, two = (tuned(weights, fmt, tmp_path, 6, cores=cores) for cores in (1, 2))
     assert one.after == two.after and one.planes.keys() == two.planes.keys()
     for name, planes in one.planes.items():
         assert all(np.array_equal(data, two.planes[name][p]) for p, data in planes.items()), name
@@ -110,12 +112,12 @@ class Stop(Watcher):
 
 
 @pytest.mark.parametrize(
-    ("fmt", "stops"), [("int3_g32", (1, 7, 17)), ("nvfp4_g16", (1, 17)), ("tcq2_g64", (7,))]
+    ("fmt", "stops"), [("int3_g32", (1, 7, 17)), ("nvfp4_g16", (17,)), ("tcq2_g64", (7,))]
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     fmt: str, stops: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """At once, while scales learn, and once they are settled."""
+    """At once, while scales learn, and once they are settled: the first format at all three."""
     weights = made_weights(TIED)
     whole = tuned(weights, fmt, tmp_path / "whole", 20)
     for at in stops:
