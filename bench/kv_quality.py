@@ -33,7 +33,6 @@ from builders.weights import CheckpointWeights
 from edge_runtime import Session, open_engine
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.kv import CHANNEL_FORMATS, row_nbytes
-from edge_runtime.engine.ops import Logits
 from edge_runtime.engine.plan import KvPlan
 from edge_runtime.engine.program import Program
 
@@ -126,8 +125,7 @@ def measure_text(folder: Path, chosen: Measured | None, tokens: int) -> dict[str
 
 def _logits(weights: HalfWeights, kv: KvPlan, text: EvaluationText) -> Array:
     """Logits of every predicted token, f32 (tokens, vocab): the models here have small vocabularies."""
-    op = weights.program.ops[-1]
-    assert isinstance(op, Logits)
+    op = weights.program.heads[0]
     return logits(op, hidden_states(weights, kv, text.windows), weights(op.weight), None)
 
 

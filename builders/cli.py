@@ -75,7 +75,7 @@ def dry_run(args: argparse.Namespace, request: planner.Request) -> Answer:
     if args.plot is not None:
         check_picture(args.plot)
     profile = load_profile(args.profile)
-    blocks = args.rotate is None and request.in_blocks
+    blocks = request.in_blocks and args.sensitivity_file is not None and args.rotate is None
     architecture, kept = read_planned(Path(args.model), request.context, blocks=blocks)
     name = read_config(args.model)[1]
     request = settled(request, args.algorithm, quantized=bool(kept))

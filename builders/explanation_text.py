@@ -54,7 +54,7 @@ def _tried(why: Explanation) -> list[str]:
 
 
 def layer_rows(why: Explanation) -> list[Row]:
-    """Embedding and head by name, layers by number; equal neighbours together."""
+    """Embedding and head by name, layers by number; equal neighbours and blocks of a vocabulary together."""
     groups = _by_layer(why.tensors)
     rows: list[Row] = []
     at = 0
@@ -64,7 +64,8 @@ def layer_rows(why: Explanation) -> list[Row]:
         while end < len(groups) and _alike(groups[at], groups[end]):
             end += 1
         all_of = [r for _, more in groups[at:end] for r in more]
-        name = label if end == at + 1 else f"{label}-{groups[end - 1][0]}"
+        last = groups[end - 1][0].rpartition(".")[2]
+        name = label if end == at + 1 else f"{label}-{last}"
         nbytes, weights = sum(r.bytes for r in all_of), sum(r.weights for r in all_of)
         rows.append(Row(name, 8.0 * nbytes / weights, nbytes, sum(r.loss for r in all_of), _formats(reasons)))
         at = end
@@ -87,8 +88,9 @@ def _by_layer(reasons: Iterable[Reason]) -> list[tuple[str, list[Reason]]]:
 
 
 def _alike(one: tuple[str, list[Reason]], other: tuple[str, list[Reason]]) -> bool:
-    """Whether both are layers with the same formats."""
-    return one[0].isdigit() and other[0].isdigit() and _formats(one[1]) == _formats(other[1])
+    """Whether both are layers, or blocks of one vocabulary, with the same formats."""
+    (a, _, m), (b, _, n) = one[0].rpartition("."), other[0].rpartition(".")
+    return a == b and m.isdigit() and n.isdigit() and _formats(one[1]) == _formats(other[1])
 
 
 def _formats(reasons: Sequence[Reason]) -> str:

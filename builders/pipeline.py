@@ -127,8 +127,7 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         with _timed(seconds, "calibrate"):
             calibrations = stack.enter_context(Calibrations())
             needed = algorithm.CALIBRATED and request.weights != planner.KEEP
-            asked = options.calibrates or options.static_scales or options.tune is not None
-            if needed or asked:
+            if needed or _asks_for_calibration(options):
                 beside = options.output.with_name(options.output.name + ".calibration")
                 made = "" if options.rotate is None else f"rotated by {options.rotate}"
                 calibrations.run(contents, options.calibration, beside, made, watcher)
@@ -200,13 +199,19 @@ def build(options: Options, watcher: Watcher | None = None, calls: OsCalls | Non
         return Report(options.output, options.output.stat().st_size, manifest, seconds, notices)
 
 
+def _asks_for_calibration(options: Options) -> bool:
+    return options.calibrates or options.static_scales or options.tune is not None
+
+
 def read(stack: ExitStack, options: Options, algorithm: Algorithm) -> tuple[Contents, planner.Request]:
     """Phase 1. The parts, the language part rotated where asked; and the request, weights settled.
 
     What is already quantized is kept as it is unless other weights are asked for.
     """
     request = options.request
-    blocks = options.rotate is None and request.in_blocks  # a rotation knows one table and one head
+    # Where nothing is known of tokens there is nothing to choose by; a rotation knows one table and one head
+    known = options.sensitivity is not None or algorithm.CALIBRATED or _asks_for_calibration(options)
+    blocks = request.in_blocks and known and options.rotate is None
     contents = stack.enter_context(
         open_contents(options.model, options.extras, request.context, blocks=blocks)
     )
