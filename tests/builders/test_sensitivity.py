@@ -14,6 +14,7 @@ from hf_folders import llama_config, write_model
 from builders.corpus import BUILTIN, SELF, Corpus, CorpusOptions, make_corpus
 from builders.parts import Checkpoint, Extras, open_contents
 from builders.sensitivity import Sensitivity, read_sensitivity
+from builders.vocabulary_blocks import levelled, vocabularies
 from edge_runtime.backends.protocol import StepBatch
 from edge_runtime.backends.reference import ReferenceExecutor
 from edge_runtime.engine.formats import get_format
@@ -35,10 +36,11 @@ from builders.measure_sensitivity import (  # noqa: E402
 FORMATS = ("int4_g32", "int8_row", "fp8_e4m3_tensor")
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(params=["tied", "untied", "tied blocks", "untied blocks"])
 def toy(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Checkpoint]:
-    folder = write_model(tmp_path / "toy", llama_config(tie_word_embeddings=request.param))
-    with open_contents(folder, Extras(), None) as contents:
+    tied = not request.param.startswith("untied")
+    folder = write_model(tmp_path / "toy", llama_config(tie_word_embeddings=tied))
+    with open_contents(folder, Extras(), None, blocks="blocks" in request.param) as contents:
         yield contents.target
 
 
@@ -105,14 +107,13 @@ def test_kl_is_that_of_the_whole_model_run_with_one_tensor_changed(toy: Checkpoi
     want = logits(toy, corpus.windows, {})
     matrices = [n for n, spec in toy.program.tensors.items() if spec.role != "vector"]
     assert sorted(found.losses) == sorted(matrices)
+    brute = {}
     for name in matrices:
         assert tuple(found.losses[name]) == FORMATS
-        for fmt in FORMATS:
-            got = logits(toy, corpus.windows, {name: rounded(toy, name, fmt)})
-            assert found.losses[name][fmt] == pytest.approx(divergence(want, got), rel=2e-3, abs=2e-8), (
-                name,
-                fmt,
-            )
+        changed = {fmt: logits(toy, corpus.windows, {name: rounded(toy, name, fmt)}) for fmt in FORMATS}
+        brute[name] = {fmt: divergence(want, got) for fmt, got in changed.items()}
+    for name, losses in levelled(brute, toy.program).items():
+        assert found.losses[name] == pytest.approx(losses, rel=2e-3, abs=2e-8), name
 
 
 def test_hessian_losses_are_the_relative_traces(toy: Checkpoint, tmp_path: Path) -> None:
@@ -122,21 +123,28 @@ def test_hessian_losses_are_the_relative_traces(toy: Checkpoint, tmp_path: Path)
             toy.weights, calibration, corpus, FORMATS, SensitivityOptions(unit="hessian")
         )
         assert found.unit == "hessian" and found.tokens == 48 and not found.measured
-        head = toy.program.ops[-1].weight  # type: ignore[union-attr]
-        for name, losses in found.losses.items():
+        want: dict[str, dict[str, float]] = {}
+        blocks = {name: first for of in vocabularies(toy.program) for name, first in of.items()}
+        for name in found.losses:
             w = toy.weights(name).astype(np.float64)
             inputs = calibration.statistics(name)
-            for fmt, loss in losses.items():
+            ids = corpus.windows.reshape(-1) - blocks.get(name, 0)
+            ids = ids[(ids >= 0) & (ids < len(w))]
+            want[name] = {}
+            for fmt in FORMATS:
                 e = rounded(toy, name, fmt) - w
-                want = 0.0
+                share = 0.0
                 if inputs is not None:
                     h = inputs.hessian.astype(np.float64)
-                    want += np.trace(e @ h @ e.T) / np.trace(w @ h @ w.T)
-                if name == "embed":
-                    ids = corpus.windows.reshape(-1)
-                    want += np.square(e[ids]).sum() / np.square(w[ids]).sum()
-                assert loss == pytest.approx(want, rel=1e-4), (name, fmt)
-        assert (calibration.statistics("embed") is not None) == (head == "embed")
+                    share += np.trace(e @ h @ e.T) / np.trace(w @ h @ w.T)
+                if name.startswith("embed") and len(ids):
+                    share += np.square(e[ids]).sum() / np.square(w[ids]).sum()
+                want[name][fmt] = share * (len(ids) / corpus.windows.size if name in blocks else 1.0)
+        for name, losses in levelled(want, toy.program).items():
+            assert found.losses[name] == pytest.approx(losses, rel=1e-4), name
+        heads = {op.weight for op in toy.program.heads}
+        embedding = toy.program.ops[0].weight  # type: ignore[union-attr]
+        assert (calibration.statistics(embedding) is not None) == (embedding in heads)
 
 
 def test_kl_is_quadratic_in_a_small_change_so_errors_scale_it(real_model: Path, tmp_path: Path) -> None:
