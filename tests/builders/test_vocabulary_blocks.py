@@ -183,8 +183,8 @@ def test_who_gets_blocks() -> None:
 def test_a_mixed_build_spends_its_bits_where_tokens_are(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The text has ids 3 to 130 alone, so the blocks behind get fewer bits; the engine answers alike on both
-    backends, with a LoRA of the head's key too, and takes no more than the plan says."""
+    """The text has ids below 128 alone, so the blocks behind get fewer bits; the engine answers alike on both
+    backends. A rotated model has no blocks."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
     engine = tmp_path / "mixed.edge"
     words = f"--profile cpu --weights auto --bits 5 --calibration {tmp_path / 'text.txt'} --samples 8"
