@@ -34,7 +34,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas")
 BASE = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
 # Kernel libraries share no symbol with each other, whatever their statics are called
 PRIVATE = ("-fvisibility=hidden", "-fno-gnu-unique")
-ASAN = ("-O1", "-fsanitize=address", "-g1", "-fno-omit-frame-pointer")  # -O2 takes twice as long to compile
+ASAN = ("-O1", "-fsanitize=address", "-g1", "-fno-omit-frame-pointer")  # quicker to compile than -O2
 
 
 class EmulationError(AssertionError):
