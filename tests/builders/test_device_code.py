@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -209,12 +208,10 @@ def test_edge_build_puts_the_code_into_the_engine(
 
 
 def test_the_same_build_gives_the_same_engine(model: Path, tmp_path: Path) -> None:
-    digests = set()
-    for name in ("a", "b"):
-        device_code._compiled.cache_clear()
-        assert built(model, tmp_path / f"{name}.edge", "orin") == 0
-        digests.add(hashlib.sha256((tmp_path / f"{name}.edge").read_bytes()).hexdigest())
-    assert len(digests) == 1
+    assert built(model, tmp_path / "a.edge", "orin") == 0
+    device_code._compiled.cache_clear()
+    assert built(model, tmp_path / "b.edge", "orin") == 0
+    assert (tmp_path / "a.edge").read_bytes() == (tmp_path / "b.edge").read_bytes()
 
 
 def test_a_build_says_that_it_compiles_and_leaves_what_it_found(model: Path, tmp_path: Path) -> None:
