@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hf_folders import llama_config, write_model
 
+from builders import vocabulary_blocks
 from builders.archs import read_program
 from builders.cli import main as edge_build
 from builders.corpus import Corpus
@@ -39,7 +40,8 @@ from edge_runtime.errors import BadConfig
 
 torch = pytest.importorskip("torch")
 
-from made_weights import logits_of  # noqa: E402
+from arch_cases import find, json_of  # noqa: E402
+from made_weights import MadeWeights, logits_of, made_weights  # noqa: E402
 
 from builders.calibrate import calibrate  # noqa: E402
 from builders.row_importance import kept_row_importance, row_importance  # noqa: E402
@@ -98,6 +100,21 @@ def test_it_is_the_same_model(pair: tuple[Checkpoint, Checkpoint]) -> None:
     assert [(origins[f"{names[-1]}.{n}"].key, origins[f"{names[-1]}.{n}"].row) for n in (0, 128, 256)] == [
         (key, 0), (key, 128), (key, 256),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma2-tight-caps", "granite-multipliers", "phi3-fused", "qwen2-tied"])
+def test_other_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of embedding and logits, a soft cap, fused projections: blocks of 32 ids of 97, same logits."""
+    case = find(name)
+    config = json_of(case)
+    whole = made_weights(config, case.context)
+    monkeypatch.setattr(vocabulary_blocks, "RUN", 32)
+    program = in_blocks(read_program(config, context=case.context)).program
+    assert [op.first for op in program.heads] == [0, 32, 64] and joined(program) == whole.program
+    made = MadeWeights(program, cut_rows(whole.tensors, program))
+    ids = IDS % 97
+    exact = logits_of(whole, ids)
+    assert np.abs(logits_of(made, ids) - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 def test_what_cannot_be_cut_stays(tmp_path: Path) -> None:
