@@ -18,6 +18,7 @@ from builders.divergence import Answers, load_head
 from builders.segment_runner import SegmentRunner, batches, kept_after
 from builders.segments import cut
 from builders.torch_device import Workers
+from builders.vocabulary_blocks import inside
 from builders.weights import Weights
 from edge_runtime.engine.formats import Array
 from edge_runtime.engine.ops import weights as names_of
@@ -109,8 +110,8 @@ class LaneRunner:
         tables: dict[str, Callable[[Array], Array]] = {}
         if lane is not None and lane.tensor in runner.tables:
             first = runner.tables[lane.tensor]
-            ids = np.unique(self._windows) - first
-            ids = ids[(ids >= 0) & (ids < self._program.tensors[lane.tensor].rows)]
+            ids = np.unique(self._windows)
+            ids = ids[inside(ids, first, self._program.tensors[lane.tensor].rows)] - first
             values = lane.make(ids)
             tables[lane.tensor] = lambda some: np.asarray(values[np.searchsorted(ids, some)])
         elif lane is not None:

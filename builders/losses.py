@@ -118,8 +118,7 @@ def losses_of(program: Program, sensitivity: Sensitivity | None, formats: Sequen
         total = sum(w[""] for w in weights.values())
         shares = {n: w[""] / total for n, w in for_program(weights, program).items()}
         return Losses("nats, modelled", shares)
-    found = measured_losses(program, sensitivity)
-    losses = {} if found.measured is None else found.measured.losses
+    losses = for_program(sensitivity.losses, program)
     for name in losses:
         if name not in program.tensors:
             raise BadConfig(
@@ -133,7 +132,7 @@ def losses_of(program: Program, sensitivity: Sensitivity | None, formats: Sequen
                 f"the sensitivity file has no loss of {name!r} in any of {', '.join(formats)}; "
                 "measure it again with these formats, or choose others with --formats"
             )
-    return found
+    return measured_losses(program, sensitivity)
 
 
 def measured_losses(program: Program, sensitivity: Sensitivity) -> Losses:

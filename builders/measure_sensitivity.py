@@ -28,7 +28,7 @@ from builders.segments import cut
 from builders.sensitivity import Sensitivity
 from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable, resolve_device
-from builders.vocabulary_blocks import levelled, vocabularies
+from builders.vocabulary_blocks import inside, levelled, vocabularies
 from builders.watcher import Watcher
 from builders.weights import Model
 from edge_runtime.engine.formats import Array, get_format
@@ -162,9 +162,9 @@ class _Search:
         found = dict(errors)
         for blocks in vocabularies(self.weights.program):
             for name, first in blocks.items():
-                ids = self.corpus.windows
-                inside = (ids >= first) & (ids < first + self.weights.program.tensors[name].rows)
-                found[name] = {fmt: share * float(inside.mean()) for fmt, share in errors[name].items()}
+                rows = self.weights.program.tensors[name].rows
+                used = float(inside(self.corpus.windows, first, rows).mean())
+                found[name] = {fmt: share * used for fmt, share in errors[name].items()}
         return found
 
     def _rounder(self) -> Rounder:
@@ -187,7 +187,7 @@ class _Search:
             wanted = [f for f in self.formats if self.notes.get("error", name, f) is None]
             looked_up = None
             if name in firsts:
-                here = (ids >= firsts[name]) & (ids < firsts[name] + program.tensors[name].rows)
+                here = inside(ids, firsts[name], program.tensors[name].rows)
                 looked_up = ids[here] - firsts[name], counts[here]
             shares = self._shares(name, wanted, looked_up)
             for fmt in self.formats:

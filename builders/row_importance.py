@@ -34,10 +34,9 @@ from builders.segments import Segment, cut
 from builders.serial_weights import SerialWeights
 from builders.torch_device import Workers, repeatable
 from builders.torch_program import TorchProgram
-from builders.vocabulary_blocks import cut_rows, join_rows
+from builders.vocabulary_blocks import cut_rows, inside, join_rows
 from builders.weights import Model, Weights, row_blocks
 from edge_runtime.engine.formats import Array
-from edge_runtime.engine.ops import Embed
 from edge_runtime.errors import BadConfig, ValueOutOfRange
 
 KEPT = "row-importance.safetensors"  # in the calibration's folder
@@ -162,7 +161,8 @@ class _Run:
                 slope = torch.from_numpy(gradient[slice(*span)]).to(self.device, copy=True)
                 products, looked_up, left = runner.slopes(tokens, rows, slope)
                 shares = [(name, _outputs(y) * x.double().square().mean()) for name, x, y in products]
-                shares += [(name, self._of_tokens(name, tokens, e)) for name, e in looked_up]
+                firsts = runner.tables
+                shares += [(name, self._of_tokens(name, firsts[name], tokens, e)) for name, e in looked_up]
                 return shares, left
 
             for shares, left in self.workers.map(run, self._spans()):
@@ -173,15 +173,12 @@ class _Run:
         self._path(i).unlink()
         return np.concatenate(parts) if parts else gradient[..., :0]
 
-    def _of_tokens(self, name: str, tokens: Array, slope: Tensor) -> Tensor:
-        """Squares of an embedding's rows, each where its token stands."""
+    def _of_tokens(self, name: str, first: int, tokens: Array, slope: Tensor) -> Tensor:
+        """Squares of an embedding's rows from the id `first` on, each where its token stands."""
         squares = slope.flatten(0, 1).double().square().mean(-1).cpu().numpy()
-        program = self.weights.program
-        rows = program.tensors[name].rows
-        first = next(op.first for op in program.ops if isinstance(op, Embed) and op.weight == name)
-        ids = tokens.reshape(-1) - first
-        here = (ids >= 0) & (ids < rows)
-        return torch.from_numpy(np.bincount(ids[here], squares[here], rows)).to(self.device)
+        rows, ids = self.weights.program.tensors[name].rows, tokens.reshape(-1)
+        here = inside(ids, first, rows)
+        return torch.from_numpy(np.bincount(ids[here] - first, squares[here], rows)).to(self.device)
 
     def _add(self, name: str, share: Tensor) -> None:
         self.sums[name] = share if name not in self.sums else self.sums[name] + share

@@ -85,17 +85,22 @@ def vocabularies(program: Program) -> list[dict[str, int]]:
     return found
 
 
+def inside(ids: Array, first: int, rows: int) -> Array:
+    """Which token ids a block with so many rows from `first` on has."""
+    return np.asarray((ids >= first) & (ids < first + rows))
+
+
 def joined(program: Program) -> Program:
     """The program with each embedding and head in one matrix again."""
+    cut = {name for blocks in vocabularies(program) for name in blocks}
     ops = tuple(
         msgspec.structs.replace(op, weight=_joined_name(op.weight))
-        if isinstance(op, Embed | Logits) and len(program.heads) > 1
+        if isinstance(op, Embed | Logits) and op.weight in cut
         else op
         for op in program.ops
         if not (isinstance(op, Embed | Logits) and op.first)
     )
     tensors: dict[str, TensorSpec] = {}
-    cut = {name for blocks in vocabularies(program) for name in blocks}
     for name, spec in program.tensors.items():
         if name in cut:
             name, spec = _joined_name(name), msgspec.structs.replace(spec, rows=program.vocab_size)

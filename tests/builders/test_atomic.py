@@ -84,8 +84,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(model: Path, target: Path, weights: str) -> Options:
-    request = Request(weights=weights, context=16)
-    return Options(model, target, "orin", request, text_tokens=32, measure=False, device_code=False)
+    return Options(model, target, "orin", Request(weights=weights, context=16), text_tokens=32, measure=False)
 
 
 def in_child(model: Path, target: Path, calls: OsCalls) -> int:

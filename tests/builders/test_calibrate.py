@@ -78,7 +78,7 @@ def test_statistics_are_those_of_what_transformers_reads(real_model: Path, tmp_p
     ]
     positions = sample_tokens(500, 1)
     assert len(positions) == 256 and np.all(np.diff(positions) > 0)
-    head = contents.target.program.ops[-1].weight  # type: ignore[union-attr]
+    head = contents.target.program.heads[0].weight
     for theirs, mine in [*pairs, ("lm_head", head)]:
         x = seen[theirs].reshape(500, -1)
         got = calibration.statistics(mine)

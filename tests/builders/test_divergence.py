@@ -18,7 +18,7 @@ CONFIG = {"model_type": "llama", **SMALL}
 
 
 def log_probability(weights: MadeWeights, rows: Array) -> Array:
-    head = weights(weights.program.ops[-1].weight)  # type: ignore[union-attr]
+    head = weights(weights.program.heads[0].weight)
     z = (rows @ head.T).astype(np.float64)
     z -= z.max(-1, keepdims=True)
     return z - np.log(np.exp(z).sum(-1, keepdims=True))

@@ -95,7 +95,7 @@ def test_segments_backward_are_one_backward_pass(config: dict[str, Any], tmp_pat
     loss = z.flatten(0, 1)[torch.arange(WINDOWS.size), torch.from_numpy(answers)].sum()
     slopes = torch.autograd.grad(loss, [y for *_, y in seen] + [rows for _, rows in looked_up])
     want: dict[str, Array] = {name: np.zeros(len(rows)) for name, rows in found.items()}
-    head = program.ops[-1].weight
+    head = program.heads[0].weight
     for (name, x, _), slope in zip(seen, slopes, strict=False):
         size = np.square(x.detach().double().numpy()).mean()
         if name == head:

@@ -21,7 +21,7 @@ from edge_runtime.engine.header import DIGEST_AT, HEADER_LIMIT, MANIFEST_AT, PAG
 
 SEED = 20261121
 HERE = Path(__file__).parent
-MUTATIONS = 6_000
+MUTATIONS = 10_000
 
 # Fields with values that may be true of some engine, so that no proof can refuse each of them.
 FREE = re.compile(
